@@ -1,0 +1,315 @@
+//! The operations a model is written in.
+
+use crate::{
+    Dtype, ExpertsWeight, LinearWeight, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight,
+};
+
+/// A device that can run the models.
+///
+/// Activations are matrices `[rows, columns]` in the compute dtype. Inside [`step`](Backend::step) the operations
+/// read the step's inputs (tokens, positions, block tables) from the backend; nothing is read back until
+/// [`output`](Backend::output). One thread drives a backend.
+///
+/// A decoder layer is six calls: [`reduce_norm`](Backend::reduce_norm), [`linear`](Backend::linear) (qkv),
+/// [`attend`](Backend::attend), `linear` (o), [`reduce_norm_route`](Backend::reduce_norm_route),
+/// [`moe_mlp`](Backend::moe_mlp).
+pub trait Backend: Send + Sized + 'static {
+    /// An activation or a small dense weight.
+    type Tensor: Send + Sync;
+    /// A linear layer's weights, repacked for this device.
+    type Linear: Send + Sync;
+    /// One layer's experts, repacked for this device.
+    type Experts: Send + Sync;
+    /// The router's choice for each row: experts and weights.
+    type Routing;
+
+    // ---- start
+
+    /// For logs and `inspect`.
+    fn name(&self) -> &'static str;
+
+    /// The compute dtype: results are rounded to it where Hugging Face's are.
+    fn dtype(&self) -> Dtype;
+
+    /// Takes a small dense weight.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn vector(&self, weight: VectorWeight) -> Result<Self::Tensor>;
+
+    /// Takes a linear layer, repacking it.
+    ///
+    /// # Errors
+    /// Unsupported shape, or out of memory.
+    fn linear_weight(&self, weight: LinearWeight) -> Result<Self::Linear>;
+
+    /// Takes a layer's experts, repacking them.
+    ///
+    /// # Errors
+    /// Unsupported shape, or out of memory.
+    fn experts_weight(&self, weight: ExpertsWeight) -> Result<Self::Experts>;
+
+    /// Allocates KV pool and slots. Nothing is allocated on the device afterwards.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn allocate_state(&mut self, spec: StateSpec) -> Result<()>;
+
+    // ---- per sequence and per step
+
+    /// Sets a slot's sampling state.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn admit(&mut self, slot: usize, params: SlotParams) -> Result<()>;
+
+    /// Runs `forward` over `inputs`. May record it once per [`StepKey`](crate::StepKey) and replay it.
+    ///
+    /// # Errors
+    /// What `forward` returns, or device failure.
+    fn step(&mut self, inputs: &StepInputs, forward: &mut dyn FnMut(&Self) -> Result<()>) -> Result<()>;
+
+    /// Waits for the last step and returns what it sampled.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn output(&mut self) -> Result<StepOutput>;
+
+    // ---- decoder, inside a step
+
+    /// Rows of `table` (`[vocab, hidden]`) for the step's tokens: `[num_tokens, hidden]`.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn embed(&self, table: &Self::Linear) -> Result<Self::Tensor>;
+
+    /// `residual += all_reduce(partial)`, then RMSNorm of it: statistic in float32, times `weight`.
+    /// `residual`, `partial` and the result are `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// Shape mismatch, device or peer failure.
+    fn reduce_norm(
+        &self,
+        partial: Option<Self::Tensor>,
+        residual: &mut Self::Tensor,
+        weight: &Self::Tensor,
+        eps: f32,
+    ) -> Result<Self::Tensor>;
+
+    /// `x W^T + b`: `[rows, k]` to `[rows, n]`.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn linear(&self, x: &Self::Tensor, weight: &Self::Linear) -> Result<Self::Tensor>;
+
+    /// Per-head RMSNorm of q and k, interleaved M-RoPE, KV write, causal paged attention over the step's sequences.
+    /// `qkv` is `[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`, the result `[num_tokens, num_heads * head_dim]`.
+    /// K and V are always read as stored, the current token's too, so that chunking does not change answers.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn attend(
+        &self,
+        qkv: &Self::Tensor,
+        layer: usize,
+        spec: &AttentionSpec<'_, Self>,
+    ) -> Result<Self::Tensor>;
+
+    /// [`reduce_norm`](Backend::reduce_norm), then the router: logits `x W^T`, softmax over all experts in float32,
+    /// `top_k` of them, renormalised to sum 1 if `renormalize`. Ties go to the lower expert.
+    ///
+    /// # Errors
+    /// Shape mismatch, device or peer failure.
+    #[expect(clippy::too_many_arguments, reason = "one of the six calls: fused on purpose")]
+    fn reduce_norm_route(
+        &self,
+        partial: Option<Self::Tensor>,
+        residual: &mut Self::Tensor,
+        weight: &Self::Tensor,
+        eps: f32,
+        router: &Self::Linear,
+        top_k: usize,
+        renormalize: bool,
+    ) -> Result<(Self::Tensor, Self::Routing)>;
+
+    /// `sum over chosen experts of weight * down(silu(gate(x)) * up(x))`, accumulated in float32, experts in
+    /// ascending order. A partial sum under tensor parallelism.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn moe_mlp(
+        &self,
+        x: &Self::Tensor,
+        routing: &Self::Routing,
+        experts: &Self::Experts,
+    ) -> Result<Self::Tensor>;
+
+    /// `silu(gate) * up` of `[rows, 2 * intermediate]`: `[rows, intermediate]`.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn swiglu(&self, gate_up: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// Overwrites `rows` rows of `x` from `row` on with rows of `source` from `source_row` on.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn set_rows(
+        &self,
+        x: &mut Self::Tensor,
+        row: usize,
+        source: &Self::Tensor,
+        source_row: usize,
+        rows: usize,
+    ) -> Result<()>;
+
+    /// Adds them instead (deepstack). `x` is the replicated residual, never a partial sum.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn add_rows(
+        &self,
+        x: &mut Self::Tensor,
+        row: usize,
+        source: &Self::Tensor,
+        source_row: usize,
+        rows: usize,
+    ) -> Result<()>;
+
+    /// Logits of the step's `logit_rows`, in float32: `[num_logit_rows, vocab]`.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn logits(&self, x: &Self::Tensor, head: &Self::Linear) -> Result<Self::Tensor>;
+
+    /// Samples the rows that have a slot and keeps the tokens on the device; computes what
+    /// [`output`](Backend::output) returns.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn sample(&self, logits: &Self::Tensor) -> Result<()>;
+
+    // ---- vision encoder, outside a step
+
+    /// Patch rows (`[num_patches, 3, frames, patch, patch]` u8) as the encoder wants them: `(v - mean) / std` of
+    /// `v / 255`, frames repeated up to `temporal`: `[num_patches, 3 * temporal * patch * patch]`.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn patches(&self, pixels: &[u8], num_patches: usize, spec: &VisionSpec) -> Result<Self::Tensor>;
+
+    /// Adds the bilinearly interpolated rows of the square position table (`[side * side, hidden]`, corners aligned)
+    /// to `x`, `[num_patches, hidden]` in merge-block order, one frame after the other.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn add_position(
+        &self,
+        x: &mut Self::Tensor,
+        table: &Self::Tensor,
+        grid: [usize; 3],
+        spec: &VisionSpec,
+    ) -> Result<()>;
+
+    /// LayerNorm over columns; `weight` and `bias` are `[1, columns]`.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn layer_norm(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        bias: &Self::Tensor,
+        eps: f32,
+    ) -> Result<Self::Tensor>;
+
+    /// 2-D rotary embedding and full attention inside each frame: `qkv` `[num_patches, 3 * hidden]` (q, k, v stacked)
+    /// to `[num_patches, hidden]`.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn vision_attend(&self, qkv: &Self::Tensor, grid: [usize; 3], spec: &VisionSpec) -> Result<Self::Tensor>;
+
+    /// Applies an activation to every element.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn activate(&self, x: &mut Self::Tensor, activation: Activation) -> Result<()>;
+
+    /// `x += y`, same shapes.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+
+    /// The same values in rows of another length: `[rows, columns]` to `[rows * columns / new, new]`.
+    ///
+    /// # Errors
+    /// When the size is not divisible.
+    fn reshape(&self, x: Self::Tensor, columns: usize) -> Result<Self::Tensor>;
+
+    /// A copy that outlives steps (encoder cache).
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn keep(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// The values on the host, float32, row-major: for tests, `--profile` and debugging, never inside a served step.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn to_host(&self, x: &Self::Tensor) -> Result<(Vec<f32>, [usize; 2])>;
+}
+
+/// Elementwise functions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// GELU, tanh approximation (encoder blocks).
+    GeluTanh,
+    /// GELU with erf (mergers).
+    GeluErf,
+    /// SiLU.
+    Silu,
+}
+
+/// What [`Backend::attend`] needs besides qkv.
+pub struct AttentionSpec<'a, B: Backend> {
+    /// `[1, head_dim]`.
+    pub q_norm: &'a B::Tensor,
+    /// `[1, head_dim]`.
+    pub k_norm: &'a B::Tensor,
+    /// Of `q_norm` and `k_norm`.
+    pub eps: f32,
+    /// Query heads of this rank.
+    pub num_heads: usize,
+    /// KV heads of this rank.
+    pub num_kv_heads: usize,
+    /// Head dimension.
+    pub head_dim: usize,
+    /// `[1, head_dim / 2]` inverse frequencies (float32), YaRN applied.
+    pub inv_freq: &'a [f32],
+    /// Factor on cos and sin (YaRN); 1 otherwise.
+    pub rope_factor: f32,
+    /// Frequencies of time, height, width; `[half, 0, 0]` for ordinary rope. Interleaved: frequency `j` turns with the
+    /// height if `j % 3 == 1 && j < 3 * section[1]`, with the width if `j % 3 == 2 && j < 3 * section[2]`, else time.
+    pub mrope_section: [usize; 3],
+}
+
+/// Geometry of the vision encoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VisionSpec {
+    /// Heads.
+    pub num_heads: usize,
+    /// Width of the encoder.
+    pub hidden_size: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+    /// Frames of a patch.
+    pub temporal_patch_size: usize,
+    /// Side of a merge block in patches.
+    pub merge_size: usize,
+    /// Per channel.
+    pub image_mean: [f32; 3],
+    /// Per channel.
+    pub image_std: [f32; 3],
+}

@@ -1,0 +1,22 @@
+//! The vocabulary of the engine's mathematics: the [`Backend`] trait, what a step is made of, how weights reach it.
+//!
+//! No implementation lives here. There are exactly two: `spark-cpu` (the reference) and the CUDA backend. A model is
+//! written once over [`Backend`]; each backend decides how it stores weights, activations and KV.
+#![forbid(unsafe_code)]
+
+mod backend;
+mod error;
+mod kv;
+mod step;
+mod weight;
+
+pub use backend::{Activation, AttentionSpec, Backend, VisionSpec};
+pub use error::{Error, Result};
+pub use kv::{KvDtype, KvSpec};
+pub use step::{
+    SampledToken, SeqInput, SlotParams, StateSpec, StepInputs, StepKey, StepOutput, TokenInput, TokenLogprob,
+    VisualRows,
+};
+pub use weight::{Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, VectorWeight};
+
+pub use bytes::Bytes;

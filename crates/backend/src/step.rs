@@ -1,0 +1,162 @@
+//! What one step is made of: its inputs (filled by the host, copied once), its key and its output.
+
+use crate::KvSpec;
+
+/// The shape of a step, all that a recorded graph may depend on. Contexts, block tables and positions are data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StepKey {
+    /// Rows of the activations.
+    pub num_tokens: usize,
+    /// Sequences in the step.
+    pub num_seqs: usize,
+    /// Rows for which logits are computed.
+    pub num_logit_rows: usize,
+}
+
+/// An input token: known to the host, or still on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenInput {
+    /// The host knows it.
+    Known(u32),
+    /// The token last sampled in this slot, by a step that may still be in flight.
+    Pending(usize),
+}
+
+/// Everything that changes from step to step. Tokens of a sequence are contiguous, sequences in `seqs` order.
+#[derive(Debug, Clone, Default)]
+pub struct StepInputs {
+    /// `[num_tokens]`.
+    pub tokens: Vec<TokenInput>,
+    /// `[num_tokens]` M-RoPE positions: time, height, width. Equal for text.
+    pub positions: Vec<[u32; 3]>,
+    /// `[num_tokens]` where K and V go: `block * block_size + offset`.
+    pub slot_mapping: Vec<u64>,
+    /// `[num_seqs]`.
+    pub seqs: Vec<SeqInput>,
+    /// `[num_logit_rows]` token rows whose logits are needed, ascending.
+    pub logit_rows: Vec<u32>,
+    /// `[num_logit_rows]` what becomes of each row: `Some(slot)` samples, `None` is for prompt log-probabilities only.
+    pub sample_slots: Vec<Option<usize>>,
+    /// `[num_logit_rows]` for prompt log-probabilities: the token that follows in the prompt, and how many alternatives.
+    pub prompt_targets: Vec<Option<(u32, usize)>>,
+    /// Grammar masks: slot and `ceil(vocab / 32)` words, bit set = allowed.
+    pub masks: Vec<(usize, Vec<u32>)>,
+}
+
+/// One sequence of a step.
+#[derive(Debug, Clone)]
+pub struct SeqInput {
+    /// Persistent device state of the sequence.
+    pub slot: usize,
+    /// Its first row.
+    pub query_start: usize,
+    /// Its rows in this step.
+    pub query_len: usize,
+    /// KV tokens after this step's are written.
+    pub context_len: usize,
+    /// Blocks that hold them, in order.
+    pub block_table: Vec<u32>,
+}
+
+impl StepInputs {
+    /// The key of these inputs.
+    pub fn key(&self) -> StepKey {
+        StepKey {
+            num_tokens: self.tokens.len(),
+            num_seqs: self.seqs.len(),
+            num_logit_rows: self.logit_rows.len(),
+        }
+    }
+}
+
+/// Rows of an encoded medium that enter a step: `rows` rows from `source_row` go to token rows from `token_row`.
+#[derive(Debug, Clone, Copy)]
+pub struct VisualRows<'a, T> {
+    /// Embeddings `[num_media_tokens, hidden]`.
+    pub embeddings: &'a T,
+    /// Deepstack levels, each `[num_media_tokens, hidden]`.
+    pub deepstack: &'a [T],
+    /// First row of the step.
+    pub token_row: usize,
+    /// First row of the medium.
+    pub source_row: usize,
+    /// How many.
+    pub rows: usize,
+}
+
+/// Sizes of the state that lives on the device from start to end.
+#[derive(Debug, Clone, Copy)]
+pub struct StateSpec {
+    /// The KV pool.
+    pub kv: KvSpec,
+    /// Sequence slots: `max_num_seqs`.
+    pub num_slots: usize,
+    /// Most tokens in a step.
+    pub max_num_tokens: usize,
+    /// Real tokens of the vocabulary: logits from here on are padding and never chosen.
+    pub vocab_size: usize,
+}
+
+/// Sampling parameters and penalty history of a slot, sent when a sequence is (re)admitted.
+#[derive(Debug, Clone)]
+pub struct SlotParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// 1 is off.
+    pub top_p: f32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// 0 is off.
+    pub presence_penalty: f32,
+    /// 0 is off.
+    pub frequency_penalty: f32,
+    /// Added to single logits.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Key of the counter-based generator; the counter is the index of the output token.
+    pub seed: u64,
+    /// Tokens that are forbidden until `min_tokens` tokens are out: end-of-sequence and stop tokens.
+    pub stop_token_ids: Vec<u32>,
+    /// See `stop_token_ids`.
+    pub min_tokens: usize,
+    /// Alternatives to report; `None` reports nothing, `Some(0)` the sampled token alone.
+    pub logprobs: Option<usize>,
+    /// Prompt tokens (repetition penalty).
+    pub prompt: Vec<u32>,
+    /// Output so far: not empty when a preempted sequence resumes.
+    pub output: Vec<u32>,
+}
+
+/// What a step gives back, in the order of `logit_rows`.
+#[derive(Debug, Clone, Default)]
+pub struct StepOutput {
+    /// Sampled tokens.
+    pub sampled: Vec<SampledToken>,
+    /// Log-probabilities of the next prompt token: row, target, alternatives.
+    pub prompt_logprobs: Vec<(u32, TokenLogprob, Vec<TokenLogprob>)>,
+}
+
+/// A sampled token.
+#[derive(Debug, Clone)]
+pub struct SampledToken {
+    /// Whose.
+    pub slot: usize,
+    /// The token.
+    pub token: u32,
+    /// The token's and the best alternatives' log-probabilities, if the slot asked for them.
+    pub logprobs: Option<(TokenLogprob, Vec<TokenLogprob>)>,
+}
+
+/// Log-probability of a token under the raw logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm.
+    pub logprob: f32,
+    /// 1 is the most likely; ties share the better rank.
+    pub rank: usize,
+}

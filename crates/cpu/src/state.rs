@@ -1,0 +1,132 @@
+//! What persists between operations: KV pool, slots, the current step and its output. The rows that are sampled here
+//! go through `sampler.rs` one by one.
+
+use crate::kv::KvPool;
+use crate::sampler::{Logprobs, Slot};
+use crate::tensor::{Compute, CpuTensor};
+use spark_backend::{
+    Error, Result, SampledToken, SlotParams, StateSpec, StepInputs, StepOutput, TokenInput, TokenLogprob,
+};
+
+/// The backend's state, allocated by `allocate_state`.
+pub(crate) struct State {
+    pub(crate) pool: KvPool,
+    slots: Vec<Option<Slot>>,
+    spec: StateSpec,
+    pub(crate) inputs: StepInputs,
+    /// The step's tokens, those that were pending resolved.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) output: StepOutput,
+}
+
+/// What comes of one row of logits.
+struct Row {
+    sampled: Option<SampledToken>,
+    prompt: Option<(u32, TokenLogprob, Vec<TokenLogprob>)>,
+}
+
+impl State {
+    pub(crate) fn new(spec: StateSpec) -> Result<Self> {
+        let pool = KvPool::new(spec.kv)?;
+        let slots = (0..spec.num_slots).map(|_| None).collect();
+        let (inputs, output) = (StepInputs::default(), StepOutput::default());
+        Ok(Self { pool, slots, spec, inputs, tokens: Vec::new(), output })
+    }
+
+    pub(crate) fn admit(&mut self, slot: usize, params: SlotParams) -> Result<()> {
+        let num_slots = self.slots.len();
+        let Some(place) = self.slots.get_mut(slot) else {
+            return Err(Error::shape("admit slot", format!("under {num_slots}"), slot));
+        };
+        *place = Some(Slot::new(params));
+        Ok(())
+    }
+
+    fn slot(&self, op: &'static str, slot: usize) -> Result<&Slot> {
+        let found = self.slots.get(slot).and_then(Option::as_ref);
+        found.ok_or_else(|| Error::shape(op, "an admitted slot", slot))
+    }
+
+    /// Takes the inputs of a step.
+    pub(crate) fn begin(&mut self, inputs: &StepInputs) -> Result<()> {
+        let rows = inputs.logit_rows.len();
+        let got = [inputs.sample_slots.len(), inputs.prompt_targets.len()];
+        if got != [rows, rows] {
+            return Err(Error::shape("step sample_slots and prompt_targets", [rows, rows], got));
+        }
+        if inputs.tokens.len() > self.spec.max_num_tokens {
+            let expected = format!("at most {} tokens", self.spec.max_num_tokens);
+            return Err(Error::shape("step", expected, inputs.tokens.len()));
+        }
+        let token = |input: &TokenInput| match *input {
+            TokenInput::Known(token) => Ok(token),
+            TokenInput::Pending(slot) => {
+                let last = self.slot("step pending token", slot)?.last;
+                last.ok_or_else(|| Error::shape("step pending token", "a slot that has sampled", slot))
+            }
+        };
+        let tokens = inputs.tokens.iter().map(token).collect::<Result<_>>()?;
+        (self.tokens, self.inputs, self.output) = (tokens, inputs.clone(), StepOutput::default());
+        Ok(())
+    }
+
+    /// Samples the step's rows into `output` and updates the slots.
+    pub(crate) fn sample(&mut self, compute: &Compute, logits: &CpuTensor) -> Result<()> {
+        let vocab = self.spec.vocab_size;
+        let rows = self.inputs.logit_rows.len();
+        if logits.rows() != rows || logits.columns() < vocab {
+            return Err(Error::shape("sample", format!("[{rows}, at least {vocab}]"), logits.shape));
+        }
+        let indices: Vec<usize> = (0..rows).collect();
+        let results = compute.map(&indices, rows * vocab * 4, |&i| self.row(i, &logits.row(i)[..vocab]));
+        for row in results {
+            let row = row?;
+            if let Some(sampled) = row.sampled {
+                if let Some(Some(slot)) = self.slots.get_mut(sampled.slot) {
+                    slot.push(sampled.token);
+                }
+                self.output.sampled.push(sampled);
+            }
+            self.output.prompt_logprobs.extend(row.prompt);
+        }
+        Ok(())
+    }
+
+    /// Row `i` of the logits.
+    fn row(&self, i: usize, logits: &[f32]) -> Result<Row> {
+        let inputs = &self.inputs;
+        let outside = |token| Error::shape("sample token", format!("under {}", logits.len()), token);
+        let prompt = match inputs.prompt_targets[i] {
+            None => None,
+            Some((target, alternatives)) => {
+                let logprobs = Logprobs::new(logits);
+                let target = logprobs.of(target).ok_or_else(|| outside(target))?;
+                Some((inputs.logit_rows[i], target, logprobs.top(alternatives)))
+            }
+        };
+        let sampled = match inputs.sample_slots[i] {
+            None => None,
+            Some(index) => {
+                let slot = self.slot("sample", index)?;
+                let mask =
+                    inputs.masks.iter().find(|(slot, _)| *slot == index).map(|(_, words)| words.as_slice());
+                if let Some(mask) = mask
+                    && mask.len() < logits.len().div_ceil(32)
+                {
+                    return Err(Error::shape("sample mask words", logits.len().div_ceil(32), mask.len()));
+                }
+                let token = slot.choose(logits, mask);
+                let logprobs = match slot.params.logprobs {
+                    None => None,
+                    Some(alternatives) => {
+                        let logprobs = Logprobs::new(logits);
+                        let chosen = logprobs.of(token).ok_or_else(|| outside(token))?;
+                        Some((chosen, logprobs.top(alternatives)))
+                    }
+                };
+                Some(SampledToken { slot: index, token, logprobs })
+            }
+        };
+        Ok(Row { sampled, prompt })
+    }
+}

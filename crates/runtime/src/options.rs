@@ -1,0 +1,116 @@
+//! How an engine is sized. Names are vLLM's flags; nothing here is parsed from text.
+
+use spark_backend::{Dtype, KvDtype};
+use spark_models::ModelConfig;
+use spark_scheduler::Policy;
+
+use crate::{Error, Result};
+
+/// Sizes and policies of one engine.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Prompt and output together; `None`: as long as the model and the KV cache allow.
+    pub max_model_len: Option<usize>,
+    /// Most sequences that run at once.
+    pub max_num_seqs: usize,
+    /// Most tokens in a step.
+    pub max_num_batched_tokens: usize,
+    /// Most prefill tokens of one sequence in a step; `None` leaves the step's budget.
+    pub long_prefill_token_threshold: Option<usize>,
+    /// Most requests that may wait; `None` is unbounded.
+    pub max_num_queued_reqs: Option<usize>,
+    /// Reuse KV of equal prefixes.
+    pub enable_prefix_caching: bool,
+    /// Who goes first.
+    pub scheduling_policy: Policy,
+    /// Plan the next step while one is running.
+    pub async_scheduling: bool,
+    /// Share of the machine's memory that the engine may take.
+    pub gpu_memory_utilization: f64,
+    /// KV cache size; overrides the share.
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// KV storage type.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Capacity of the encoder cache, in media tokens; also the largest medium.
+    pub encoder_cache_tokens: usize,
+    /// Most media tokens encoded in a step.
+    pub max_encoder_tokens_per_step: usize,
+    /// Most media in a prompt.
+    pub limit_mm_per_prompt: usize,
+    /// Most alternatives in log-probabilities.
+    pub max_logprobs: usize,
+    /// Per-channel mean and standard deviation of the image processor.
+    pub image_mean_std: ([f32; 3], [f32; 3]),
+    /// Tokens of a KV block.
+    pub block_size: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            max_model_len: None,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 2048,
+            long_prefill_token_threshold: None,
+            max_num_queued_reqs: None,
+            enable_prefix_caching: true,
+            scheduling_policy: Policy::Fcfs,
+            async_scheduling: true,
+            gpu_memory_utilization: 0.9,
+            kv_cache_memory_bytes: None,
+            kv_cache_dtype: KvCacheDtype::Auto,
+            // The largest image of the default processor settings: 16,777,216 pixels at 32 x 32 a token.
+            encoder_cache_tokens: 16_384,
+            max_encoder_tokens_per_step: 16_384,
+            limit_mm_per_prompt: 64,
+            max_logprobs: 20,
+            image_mean_std: ([0.5; 3], [0.5; 3]),
+            block_size: 32,
+        }
+    }
+}
+
+/// KV storage type as asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvCacheDtype {
+    /// The compute dtype.
+    Auto,
+    /// FP8 E4M3 with a scale per token and head.
+    Fp8,
+    /// bfloat16.
+    Bf16,
+}
+
+impl KvCacheDtype {
+    /// The storage type under compute dtype `compute`.
+    pub fn resolve(self, compute: Dtype) -> KvDtype {
+        match (self, compute) {
+            (Self::Fp8, _) => KvDtype::Fp8,
+            (Self::Auto, Dtype::F32) => KvDtype::F32,
+            (Self::Bf16 | Self::Auto, _) => KvDtype::Bf16,
+        }
+    }
+}
+
+impl EngineOptions {
+    /// Checks what does not depend on memory.
+    pub(crate) fn check(&self, model: &ModelConfig) -> Result<()> {
+        if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
+            let value = self.gpu_memory_utilization;
+            return Err(Error::option(
+                "--gpu-memory-utilization",
+                format!("{value} is not above 0 and at most 1"),
+            ));
+        }
+        if let Some(len) = self.max_model_len
+            && len > model.text.max_position_embeddings
+        {
+            let most = model.text.max_position_embeddings;
+            return Err(Error::option(
+                "--max-model-len",
+                format!("{len} is over the model's own limit of {most} tokens"),
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,169 @@
+//! What the engine keeps about a sequence besides the scheduler's view: its client, sampling, media and times.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use spark_api::{
+    Event, FinishReason, Finished, MediaItem, RankedToken, Request, RequestTimings, SamplingParams,
+    TokenConstraint, TokenEvent, TokenId, TokenLogprobs,
+};
+use spark_backend::{SlotParams, TokenLogprob};
+use spark_models::RopeIndex;
+use spark_scheduler::{MediaSpan, NewSequence, PlannedSeq};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::admission::Admission;
+
+/// A live sequence.
+pub(crate) struct Sequence {
+    events: UnboundedSender<Event>,
+    sampling: SamplingParams,
+    stop_token_ids: Vec<TokenId>,
+    prompt: Arc<[TokenId]>,
+    media: Arc<[MediaItem]>,
+    rope: Arc<RopeIndex>,
+    pub(crate) constraint: Option<Box<dyn TokenConstraint>>,
+    output: Vec<TokenId>,
+    prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    arrived: Instant,
+    first_scheduled: Option<Instant>,
+    first_token: Option<Instant>,
+    num_preemptions: usize,
+}
+
+impl Sequence {
+    /// Splits a request into what the scheduler and what the engine needs.
+    pub(crate) fn new(
+        request: Request,
+        events: UnboundedSender<Event>,
+        eos_token_ids: &[TokenId],
+        merge_size: usize,
+        arrived: Instant,
+    ) -> (NewSequence, Self) {
+        let Request { prompt, media, sampling, priority, cache_salt, constraint, .. } = request;
+        let new = NewSequence {
+            prompt: prompt.clone(),
+            media: media
+                .iter()
+                .map(|m| MediaSpan { hash: m.hash, offset: m.offset, num_tokens: m.num_tokens })
+                .collect(),
+            max_tokens: sampling.max_tokens,
+            min_tokens: sampling.min_tokens,
+            stop_token_ids: sampling.stop_token_ids.clone(),
+            ignore_eos: sampling.ignore_eos,
+            priority,
+            cache_salt,
+            constrained: constraint.is_some(),
+            prompt_logprobs: sampling.prompt_logprobs.is_some(),
+        };
+        let grids: Vec<_> = media.iter().map(|m| (m.offset, [m.grid.t, m.grid.h, m.grid.w])).collect();
+        let mut stop_token_ids = sampling.stop_token_ids.clone();
+        if !sampling.ignore_eos {
+            stop_token_ids.extend(eos_token_ids);
+        }
+        let prompt_logprobs = vec![None; if sampling.prompt_logprobs.is_some() { prompt.len() } else { 0 }];
+        let sequence = Self {
+            events,
+            stop_token_ids,
+            rope: Arc::new(RopeIndex::new(prompt.len(), &grids, merge_size)),
+            prompt: prompt.into(),
+            media: media.into(),
+            sampling,
+            constraint,
+            output: Vec::new(),
+            prompt_logprobs,
+            arrived,
+            first_scheduled: None,
+            first_token: None,
+            num_preemptions: 0,
+        };
+        (new, sequence)
+    }
+
+    /// The client has dropped its stream.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// What the runner needs when the sequence enters (or enters again) the slot of `planned`.
+    pub(crate) fn admission(&mut self, planned: &PlannedSeq) -> Admission {
+        self.first_scheduled.get_or_insert_with(Instant::now);
+        let s = &self.sampling;
+        let params = SlotParams {
+            temperature: s.temperature,
+            top_k: s.top_k,
+            top_p: s.top_p,
+            min_p: s.min_p,
+            repetition_penalty: s.repetition_penalty,
+            presence_penalty: s.presence_penalty,
+            frequency_penalty: s.frequency_penalty,
+            logit_bias: s.logit_bias.clone(),
+            seed: s.seed,
+            stop_token_ids: self.stop_token_ids.clone(),
+            min_tokens: s.min_tokens,
+            logprobs: s.logprobs,
+            // Only the repetition penalty looks at the prompt.
+            prompt: if s.repetition_penalty == 1.0 { Vec::new() } else { self.prompt.to_vec() },
+            output: self.output.clone(),
+        };
+        Admission {
+            slot: planned.slot,
+            params,
+            rope: self.rope.clone(),
+            media: self.media.clone(),
+            prompt_logprobs: s.prompt_logprobs.map(|n| (self.prompt.clone(), n)),
+        }
+    }
+
+    /// Keeps the log-probabilities of prompt token `index`.
+    pub(crate) fn keep_prompt_logprobs(&mut self, index: usize, token: TokenLogprob, top: &[TokenLogprob]) {
+        if let Some(entry) = self.prompt_logprobs.get_mut(index) {
+            *entry = Some(logprobs(token, top));
+        }
+    }
+
+    /// The prompt is computed.
+    pub(crate) fn send_prompt(&mut self, num_cached_tokens: usize) {
+        let logprobs = self.sampling.prompt_logprobs.map(|_| std::mem::take(&mut self.prompt_logprobs));
+        self.send(Event::Prompt { num_cached_tokens, logprobs });
+    }
+
+    /// A token is accepted.
+    pub(crate) fn send_token(&mut self, token: TokenId, sampled: Option<&(TokenLogprob, Vec<TokenLogprob>)>) {
+        self.first_token.get_or_insert_with(Instant::now);
+        self.output.push(token);
+        let logprobs = sampled.map(|(token, top)| logprobs(*token, top));
+        self.send(Event::Token(TokenEvent { token, logprobs }));
+    }
+
+    pub(crate) fn set_preemptions(&mut self, num_preemptions: usize) {
+        self.num_preemptions = num_preemptions;
+    }
+
+    /// The end. Consumes the sequence, which closes the stream.
+    pub(crate) fn send_finished(self, reason: FinishReason) {
+        let now = Instant::now();
+        let scheduled = self.first_scheduled.unwrap_or(now);
+        let first_token = self.first_token.unwrap_or(now);
+        let timings = RequestTimings {
+            arrived: self.arrived,
+            queued: scheduled.saturating_duration_since(self.arrived),
+            prefill: first_token.saturating_duration_since(scheduled),
+            decode: self.first_token.map_or(Duration::ZERO, |t| now.saturating_duration_since(t)),
+            num_preemptions: self.num_preemptions,
+        };
+        self.send(Event::Finished(Finished { reason, num_output_tokens: self.output.len(), timings }));
+    }
+
+    fn send(&self, event: Event) {
+        // A closed stream means a cancelled request: the engine sees it before the next step.
+        let _ = self.events.send(event);
+    }
+}
+
+fn logprobs(token: TokenLogprob, top: &[TokenLogprob]) -> TokenLogprobs {
+    let ranked = |t: &TokenLogprob| RankedToken { id: t.token, logprob: t.logprob, rank: t.rank };
+    TokenLogprobs { token: ranked(&token), top: top.iter().map(ranked).collect() }
+}

@@ -1,0 +1,191 @@
+//! Bodies of whole answers, and the parts that chunks share with them: heads, usage, endings.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+use spark_text::Tokenizer;
+
+use crate::Delta;
+use crate::choice::{Finish, PromptReport, Stop};
+use crate::fields::Endpoint;
+use crate::generation::PromptInfo;
+use crate::logprobs::{CompletionLogprobs, TokenNames};
+use crate::params::{OutputParams, StreamParams};
+
+/// What stays the same over an answer.
+pub(crate) struct Shape {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) id: String,
+    /// Seconds since 1970.
+    pub(crate) created: u64,
+    pub(crate) model: String,
+    pub(crate) prompts: Vec<PromptInfo>,
+    /// Choices per prompt.
+    pub(crate) n: usize,
+    pub(crate) output: OutputParams,
+    pub(crate) stream: StreamParams,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+}
+
+impl Shape {
+    pub(crate) fn num_choices(&self) -> usize {
+        self.prompts.len() * self.n
+    }
+
+    pub(crate) fn num_prompt_tokens(&self) -> usize {
+        self.prompts.iter().map(|prompt| prompt.tokens.len()).sum()
+    }
+
+    /// The prompt of a choice.
+    pub(crate) fn prompt(&self, choice: usize) -> &PromptInfo {
+        &self.prompts[choice / self.n]
+    }
+
+    pub(crate) fn names(&self) -> TokenNames<'_> {
+        TokenNames { tokenizer: &self.tokenizer, as_ids: self.output.tokens_as_ids }
+    }
+
+    /// The fields that every body of this answer begins with.
+    pub(crate) fn head(&self, object: &str) -> Map<String, Value> {
+        let mut head = Map::new();
+        head.insert("id".into(), json!(self.id));
+        head.insert("object".into(), json!(object));
+        head.insert("created".into(), json!(self.created));
+        head.insert("model".into(), json!(self.model));
+        head.insert("system_fingerprint".into(), json!(concat!("spark-engine-", env!("CARGO_PKG_VERSION"))));
+        head
+    }
+}
+
+/// The `usage` object.
+pub(crate) fn usage(
+    num_prompt_tokens: usize,
+    num_completion_tokens: usize,
+    num_cached_tokens: usize,
+) -> Value {
+    json!({
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+    })
+}
+
+/// `finish_reason` and `stop_reason`, null until the end.
+pub(crate) fn put_finish(choice: &mut Value, finish: Option<&Finish>) {
+    choice["finish_reason"] = json!(finish.map(|finish| finish.reason));
+    choice["stop_reason"] = match finish.and_then(|finish| finish.stop.as_ref()) {
+        None => Value::Null,
+        Some(Stop::Token(id)) => json!(id),
+        Some(Stop::Text(text)) => json!(text),
+    };
+}
+
+/// The deltas of all choices, joined.
+pub(crate) struct Answer(Vec<Delta>);
+
+impl Answer {
+    pub(crate) fn new(num_choices: usize) -> Self {
+        Self((0..num_choices).map(|choice| Delta { choice, ..Delta::default() }).collect())
+    }
+
+    pub(crate) fn add(&mut self, delta: Delta) {
+        let whole = &mut self.0[delta.choice];
+        whole.text.push_str(&delta.text);
+        whole.tokens.extend(delta.tokens);
+        whole.logprobs.extend(delta.logprobs);
+        whole.prompt = whole.prompt.take().or(delta.prompt);
+        whole.finish = whole.finish.take().or(delta.finish);
+    }
+
+    pub(crate) fn into_json(self, shape: &Shape) -> Value {
+        let num_tokens = self.0.iter().map(|choice| choice.tokens.len()).sum();
+        let num_cached =
+            cached_tokens(self.0.iter().step_by(shape.n).filter_map(|choice| choice.prompt.as_ref()));
+        let usage = usage(shape.num_prompt_tokens(), num_tokens, num_cached);
+        let body = match shape.endpoint {
+            Endpoint::Chat => self.into_chat(shape, usage),
+            Endpoint::Completions => self.into_completion(shape, usage),
+        };
+        Value::Object(body)
+    }
+
+    fn into_chat(self, shape: &Shape, usage: Value) -> Map<String, Value> {
+        let mut body = shape.head("chat.completion");
+        let names = shape.names();
+        let prompt_logprobs = self.0.first().and_then(|choice| prompt_logprobs(shape, choice));
+        let choices = self.0.into_iter().map(|choice| {
+            let mut json = json!({
+                "index": choice.choice,
+                "message": {"role": "assistant", "content": choice.text},
+                "logprobs": shape.output.logprobs.map(|count| names.chat(&choice.logprobs, count)),
+            });
+            put_finish(&mut json, choice.finish.as_ref());
+            if shape.output.return_token_ids {
+                json["token_ids"] = json!(choice.tokens);
+            }
+            json
+        });
+        body.insert("choices".into(), Value::Array(choices.collect()));
+        body.insert("usage".into(), usage);
+        if let Some(logprobs) = prompt_logprobs {
+            body.insert("prompt_logprobs".into(), logprobs);
+        }
+        if let (true, Some(prompt)) = (shape.output.return_token_ids, shape.prompts.first()) {
+            body.insert("prompt_token_ids".into(), json!(&prompt.tokens[..]));
+        }
+        body
+    }
+
+    fn into_completion(self, shape: &Shape, usage: Value) -> Map<String, Value> {
+        let mut body = shape.head("text_completion");
+        let choices = self.0.iter().map(|choice| {
+            let prompt = shape.prompt(choice.choice);
+            let logprobs = shape.output.logprobs.map(|count| {
+                let mut logprobs = CompletionLogprobs::new(shape.names(), count);
+                add_echo_logprobs(&mut logprobs, shape, choice);
+                logprobs.add(&choice.logprobs);
+                logprobs.into_json()
+            });
+            let mut json = json!({
+                "index": choice.choice,
+                "text": format!("{}{}", prompt.echo, choice.text),
+                "logprobs": logprobs,
+            });
+            put_finish(&mut json, choice.finish.as_ref());
+            if let Some(logprobs) = prompt_logprobs(shape, choice) {
+                json["prompt_logprobs"] = logprobs;
+            }
+            if shape.output.return_token_ids {
+                json["token_ids"] = json!(choice.tokens);
+                json["prompt_token_ids"] = json!(&prompt.tokens[..]);
+            }
+            json
+        });
+        body.insert("choices".into(), Value::Array(choices.collect()));
+        body.insert("usage".into(), usage);
+        body
+    }
+}
+
+/// Cached tokens over the reports of distinct prompts.
+pub(crate) fn cached_tokens<'a>(reports: impl Iterator<Item = &'a PromptReport>) -> usize {
+    reports.map(|report| report.num_cached_tokens).sum()
+}
+
+/// The echoed prompt's part of a completion's log-probabilities.
+pub(crate) fn add_echo_logprobs(logprobs: &mut CompletionLogprobs<'_>, shape: &Shape, delta: &Delta) {
+    if !shape.output.echo {
+        return;
+    }
+    if let Some(report) = delta.prompt.as_ref().and_then(|prompt| prompt.logprobs.as_ref()) {
+        logprobs.add_prompt(&shape.prompt(delta.choice).tokens, report);
+    }
+}
+
+/// vLLM's `prompt_logprobs`: null, then one object per prompt token, by token id.
+fn prompt_logprobs(shape: &Shape, choice: &Delta) -> Option<Value> {
+    shape.output.prompt_logprobs?;
+    let report = choice.prompt.as_ref()?.logprobs.as_ref()?;
+    Some(shape.names().by_id(report))
+}

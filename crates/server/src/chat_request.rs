@@ -1,0 +1,197 @@
+//! The conversation of a chat request: messages, images, template arguments. What templates do is `spark-text`'s.
+
+use serde_json::{Map, Value};
+use spark_text::{ChatTemplate, Conversation, MediaKind, MediaPart, RenderInput, Segment, prepare_messages};
+
+use crate::ApiError;
+use crate::body::{Body, kind};
+use crate::front_end::refuse_text;
+
+/// A conversation that can be rendered once its images are known.
+pub(crate) struct ChatPrompt {
+    messages: Value,
+    kwargs: Map<String, Value>,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    /// In the order of their placeholders.
+    pub(crate) image_urls: Vec<String>,
+}
+
+/// Reads `messages` and the fields about their rendering.
+///
+/// # Errors
+/// Names the place in `messages` that is wrong.
+pub(crate) fn read_chat(body: &mut Body, accepts_parts: bool) -> Result<ChatPrompt, ApiError> {
+    let continue_final_message = body.boolean("continue_final_message", false)?;
+    let add_generation_prompt = body.boolean("add_generation_prompt", !continue_final_message)?;
+    if continue_final_message && add_generation_prompt {
+        let message = "continue_final_message and add_generation_prompt cannot both be true";
+        return Err(ApiError::field("continue_final_message", message));
+    }
+    let kwargs = body.object("chat_template_kwargs")?.unwrap_or_default();
+    let messages = body.take("messages").ok_or_else(|| ApiError::field("messages", "messages is missing"))?;
+    let conversation =
+        prepare_messages(messages, accepts_parts).map_err(|error| refuse_text("messages", &error))?;
+    let Conversation { messages, media } = conversation;
+    let image_urls = media.into_iter().map(image_url).collect::<Result<_, _>>()?;
+    Ok(ChatPrompt { messages, kwargs, add_generation_prompt, continue_final_message, image_urls })
+}
+
+/// The URL of an image part. Other media are refused by the name of their field.
+fn image_url(medium: MediaPart) -> Result<String, ApiError> {
+    let MediaPart { kind: media_kind, mut part, place } = medium;
+    if media_kind != MediaKind::Image {
+        return Err(ApiError::field("video_url", format!("messages{place}: videos are not supported")));
+    }
+    let refuse = |rule: String| Err(ApiError::field("image_url", format!("messages{place}: {rule}")));
+    let names = ["image_url", "image", "url"];
+    let Some(name) = names.into_iter().find(|name| part.get(name).is_some()) else {
+        return refuse("image_url is missing".into());
+    };
+    if let Some(detail) = part[name].get("detail").or_else(|| part.get("detail"))
+        && !(detail.is_null() || detail == "auto" || detail == "high")
+    {
+        return refuse(format!("detail is {detail}; only \"auto\" and \"high\" are supported"));
+    }
+    let url = match part[name].take() {
+        Value::Object(mut fields) => fields.get_mut("url").map(Value::take).unwrap_or_default(),
+        other => other,
+    };
+    match url {
+        Value::String(url) => Ok(url),
+        other => refuse(format!("the URL of an image must be a string, not {}", kind(&other))),
+    }
+}
+
+impl ChatPrompt {
+    /// Text for the tokenizer, with one placeholder token per image.
+    ///
+    /// # Errors
+    /// When the template refuses the conversation.
+    pub(crate) fn render(&self, template: &ChatTemplate) -> Result<Vec<Segment>, ApiError> {
+        let input = RenderInput {
+            messages: &self.messages,
+            tools: None,
+            kwargs: &self.kwargs,
+            add_generation_prompt: self.add_generation_prompt,
+        };
+        let segments = template.render(input).map_err(|error| refuse_text("messages", &error))?;
+        match self.continue_final_message {
+            true => self.cut_after_final_message(segments),
+            false => Ok(segments),
+        }
+    }
+
+    /// Drops what the template writes after the last message, so that the model goes on with it. As transformers'
+    /// `continue_final_message`: the template may have trimmed the text.
+    fn cut_after_final_message(&self, segments: Vec<Segment>) -> Result<Vec<Segment>, ApiError> {
+        let refuse = |message| Err(ApiError::field("continue_final_message", message));
+        let last = self.messages.as_array().and_then(|messages| messages.last());
+        let text = match last.and_then(|message| message.get("content")) {
+            Some(Value::String(text)) => Some(text.as_str()),
+            Some(Value::Array(parts)) => parts.iter().rev().find_map(|part| part.get("text")?.as_str()),
+            _ => None,
+        };
+        let Some(text) = text.map(str::trim_start).filter(|text| !text.is_empty()) else {
+            return refuse("the last message has no text to continue");
+        };
+        let whole: String = segments.iter().map(segment_text).collect();
+        let Some(start) = whole.rfind(text.trim_end()) else {
+            return refuse("the chat template does not show the last message, so it cannot be continued");
+        };
+        let kept = if whole[start..].starts_with(text) { text } else { text.trim_end() };
+        Ok(truncate(segments, start + kept.len()))
+    }
+}
+
+/// The text of a segment, whatever its trust.
+pub(crate) fn segment_text(segment: &Segment) -> &str {
+    match segment {
+        Segment::Trusted(text) | Segment::Ordinary(text) => text,
+    }
+}
+
+/// The first `num_bytes` bytes of the joined text, which end on a character.
+fn truncate(segments: Vec<Segment>, num_bytes: usize) -> Vec<Segment> {
+    let mut room = num_bytes;
+    let mut kept = Vec::new();
+    for mut segment in segments {
+        let (Segment::Trusted(text) | Segment::Ordinary(text)) = &mut segment;
+        text.truncate(room.min(text.len()));
+        room -= text.len();
+        if !text.is_empty() {
+            kept.push(segment);
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(body: Value) -> Result<ChatPrompt, ApiError> {
+        read_chat(&mut Body::new(body)?, true)
+    }
+
+    fn image(part: &Value) -> Result<String, ApiError> {
+        read(json!({"messages": [{"role": "user", "content": [part]}]}))
+            .map(|chat| chat.image_urls[0].clone())
+    }
+
+    #[test]
+    fn images_come_in_three_forms() {
+        let url = "data:image/png;base64,AA==";
+        for part in [
+            json!({"type": "image_url", "image_url": {"url": url, "detail": "auto"}}),
+            json!({"type": "image_url", "image_url": url}),
+            json!({"type": "input_image", "image_url": url, "detail": "high"}),
+        ] {
+            assert_eq!(image(&part).unwrap(), url);
+        }
+    }
+
+    #[test]
+    fn other_media_are_refused_by_name() {
+        for (part, param, rule) in [
+            (json!({"type": "image_url"}), "image_url", "missing"),
+            (json!({"type": "image_url", "image_url": 7}), "image_url", "not a number"),
+            (json!({"type": "image_url", "image_url": {}}), "image_url", "not null"),
+            (json!({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}), "image_url", "detail"),
+            (json!({"type": "video_url", "video_url": {"url": "x"}}), "video_url", "videos"),
+            (json!({"type": "input_audio", "input_audio": {}}), "messages", "input_audio"),
+        ] {
+            let error = image(&part).unwrap_err();
+            assert!(error.to_string().contains(rule), "{error}");
+            assert_eq!(error.to_json()["error"]["param"], param);
+        }
+    }
+
+    #[test]
+    fn continuing_and_opening_a_turn_exclude_each_other() {
+        let messages = json!([{"role": "user", "content": "x"}]);
+        let chat = read(json!({"messages": messages, "continue_final_message": true})).unwrap();
+        assert!(!chat.add_generation_prompt);
+        let both =
+            json!({"messages": messages, "continue_final_message": true, "add_generation_prompt": true});
+        assert!(read(both).is_err());
+    }
+
+    #[test]
+    fn the_final_message_is_cut_after_its_text() {
+        let cut = |content: &str, rendered: &[Segment]| {
+            let messages = json!([{"role": "assistant", "content": content}]);
+            let chat = read(json!({"messages": messages, "continue_final_message": true})).unwrap();
+            chat.cut_after_final_message(rendered.to_vec())
+        };
+        let trusted = |text: &str| Segment::Trusted(text.into());
+        let rendered = [trusted("<a>"), Segment::Ordinary("Höh <b".into()), trusted("> </a>\n")];
+        assert_eq!(cut("Höh", &rendered).unwrap(), [trusted("<a>"), Segment::Ordinary("Höh".into())]);
+        assert_eq!(cut(" Höh ", &rendered).unwrap(), [trusted("<a>"), Segment::Ordinary("Höh ".into())]);
+        assert_eq!(cut("<b>  ", &rendered).unwrap()[2], trusted(">"));
+        assert!(cut("absent", &rendered).is_err());
+        assert!(cut("  ", &rendered).is_err());
+    }
+}

@@ -1,0 +1,202 @@
+//! One choice: the engine's events of one sequence become text, piece by piece. No JSON.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use futures_util::Stream;
+use spark_api::{Event, EventStream, FinishReason, Finished, TokenEvent, TokenId, TokenLogprobs};
+use spark_text::{Detokenizer, StopMatcher, StopOutput, Tokenizer};
+
+use crate::ApiError;
+use crate::metrics::{Counts, Metrics, Outcome};
+use crate::params::OutputParams;
+
+/// What one event adds to a choice.
+#[derive(Debug, Clone, Default)]
+pub struct Delta {
+    /// Which choice: `prompt_idx * n + i`.
+    pub choice: usize,
+    /// New text; may be empty while a character or a stop string is incomplete.
+    pub text: String,
+    /// New tokens, the ending one included.
+    pub tokens: Vec<TokenId>,
+    /// One per new token, if asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Set once, before the first token.
+    pub prompt: Option<PromptReport>,
+    /// Set in the last delta.
+    pub finish: Option<Finish>,
+}
+
+/// What the engine says about a prompt.
+#[derive(Debug, Clone, Default)]
+pub struct PromptReport {
+    /// Prompt tokens taken from the prefix cache.
+    pub num_cached_tokens: usize,
+    /// One entry per prompt token, if asked for.
+    pub logprobs: Option<Vec<Option<TokenLogprobs>>>,
+}
+
+/// How a choice ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finish {
+    /// `stop` or `length`.
+    pub reason: &'static str,
+    /// What stopped it, if that was one of the request's own stops.
+    pub stop: Option<Stop>,
+}
+
+/// A stop that the request named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// One of `stop_token_ids`.
+    Token(TokenId),
+    /// One of `stop`.
+    Text(String),
+}
+
+/// Everything that a choice needs to know about its sequence.
+pub(crate) struct ChoiceSetup {
+    pub(crate) index: usize,
+    pub(crate) events: EventStream,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) output: OutputParams,
+    pub(crate) num_prompt_tokens: usize,
+    /// Tokens that end the sequence and do not show in its text.
+    pub(crate) ending_tokens: Arc<[TokenId]>,
+    /// Only the echo is wanted (`echo` with `max_tokens: 0`): the one token that the engine makes is dropped.
+    pub(crate) discard_output: bool,
+}
+
+/// The stream of deltas of one choice. Dropping it cancels the sequence.
+pub(crate) struct Choice {
+    setup: ChoiceSetup,
+    detokenizer: Detokenizer,
+    stops: StopMatcher,
+    arrived: Instant,
+    last_token: Option<Instant>,
+    num_tokens: usize,
+    ended: bool,
+}
+
+impl Choice {
+    /// Starts to listen.
+    pub(crate) fn new(setup: ChoiceSetup) -> Self {
+        Self {
+            detokenizer: Detokenizer::new(setup.tokenizer.clone(), setup.output.skip_special_tokens),
+            stops: StopMatcher::new(setup.output.stop.clone(), setup.output.include_stop),
+            setup,
+            arrived: Instant::now(),
+            last_token: None,
+            num_tokens: 0,
+            ended: false,
+        }
+    }
+
+    fn on_event(&mut self, event: Event) -> Result<Delta, ApiError> {
+        let mut delta = Delta { choice: self.setup.index, ..Delta::default() };
+        match event {
+            Event::Prompt { num_cached_tokens, logprobs } => {
+                delta.prompt = Some(PromptReport { num_cached_tokens, logprobs });
+            }
+            Event::Token(token) => self.on_token(token, &mut delta),
+            Event::Finished(finished) => self.on_finished(&finished, &mut delta)?,
+        }
+        Ok(delta)
+    }
+
+    fn on_token(&mut self, event: TokenEvent, delta: &mut Delta) {
+        let now = Instant::now();
+        self.setup.metrics.token(self.arrived, self.last_token, now);
+        self.last_token = Some(now);
+        if self.setup.discard_output {
+            return;
+        }
+        self.num_tokens += 1;
+        delta.tokens.push(event.token);
+        delta.logprobs.extend(event.logprobs);
+        if self.setup.ending_tokens.contains(&event.token) && !self.setup.output.include_stop {
+            return;
+        }
+        let text = self.detokenizer.push(event.token);
+        let step = match self.num_tokens <= self.setup.output.min_tokens {
+            true => self.stops.push_unstoppable(text),
+            false => self.stops.push(text),
+        };
+        self.add(&step, delta);
+    }
+
+    /// A stop string ends the choice, and with it the sequence.
+    fn add(&mut self, step: &StopOutput, delta: &mut Delta) {
+        delta.text.push_str(&step.text);
+        if let Some(index) = step.stop {
+            let text = self.setup.output.stop.get(index).unwrap_or_default();
+            delta.finish = Some(Finish { reason: "stop", stop: Some(Stop::Text(text.to_owned())) });
+            self.end(Outcome::Stop, None);
+        }
+    }
+
+    fn on_finished(&mut self, finished: &Finished, delta: &mut Delta) -> Result<(), ApiError> {
+        if !self.setup.discard_output {
+            // Half a character at the end ends no stop string.
+            let rest = self.stops.push_unstoppable(self.detokenizer.finish());
+            delta.text.push_str(&rest.text);
+            delta.text.push_str(&self.stops.finish());
+        }
+        let (finish, outcome) = match &finished.reason {
+            FinishReason::Eos | FinishReason::ConstraintComplete => (Ok(("stop", None)), Outcome::Stop),
+            FinishReason::StopToken(id) => (Ok(("stop", Some(Stop::Token(*id)))), Outcome::Stop),
+            FinishReason::Length => (Ok(("length", None)), Outcome::Length),
+            FinishReason::Cancelled => (Err(ApiError::Cancelled), Outcome::Abort),
+            FinishReason::EngineFailed(text) => (Err(ApiError::EngineFailed(text.clone())), Outcome::Error),
+            FinishReason::ConstraintFailed(error) => (Err(ApiError::internal(error)), Outcome::Error),
+        };
+        self.end(outcome, Some(finished));
+        let (reason, stop) = finish?;
+        // Whatever the token was: the answer ends because it may have none.
+        let (reason, stop) = if self.setup.discard_output { ("length", None) } else { (reason, stop) };
+        delta.finish = Some(Finish { reason, stop });
+        Ok(())
+    }
+
+    fn end(&mut self, outcome: Outcome, finished: Option<&Finished>) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        self.setup.events.close();
+        let counts = Counts {
+            arrived: self.arrived,
+            num_prompt_tokens: self.setup.num_prompt_tokens,
+            num_output_tokens: self.num_tokens,
+        };
+        self.setup.metrics.finished(outcome, counts, finished);
+    }
+}
+
+impl Stream for Choice {
+    type Item = Result<Delta, ApiError>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if this.ended {
+            return Poll::Ready(None);
+        }
+        let item = match ready!(this.setup.events.poll_recv(context)) {
+            Some(event) => this.on_event(event),
+            None => {
+                this.end(Outcome::Error, None);
+                Err(ApiError::EngineFailed("it dropped the request without an answer".into()))
+            }
+        };
+        Poll::Ready(Some(item))
+    }
+}
+
+impl Drop for Choice {
+    fn drop(&mut self) {
+        self.end(Outcome::Abort, None);
+    }
+}

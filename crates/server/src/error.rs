@@ -1,0 +1,128 @@
+//! Everything that can go wrong with a request, with its HTTP status and its OpenAI error body. No HTTP types.
+
+use std::borrow::Cow;
+
+use serde_json::{Value, json};
+use spark_api::{RequestError, SubmitError};
+
+/// Why a request was not answered. The text is meant for the client: it names the rule, the value and what to do.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ApiError {
+    /// A field breaks a rule (400).
+    #[error("{message}")]
+    Invalid {
+        /// The field, by its API name; `None` when the body as a whole is at fault.
+        param: Option<Cow<'static, str>>,
+        /// Rule and value.
+        message: String,
+    },
+    /// The body names a model that is not served here (404).
+    #[error("the model {model:?} does not exist here; served: {}", served.join(", "))]
+    ModelNotFound {
+        /// What was asked for.
+        model: String,
+        /// What there is.
+        served: Vec<String>,
+    },
+    /// No API key, or a wrong one (401).
+    #[error("a valid API key is needed: send the header `Authorization: Bearer <key>`")]
+    Unauthorized,
+    /// No such route (404).
+    #[error("there is no route {path:?}")]
+    RouteNotFound {
+        /// Path of the request.
+        path: String,
+    },
+    /// The route exists for another method (405).
+    #[error("{method} is not allowed on {path:?}")]
+    MethodNotAllowed {
+        /// Method of the request.
+        method: String,
+        /// Path of the request.
+        path: String,
+    },
+    /// The body is larger than the limit (413).
+    #[error("the body is over the limit of {limit} bytes")]
+    BodyTooLarge {
+        /// Largest body accepted, in bytes.
+        limit: usize,
+    },
+    /// The body is not declared as JSON (415).
+    #[error("the content type must be application/json")]
+    NotJson,
+    /// The engine did not take the request (503).
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    /// The engine stopped while it worked on the request (503).
+    #[error("the engine is shutting down and has cancelled the request")]
+    Cancelled,
+    /// The engine failed while it worked on the request (500).
+    #[error("the engine has failed: {0}")]
+    EngineFailed(String),
+    /// A defect of this program (500). The text tells the client nothing about it; the log does.
+    #[error("internal error; the server's log has the details")]
+    Internal,
+}
+
+impl ApiError {
+    /// A refusal of one field.
+    pub(crate) fn field(param: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Self::Invalid { param: Some(param.into()), message: message.into() }
+    }
+
+    /// A refusal of the body as a whole.
+    pub(crate) fn body(message: impl Into<String>) -> Self {
+        Self::Invalid { param: None, message: message.into() }
+    }
+
+    /// Logs what happened and hides it from the client.
+    pub(crate) fn internal(detail: &dyn std::fmt::Display) -> Self {
+        tracing::error!("internal error: {detail}");
+        Self::Internal
+    }
+
+    /// HTTP status code.
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::Invalid { .. } => 400,
+            Self::Unauthorized => 401,
+            Self::ModelNotFound { .. } | Self::RouteNotFound { .. } => 404,
+            Self::MethodNotAllowed { .. } => 405,
+            Self::BodyTooLarge { .. } => 413,
+            Self::NotJson => 415,
+            Self::Submit(_) | Self::Cancelled => 503,
+            Self::EngineFailed(_) | Self::Internal => 500,
+        }
+    }
+
+    /// Seconds after which another try makes sense, if one does.
+    pub fn retry_after(&self) -> Option<u32> {
+        matches!(self, Self::Submit(SubmitError::QueueFull { .. })).then_some(1)
+    }
+
+    /// The OpenAI error body. Types and the numeric `code` are vLLM's.
+    pub fn to_json(&self) -> Value {
+        let kind = match self.status() {
+            400 => "BadRequestError",
+            401 => "AuthenticationError",
+            404 => "NotFoundError",
+            405 => "MethodNotAllowedError",
+            413 => "RequestTooLargeError",
+            415 => "UnsupportedMediaTypeError",
+            503 => "ServiceUnavailableError",
+            _ => "InternalServerError",
+        };
+        let param = match self {
+            Self::Invalid { param, .. } => param.as_deref(),
+            Self::ModelNotFound { .. } => Some("model"),
+            _ => None,
+        };
+        json!({"error": {"message": self.to_string(), "type": kind, "param": param, "code": self.status()}})
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(error: RequestError) -> Self {
+        Self::field(error.param, error.message)
+    }
+}

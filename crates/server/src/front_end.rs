@@ -1,0 +1,331 @@
+//! From a JSON body to queued sequences. HTTP, the `generate` command and the `batch` command all come through here.
+
+use std::sync::Arc;
+
+use futures_util::future::try_join_all;
+use serde_json::{Value, json};
+use spark_api::{Engine, Health, MediaItem, Request, TokenId};
+use spark_text::{ChatTemplate, TextError, Tokenizer, expand_placeholders};
+use spark_vision::ImageProcessor;
+
+use crate::answer::Shape;
+use crate::body::Body;
+use crate::chat_request::{read_chat, segment_text};
+use crate::choice::{Choice, ChoiceSetup};
+use crate::completion_request::{PromptInput, read_prompts};
+use crate::fields::{self, Endpoint, UnknownFields};
+use crate::generation::PromptInfo;
+use crate::ids::{Seeds, random_id, unix_seconds};
+use crate::images::{Images, media_item};
+use crate::metrics::Metrics;
+use crate::params::{Params, read_model};
+use crate::pool::CpuPool;
+use crate::{ApiError, Generation, Options};
+
+/// `max_tokens` of a completion that does not say: OpenAI's.
+const DEFAULT_COMPLETION_TOKENS: usize = 16;
+/// Most choices of one request over all its prompts.
+const MAX_CHOICES: usize = 1024;
+
+/// Answers OpenAI bodies with an engine. Shared by all connections; all methods take `&self`.
+pub struct FrontEnd {
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) template: Option<Arc<ChatTemplate>>,
+    images: Option<Images>,
+    pub(crate) options: Options,
+    metrics: Arc<Metrics>,
+    unknown: UnknownFields,
+    seeds: Seeds,
+    pub(crate) pool: CpuPool,
+}
+
+/// A prompt, ready for the engine.
+pub(crate) struct Prompt {
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) media: Vec<MediaItem>,
+    /// What `echo` shows.
+    pub(crate) echo: String,
+}
+
+impl FrontEnd {
+    /// A front end. Without a template, chat is a 400; without an image processor, images are.
+    pub fn new(
+        engine: Arc<dyn Engine>,
+        tokenizer: Arc<Tokenizer>,
+        template: Option<Arc<ChatTemplate>>,
+        image_processor: Option<Arc<ImageProcessor>>,
+        options: Options,
+    ) -> Self {
+        let limits = &engine.info().limits;
+        let images = image_processor.map(|processor| {
+            let (cache, decoding) = (options.mm_processor_cache_bytes, options.max_decoding_bytes);
+            Images::new(processor, cache, decoding, limits.max_media_tokens)
+        });
+        Self {
+            metrics: Arc::new(Metrics::new(limits.max_model_len)),
+            seeds: Seeds::new(options.seed),
+            engine,
+            tokenizer,
+            template,
+            images,
+            options,
+            unknown: UnknownFields::default(),
+            pool: CpuPool::new(),
+        }
+    }
+
+    /// Queues a chat completion (the body of `POST /v1/chat/completions`).
+    ///
+    /// # Errors
+    /// What is wrong with the body, or why the engine does not take it.
+    pub async fn chat(&self, body: Value) -> Result<Generation, ApiError> {
+        let mut body = self.open(Endpoint::Chat, body)?;
+        let model = read_model(&mut body, &self.options)?;
+        let params = Params::read(Endpoint::Chat, &mut body, &self.options)?;
+        let prompt = self.chat_prompt(&mut body).await?;
+        self.submit(Endpoint::Chat, model, params, vec![prompt])
+    }
+
+    /// Queues a completion (the body of `POST /v1/completions`).
+    ///
+    /// # Errors
+    /// As [`chat`](Self::chat).
+    pub async fn completion(&self, body: Value) -> Result<Generation, ApiError> {
+        let mut body = self.open(Endpoint::Completions, body)?;
+        let model = read_model(&mut body, &self.options)?;
+        let params = Params::read(Endpoint::Completions, &mut body, &self.options)?;
+        let inputs = read_prompts(&mut body)?;
+        if inputs.len() * params.n > MAX_CHOICES {
+            let message = format!("{} prompts x n {} is over {MAX_CHOICES} choices", inputs.len(), params.n);
+            return Err(ApiError::field("n", message));
+        }
+        let echo = params.output.echo;
+        let prompts =
+            try_join_all(inputs.into_iter().map(|input| self.completion_prompt(input, echo))).await?;
+        self.submit(Endpoint::Completions, model, params, prompts)
+    }
+
+    /// Answers one line of an offline batch: status and body, as the server would.
+    pub async fn handle(&self, url: &str, body: Value) -> (u16, Value) {
+        let generation = match url {
+            "/v1/chat/completions" => self.chat(body).await,
+            "/v1/completions" => self.completion(body).await,
+            other => Err(ApiError::RouteNotFound { path: other.chars().take(200).collect() }),
+        };
+        let answer = match generation {
+            Ok(generation) if generation.is_streamed() => {
+                Err(ApiError::field("stream", "a batch has no streams: leave stream out"))
+            }
+            Ok(generation) => generation.into_response().await,
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(body) => (200, body),
+            Err(error) => (error.status(), error.to_json()),
+        }
+    }
+
+    /// Whether the engine can serve.
+    pub fn health(&self) -> Health {
+        self.engine.health()
+    }
+
+    /// The page of `GET /metrics`.
+    pub fn metrics(&self) -> String {
+        self.metrics.render(self.options.model_name(), self.engine.info(), &self.engine.stats())
+    }
+
+    /// The body of `GET /v1/models`.
+    pub fn models(&self) -> Value {
+        let models: Vec<_> = self.options.served_names.iter().map(|name| self.model_json(name)).collect();
+        json!({"object": "list", "data": models})
+    }
+
+    /// The body of `GET /v1/models/{name}`.
+    ///
+    /// # Errors
+    /// When no model of that name is served.
+    pub fn model(&self, name: &str) -> Result<Value, ApiError> {
+        match self.options.served_names.iter().any(|served| served == name) {
+            true => Ok(self.model_json(name)),
+            false => Err(ApiError::ModelNotFound {
+                model: name.chars().take(200).collect(),
+                served: self.options.served_names.clone(),
+            }),
+        }
+    }
+
+    fn model_json(&self, name: &str) -> Value {
+        json!({
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "spark-engine",
+            "root": self.options.model_root,
+            "parent": null,
+            "max_model_len": self.engine.info().limits.max_model_len,
+        })
+    }
+
+    fn open(&self, endpoint: Endpoint, body: Value) -> Result<Body, ApiError> {
+        let body = Body::new(body)?;
+        fields::check(endpoint, body.fields(), &self.unknown)?;
+        Ok(body)
+    }
+
+    /// Renders a conversation, tokenises it and makes room for its images.
+    pub(crate) async fn chat_prompt(&self, body: &mut Body) -> Result<Prompt, ApiError> {
+        let Some(template) = self.template.clone() else {
+            return Err(ApiError::field("messages", "this model has no chat template; use /v1/completions"));
+        };
+        let mut chat = read_chat(body, template.accepts_parts())?;
+        let images = self.load_images(std::mem::take(&mut chat.image_urls)).await?;
+        let (tokenizer, max_bytes) = (self.tokenizer.clone(), self.max_text_bytes());
+        let mut tokens = self
+            .pool
+            .run(move || {
+                let segments = chat.render(&template)?;
+                check_length(
+                    segments.iter().map(|segment| segment_text(segment).len()).sum(),
+                    max_bytes,
+                    "messages",
+                )?;
+                tokenizer.encode(&segments).map_err(|error| refuse_text("messages", &error))
+            })
+            .await?;
+        let mut media = Vec::new();
+        if let Some(placeholder) = self.engine.info().limits.image_token_id {
+            let counts: Vec<usize> = images.iter().map(|image| image.num_tokens).collect();
+            let expanded = expand_placeholders(&tokens, placeholder, &counts);
+            let (expanded, offsets) = expanded.map_err(|error| refuse_text("messages", &error))?;
+            tokens = expanded;
+            media = images.iter().zip(offsets).map(|(image, offset)| media_item(image, offset)).collect();
+        }
+        Ok(Prompt { tokens, media, echo: String::new() })
+    }
+
+    async fn load_images(
+        &self,
+        urls: Vec<String>,
+    ) -> Result<Vec<Arc<spark_vision::ProcessedImage>>, ApiError> {
+        if urls.is_empty() {
+            return Ok(Vec::new());
+        }
+        let limits = &self.engine.info().limits;
+        let Some(images) = self.images.as_ref().filter(|_| limits.image_token_id.is_some()) else {
+            return Err(ApiError::field("messages", "this model does not take images"));
+        };
+        if urls.len() > limits.max_media {
+            let message = format!("{} images in one prompt; the limit is {}", urls.len(), limits.max_media);
+            return Err(ApiError::field("messages", message));
+        }
+        try_join_all(urls.into_iter().map(|url| images.load(&self.pool, url))).await
+    }
+
+    /// Tokenises one prompt of a completion. It is written by whoever would write the template, so its special tokens
+    /// count; without media, placeholders among them are refused with the request.
+    pub(crate) async fn completion_prompt(&self, input: PromptInput, echo: bool) -> Result<Prompt, ApiError> {
+        let tokenizer = self.tokenizer.clone();
+        let max_bytes = self.max_text_bytes();
+        let work = move || match input {
+            PromptInput::Ids(tokens) => {
+                let echo = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
+                Ok(Prompt { tokens, media: Vec::new(), echo })
+            }
+            PromptInput::Text(text) => {
+                check_length(text.len(), max_bytes, "prompt")?;
+                let tokens =
+                    tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
+                Ok(Prompt { tokens, media: Vec::new(), echo: if echo { text } else { String::new() } })
+            }
+        };
+        self.pool.run(work).await
+    }
+
+    /// A text of more bytes has too many tokens: that need not be found out by tokenising it.
+    fn max_text_bytes(&self) -> usize {
+        self.engine.info().limits.max_model_len.saturating_mul(self.tokenizer.max_token_bytes())
+    }
+
+    /// Queues all choices. If one is refused, those before it are cancelled by being dropped.
+    fn submit(
+        &self,
+        endpoint: Endpoint,
+        model: String,
+        params: Params,
+        prompts: Vec<Prompt>,
+    ) -> Result<Generation, ApiError> {
+        let limits = &self.engine.info().limits;
+        let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
+        let id = format!("{prefix}-{}", params.request_id.clone().unwrap_or_else(random_id));
+        let mut ending_tokens = params.sampling.stop_token_ids.clone();
+        if !params.sampling.ignore_eos {
+            ending_tokens.extend(&limits.eos_token_ids);
+        }
+        let ending_tokens: Arc<[TokenId]> = ending_tokens.into();
+        let echo_alone = params.output.echo && params.max_tokens == Some(0);
+        let first_seed = params.seed.unwrap_or_else(|| self.seeds.next());
+        let mut choices = Vec::with_capacity(prompts.len() * params.n);
+        let mut infos = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            let room = limits.max_model_len.saturating_sub(prompt.tokens.len()).max(1);
+            let mut sampling = params.sampling.clone();
+            sampling.max_tokens = match (params.max_tokens, endpoint) {
+                (Some(_), _) if echo_alone => 1,
+                (Some(max_tokens), _) => max_tokens,
+                (None, Endpoint::Chat) => self.options.sampling_defaults.max_tokens.unwrap_or(room).min(room),
+                (None, Endpoint::Completions) => DEFAULT_COMPLETION_TOKENS.min(room),
+            };
+            for i in 0..params.n {
+                sampling.seed = first_seed.wrapping_add(i as u64);
+                let mut request =
+                    Request::new(prompt.tokens.clone(), prompt.media.clone(), sampling.clone(), limits)?;
+                request.priority = params.priority;
+                request.cache_salt.clone_from(&params.cache_salt);
+                request.name = id.clone();
+                self.metrics.submitted(params.n, sampling.max_tokens);
+                choices.push(Choice::new(ChoiceSetup {
+                    index: choices.len(),
+                    events: self.engine.submit(request)?,
+                    tokenizer: self.tokenizer.clone(),
+                    metrics: self.metrics.clone(),
+                    output: params.output.clone(),
+                    num_prompt_tokens: prompt.tokens.len(),
+                    ending_tokens: ending_tokens.clone(),
+                    discard_output: echo_alone,
+                }));
+            }
+            infos.push(PromptInfo { tokens: prompt.tokens.into(), echo: prompt.echo });
+        }
+        let shape = Shape {
+            endpoint,
+            id,
+            created: unix_seconds(),
+            model,
+            prompts: infos,
+            n: params.n,
+            output: params.output,
+            stream: params.stream,
+            tokenizer: self.tokenizer.clone(),
+        };
+        Ok(Generation { shape, choices: choices.into_iter().collect() })
+    }
+}
+
+fn check_length(num_bytes: usize, max_bytes: usize, param: &'static str) -> Result<(), ApiError> {
+    if num_bytes <= max_bytes {
+        return Ok(());
+    }
+    let message =
+        format!("the text has {num_bytes} bytes; over {max_bytes} it cannot fit into max_model_len");
+    Err(ApiError::field(param, message))
+}
+
+/// A client's mistake is told; a broken checkpoint is logged.
+pub(crate) fn refuse_text(param: &'static str, error: &TextError) -> ApiError {
+    match error.is_request_error() {
+        true => ApiError::field(param, error.to_string()),
+        false => ApiError::internal(error),
+    }
+}

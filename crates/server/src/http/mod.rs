@@ -1,0 +1,79 @@
+//! HTTP around a [`FrontEnd`]: routes, keys, limits, serving. What the bodies mean is decided elsewhere.
+
+mod auth;
+mod completions;
+mod info;
+mod reply;
+mod serve;
+mod tokens;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::{Method, Uri};
+use axum::middleware;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tower_http::catch_panic::CatchPanicLayer;
+
+pub use auth::ApiKeys;
+pub use serve::serve;
+
+use crate::{ApiError, FrontEnd};
+
+/// Largest body by default: vLLM's, enough for a few photographs as base64.
+pub const DEFAULT_MAX_BODY_BYTES: usize = 32 << 20;
+
+/// What the routes share.
+#[derive(Clone)]
+pub struct HttpState {
+    /// Answers requests.
+    pub front_end: Arc<FrontEnd>,
+    /// Keys that open the server; none means that it is open.
+    pub api_keys: ApiKeys,
+    /// Largest body, in bytes.
+    pub max_body_bytes: usize,
+}
+
+/// Every route of the server. All but `/health` need an API key, if there are any.
+pub fn router(state: HttpState) -> Router {
+    let keys = state.api_keys.clone();
+    Router::new()
+        .route("/v1/chat/completions", post(completions::chat))
+        .route("/v1/completions", post(completions::completions))
+        .route("/v1/models", get(info::models))
+        .route("/v1/models/{*name}", get(info::model))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/health", get(info::health))
+        .route("/version", get(info::version))
+        .route("/metrics", get(info::metrics))
+        .fallback(no_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(state.max_body_bytes))
+        .layer(middleware::from_fn_with_state(keys, auth::require_key))
+        .layer(CatchPanicLayer::custom(on_panic))
+        .with_state(state)
+}
+
+async fn no_route(uri: Uri) -> ApiError {
+    ApiError::RouteNotFound { path: shown_path(&uri) }
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::MethodNotAllowed { method: method.to_string(), path: shown_path(&uri) }
+}
+
+/// A path is the client's text: it goes back shortened.
+fn shown_path(uri: &Uri) -> String {
+    uri.path().chars().take(200).collect()
+}
+
+/// A defect in one handler costs that request alone.
+#[allow(clippy::needless_pass_by_value, reason = "the signature is tower-http's")]
+fn on_panic(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+    ApiError::internal(&format!("a handler panicked: {text}")).into_response()
+}

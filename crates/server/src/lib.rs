@@ -1,0 +1,36 @@
+//! OpenAI-compatible HTTP, and the front end behind it: JSON bodies to engine requests, engine events to answers.
+//!
+//! [`FrontEnd`] knows bodies and needs no network: the program's `generate` and `batch` use it directly. [`router`] and
+//! [`serve`] put HTTP around it. Nothing here knows a model, a device or a scheduler: the engine is a
+//! [`spark_api::Engine`].
+#![forbid(unsafe_code)]
+
+mod answer;
+mod body;
+mod chat_request;
+mod choice;
+mod chunks;
+mod completion_request;
+mod data_url;
+mod error;
+mod fields;
+mod front_end;
+mod generation;
+mod histogram;
+mod http;
+mod ids;
+mod images;
+mod logprobs;
+mod lru;
+mod metrics;
+mod options;
+mod params;
+mod pool;
+mod tokenize;
+
+pub use choice::{Delta, Finish, PromptReport, Stop};
+pub use error::ApiError;
+pub use front_end::FrontEnd;
+pub use generation::Generation;
+pub use http::{ApiKeys, DEFAULT_MAX_BODY_BYTES, HttpState, router, serve};
+pub use options::{Options, SamplingDefaults};

@@ -1,0 +1,204 @@
+//! What `/metrics` shows: vLLM's names, for what exists here. Engine counters are read at the time of the scrape.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use spark_api::{EngineInfo, EngineStats, Finished, StepHistogram};
+
+use crate::histogram::{
+    CHOICES, Exposition, Histogram, LATENCY_SECONDS, STEP_TOKENS, TOKEN_SECONDS, TTFT_SECONDS, one_two_five,
+};
+
+/// How a request ended, as a label.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Outcome {
+    Stop,
+    Length,
+    /// The client went away, or the engine cancelled.
+    Abort,
+    Error,
+}
+
+const OUTCOMES: [(Outcome, &str); 4] = [
+    (Outcome::Stop, "stop"),
+    (Outcome::Length, "length"),
+    (Outcome::Abort, "abort"),
+    (Outcome::Error, "error"),
+];
+
+/// Measurements of requests, taken where their events are read.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    outcomes: [AtomicU64; OUTCOMES.len()],
+    time_to_first_token: Histogram,
+    inter_token_latency: Histogram,
+    time_per_output_token: Histogram,
+    e2e_latency: Histogram,
+    queue_time: Histogram,
+    inference_time: Histogram,
+    prefill_time: Histogram,
+    decode_time: Histogram,
+    prompt_tokens: Histogram,
+    generation_tokens: Histogram,
+    params_n: Histogram,
+    params_max_tokens: Histogram,
+}
+
+impl Metrics {
+    /// No measurements yet.
+    pub(crate) fn new(max_model_len: usize) -> Self {
+        let tokens = one_two_five(max_model_len);
+        let latency = || Histogram::new(LATENCY_SECONDS);
+        Self {
+            outcomes: Default::default(),
+            time_to_first_token: Histogram::new(TTFT_SECONDS),
+            inter_token_latency: Histogram::new(TOKEN_SECONDS),
+            time_per_output_token: Histogram::new(TOKEN_SECONDS),
+            e2e_latency: latency(),
+            queue_time: latency(),
+            inference_time: latency(),
+            prefill_time: latency(),
+            decode_time: latency(),
+            prompt_tokens: Histogram::new(&tokens),
+            generation_tokens: Histogram::new(&tokens),
+            params_n: Histogram::new(CHOICES),
+            params_max_tokens: Histogram::new(&tokens),
+        }
+    }
+
+    /// A sequence was queued.
+    pub(crate) fn submitted(&self, n: usize, max_tokens: usize) {
+        self.params_n.observe_count(n);
+        self.params_max_tokens.observe_count(max_tokens);
+    }
+
+    /// A token arrived: the first of its sequence, or `previous` was the one before.
+    pub(crate) fn token(&self, arrived: Instant, previous: Option<Instant>, now: Instant) {
+        match previous {
+            None => self.time_to_first_token.observe(seconds(now - arrived)),
+            Some(previous) => self.inter_token_latency.observe(seconds(now - previous)),
+        }
+    }
+
+    /// A sequence ended. `finished` is what the engine says about it, if it had the last word.
+    pub(crate) fn finished(&self, outcome: Outcome, counts: Counts, finished: Option<&Finished>) {
+        self.outcomes[outcome as usize].fetch_add(1, Relaxed);
+        if matches!(outcome, Outcome::Abort | Outcome::Error) {
+            return;
+        }
+        self.e2e_latency.observe(seconds(counts.arrived.elapsed()));
+        self.prompt_tokens.observe_count(counts.num_prompt_tokens);
+        self.generation_tokens.observe_count(counts.num_output_tokens);
+        let Some(timings) = finished.map(|finished| finished.timings) else { return };
+        self.queue_time.observe(seconds(timings.queued));
+        self.prefill_time.observe(seconds(timings.prefill));
+        self.decode_time.observe(seconds(timings.decode));
+        self.inference_time.observe(seconds(timings.prefill + timings.decode));
+        if let Ok(later_tokens @ 1..) = u32::try_from(counts.num_output_tokens.saturating_sub(1)) {
+            self.time_per_output_token.observe(seconds(timings.decode) / f64::from(later_tokens));
+        }
+    }
+
+    /// The page.
+    pub(crate) fn render(&self, model_name: &str, info: &EngineInfo, stats: &EngineStats) -> String {
+        let mut page = Exposition::new(model_name);
+        engine_metrics(&mut page, info, stats);
+        page.metric("request_success_total", "counter", "Sequences that ended, by reason.");
+        for (outcome, reason) in OUTCOMES {
+            let count = self.outcomes[outcome as usize].load(Relaxed);
+            page.sample("request_success_total", &format!(",finished_reason=\"{reason}\""), count);
+        }
+        for (name, help, histogram) in self.histograms() {
+            let (bounds, counts, sum) = histogram.snapshot();
+            page.histogram(name, help, bounds, &counts, sum);
+        }
+        page.finish()
+    }
+
+    fn histograms(&self) -> [(&'static str, &'static str, &Histogram); 12] {
+        [
+            ("time_to_first_token_seconds", "From arrival to the first token.", &self.time_to_first_token),
+            ("inter_token_latency_seconds", "Between two tokens of a sequence.", &self.inter_token_latency),
+            (
+                "request_time_per_output_token_seconds",
+                "Decode time per later token.",
+                &self.time_per_output_token,
+            ),
+            ("e2e_request_latency_seconds", "From arrival to the end.", &self.e2e_latency),
+            ("request_queue_time_seconds", "From arrival until first scheduled.", &self.queue_time),
+            ("request_inference_time_seconds", "From first scheduled to the end.", &self.inference_time),
+            ("request_prefill_time_seconds", "From first scheduled to the first token.", &self.prefill_time),
+            ("request_decode_time_seconds", "From the first token to the end.", &self.decode_time),
+            ("request_prompt_tokens", "Prompt tokens of a sequence.", &self.prompt_tokens),
+            ("request_generation_tokens", "Generated tokens of a sequence.", &self.generation_tokens),
+            ("request_params_n", "Values of n.", &self.params_n),
+            ("request_params_max_tokens", "Values of max_tokens.", &self.params_max_tokens),
+        ]
+    }
+}
+
+/// What a sequence used.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Counts {
+    pub(crate) arrived: Instant,
+    pub(crate) num_prompt_tokens: usize,
+    pub(crate) num_output_tokens: usize,
+}
+
+fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
+}
+
+fn engine_metrics(page: &mut Exposition, info: &EngineInfo, stats: &EngineStats) {
+    let gauge = "gauge";
+    page.single("num_requests_running", gauge, "Sequences in the running set.", stats.num_running);
+    page.single("num_requests_waiting", gauge, "Sequences waiting to be scheduled.", stats.num_waiting);
+    page.single("kv_cache_usage_perc", gauge, "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage);
+    page.metric("cache_config_info", gauge, "Configuration of the KV cache.");
+    let num_blocks = info.num_kv_tokens / info.block_size.max(1);
+    let labels = format!(",block_size=\"{}\",num_gpu_blocks=\"{num_blocks}\"", info.block_size);
+    page.sample("cache_config_info", &labels, 1);
+    for (name, help, value) in [
+        ("num_preemptions_total", "Preemptions.", stats.num_preemptions),
+        ("prompt_tokens_total", "Prompt tokens computed or found in the cache.", stats.num_prompt_tokens),
+        ("generation_tokens_total", "Generated tokens.", stats.num_generation_tokens),
+        (
+            "prefix_cache_queries_total",
+            "Prompt tokens looked up in the prefix cache.",
+            stats.prefix_cache_queries,
+        ),
+        ("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+        ("mm_cache_queries_total", "Media looked up in the encoder cache.", stats.mm_cache_queries),
+        ("mm_cache_hits_total", "Media found in the encoder cache.", stats.mm_cache_hits),
+    ] {
+        page.single(name, "counter", help, value);
+    }
+    let (counts, sum) = step_tokens(&stats.tokens_per_step);
+    page.histogram("iteration_tokens_total", "Tokens of a step.", STEP_TOKENS, &counts, sum);
+}
+
+/// The engine counts steps by powers of two; vLLM's buckets are the powers 0, 3, 4 ... 14 and the rest.
+#[allow(clippy::cast_precision_loss, reason = "a page of statistics, not a ledger")]
+fn step_tokens(steps: &StepHistogram) -> (Vec<u64>, f64) {
+    let mut counts = vec![steps.counts[0], steps.counts[1..=3].iter().sum()];
+    counts.extend(&steps.counts[4..=14]);
+    counts.push(steps.counts[15..].iter().sum());
+    (counts, steps.sum as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn step_buckets_line_up_with_their_bounds() {
+        let mut steps = StepHistogram::default();
+        for tokens in [1, 2, 8, 9, 16, 16384, 16385] {
+            steps.observe(tokens);
+        }
+        let (counts, sum) = step_tokens(&steps);
+        assert_eq!(counts.len(), STEP_TOKENS.len() + 1);
+        assert_eq!((counts[0], counts[1], counts[2], counts[12], counts[13]), (1, 2, 2, 1, 1));
+        assert_eq!(sum, 32805.0);
+    }
+}

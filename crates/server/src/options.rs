@@ -1,0 +1,76 @@
+//! What the operator chose: served names, defaults of sampling, limits, keys. Read from flags by the program.
+
+use spark_api::SamplingParams;
+
+/// Options of a [`FrontEnd`](crate::FrontEnd).
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Names that `model` may have; answers carry the one that was asked for. Not empty.
+    pub served_names: Vec<String>,
+    /// Shown as `root` in the list of models: where the model came from.
+    pub model_root: String,
+    /// What a request gets that does not say otherwise.
+    pub sampling_defaults: SamplingDefaults,
+    /// `--return-tokens-as-token-ids`: the default of the field.
+    pub tokens_as_token_ids: bool,
+    /// `--mm-processor-cache-gb` in bytes: processed images kept on the host.
+    pub mm_processor_cache_bytes: usize,
+    /// Most bytes of decoded pixels in work at once, over all requests.
+    pub max_decoding_bytes: usize,
+    /// First of the seeds for requests that bring none; `None` starts anywhere.
+    pub seed: Option<u64>,
+}
+
+impl Options {
+    /// Options for one served name, neutral in everything else.
+    pub fn new(served_name: impl Into<String>) -> Self {
+        let name = served_name.into();
+        Self {
+            model_root: name.clone(),
+            served_names: vec![name],
+            sampling_defaults: SamplingDefaults::neutral(),
+            tokens_as_token_ids: false,
+            mm_processor_cache_bytes: 4 << 30,
+            // vLLM's bound on the decoded bytes of one request; here it bounds all requests together.
+            max_decoding_bytes: 715_827_880,
+            seed: None,
+        }
+    }
+
+    /// The name that metrics and answers carry by default.
+    pub fn model_name(&self) -> &str {
+        self.served_names.first().map_or("", String::as_str)
+    }
+}
+
+/// Sampling of a request that does not say otherwise: `generation_config.json`, as vLLM's `--generation-config auto`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingDefaults {
+    /// Temperature.
+    pub temperature: f32,
+    /// `top_k`; 0 keeps all tokens.
+    pub top_k: u32,
+    /// `top_p`.
+    pub top_p: f32,
+    /// `min_p`.
+    pub min_p: f32,
+    /// Repetition penalty.
+    pub repetition_penalty: f32,
+    /// `max_new_tokens` of the file, if it has one.
+    pub max_tokens: Option<usize>,
+}
+
+impl SamplingDefaults {
+    /// OpenAI's defaults: temperature 1, nothing else.
+    pub fn neutral() -> Self {
+        let neutral = SamplingParams::greedy(1);
+        Self {
+            temperature: 1.0,
+            top_k: neutral.top_k,
+            top_p: neutral.top_p,
+            min_p: neutral.min_p,
+            repetition_penalty: neutral.repetition_penalty,
+            max_tokens: None,
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! The fields that both endpoints share, read and resolved against the defaults of the model. No prompt.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use spark_api::{SamplingParams, TokenId};
+use spark_text::StopStrings;
+
+use crate::ApiError;
+use crate::body::{Body, as_float, wrong_type};
+use crate::fields::Endpoint;
+use crate::front_end::refuse_text;
+use crate::options::{Options, SamplingDefaults};
+
+/// Most choices of one prompt. vLLM allows 16,384; a client that wants more can send more requests.
+const MAX_N: usize = 128;
+/// Most entries of `logit_bias` and of `stop_token_ids`: they are copied to every rank at admission.
+const MAX_TOKEN_ENTRIES: usize = 1024;
+/// Most bytes of `cache_salt`, `request_id` and of a model name.
+const MAX_LABEL_BYTES: usize = 1024;
+/// Most alternatives per token, in both dialects.
+pub(crate) const MAX_LOGPROBS: usize = 20;
+/// Temperatures below this are greedy, as in vLLM: the division would only add rounding.
+const MIN_TEMPERATURE: f32 = 1e-5;
+
+/// What a request asks for, besides its prompt.
+pub(crate) struct Params {
+    /// Choices per prompt.
+    pub(crate) n: usize,
+    /// `None`: endpoint's default (rest of the context for chat, 16 for completions).
+    pub(crate) max_tokens: Option<usize>,
+    /// Everything for the sampler; `max_tokens` and `seed` are set per choice.
+    pub(crate) sampling: SamplingParams,
+    /// Choice `i` is drawn with `seed + i`; `None` draws differently each time.
+    pub(crate) seed: Option<u64>,
+    pub(crate) priority: i32,
+    pub(crate) cache_salt: Option<String>,
+    pub(crate) output: OutputParams,
+    /// Of the answer: `request_id` of the body, without the prefix of the endpoint.
+    pub(crate) request_id: Option<String>,
+    pub(crate) stream: StreamParams,
+}
+
+/// How tokens become text and JSON.
+#[derive(Clone)]
+pub(crate) struct OutputParams {
+    pub(crate) stop: Arc<StopStrings>,
+    pub(crate) include_stop: bool,
+    pub(crate) skip_special_tokens: bool,
+    pub(crate) return_token_ids: bool,
+    pub(crate) tokens_as_ids: bool,
+    /// Alternatives per token to show; `None` shows no log-probabilities.
+    pub(crate) logprobs: Option<usize>,
+    pub(crate) prompt_logprobs: Option<usize>,
+    /// Completions: the answer begins with the prompt.
+    pub(crate) echo: bool,
+    /// Tokens before which a stop string does not count.
+    pub(crate) min_tokens: usize,
+}
+
+/// `stream` and `stream_options`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct StreamParams {
+    pub(crate) stream: bool,
+    pub(crate) include_usage: bool,
+    pub(crate) continuous_usage: bool,
+}
+
+impl Params {
+    /// Reads all shared fields.
+    ///
+    /// # Errors
+    /// Names the first field with a wrong type or value. What the engine checks (ranges of sampling parameters, ids
+    /// in the vocabulary, lengths) is left to `Request::new`.
+    pub(crate) fn read(endpoint: Endpoint, body: &mut Body, options: &Options) -> Result<Self, ApiError> {
+        let output = read_output(endpoint, body, options)?;
+        let stream = read_stream(body)?;
+        if stream.stream && output.prompt_logprobs.is_some() {
+            let message = "prompt_logprobs are not available with stream: true; ask without stream";
+            return Err(ApiError::field("prompt_logprobs", message));
+        }
+        // The tokenizers of these models add none at the ends of a text, so either value is obeyed.
+        body.boolean("add_special_tokens", true)?;
+        let mut sampling = read_sampling(body, &options.sampling_defaults)?;
+        sampling.min_tokens = output.min_tokens;
+        sampling.logprobs = output.logprobs;
+        // An echoed prompt shows the log-probabilities of its tokens too.
+        sampling.prompt_logprobs = output.prompt_logprobs.or(output.logprobs.filter(|_| output.echo));
+        let max_tokens = body.count("max_tokens", 0, usize::MAX)?;
+        let max_tokens = match endpoint {
+            Endpoint::Chat => body.count("max_completion_tokens", 0, usize::MAX)?.or(max_tokens),
+            Endpoint::Completions => max_tokens,
+        };
+        Ok(Self {
+            n: body.count("n", 1, MAX_N)?.unwrap_or(1),
+            max_tokens,
+            sampling,
+            seed: body.integer("seed", i64::MIN, i64::MAX)?.map(i64::cast_unsigned),
+            priority: read_priority(body)?,
+            cache_salt: body.string("cache_salt", MAX_LABEL_BYTES)?,
+            output,
+            request_id: body.string("request_id", MAX_LABEL_BYTES)?,
+            stream,
+        })
+    }
+}
+
+/// Reads `model`; absent means the first served name.
+///
+/// # Errors
+/// A name that is not served.
+pub(crate) fn read_model(body: &mut Body, options: &Options) -> Result<String, ApiError> {
+    match body.string("model", MAX_LABEL_BYTES)? {
+        Some(model) if options.served_names.contains(&model) => Ok(model),
+        Some(model) => Err(ApiError::ModelNotFound { model, served: options.served_names.clone() }),
+        None => Ok(options.model_name().to_owned()),
+    }
+}
+
+fn read_output(endpoint: Endpoint, body: &mut Body, options: &Options) -> Result<OutputParams, ApiError> {
+    Ok(OutputParams {
+        stop: read_stop(body)?,
+        include_stop: body.boolean("include_stop_str_in_output", false)?,
+        skip_special_tokens: body.boolean("skip_special_tokens", true)?,
+        return_token_ids: body.boolean("return_token_ids", false)?,
+        tokens_as_ids: body.boolean("return_tokens_as_token_ids", options.tokens_as_token_ids)?,
+        logprobs: read_logprobs(endpoint, body)?,
+        prompt_logprobs: body.count("prompt_logprobs", 0, MAX_LOGPROBS)?,
+        echo: endpoint == Endpoint::Completions && body.boolean("echo", false)?,
+        min_tokens: body.count("min_tokens", 0, usize::MAX)?.unwrap_or(0),
+    })
+}
+
+fn read_stream(body: &mut Body) -> Result<StreamParams, ApiError> {
+    let stream = body.boolean("stream", false)?;
+    let Some(options) = body.object("stream_options")? else {
+        return Ok(StreamParams { stream, ..StreamParams::default() });
+    };
+    if !stream {
+        return Err(ApiError::field("stream_options", "stream_options is only allowed with stream: true"));
+    }
+    let flag = |name: &str| match options.get(name) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(flag)) => Ok(*flag),
+        Some(other) => {
+            Err(wrong_type("stream_options", &format!("an object whose {name} is a boolean"), other))
+        }
+    };
+    let continuous_usage = flag("continuous_usage_stats")?;
+    // Usage in every chunk without a final one would be an odd wish; vLLM needs both flags, we need the wider one.
+    Ok(StreamParams { stream, include_usage: flag("include_usage")?, continuous_usage })
+}
+
+/// Chat: a boolean and a count beside it. Completions: the count alone.
+fn read_logprobs(endpoint: Endpoint, body: &mut Body) -> Result<Option<usize>, ApiError> {
+    if endpoint == Endpoint::Completions {
+        return match body.take("logprobs") {
+            // `false` is what OpenAI's own clients send to mean "none".
+            None | Some(Value::Bool(false)) => Ok(None),
+            Some(value) => {
+                let mut one = Body::new(serde_json::json!({"logprobs": value}))?;
+                one.count("logprobs", 0, MAX_LOGPROBS)
+            }
+        };
+    }
+    let wanted = body.boolean("logprobs", false)?;
+    match body.count("top_logprobs", 0, MAX_LOGPROBS)? {
+        Some(count) if !wanted && count > 0 => {
+            Err(ApiError::field("top_logprobs", format!("top_logprobs is {count}, but logprobs is not true")))
+        }
+        count => Ok(wanted.then(|| count.unwrap_or(0))),
+    }
+}
+
+fn read_stop(body: &mut Body) -> Result<Arc<StopStrings>, ApiError> {
+    let items = match body.take("stop") {
+        None => Vec::new(),
+        Some(Value::String(text)) => vec![Value::String(text)],
+        Some(Value::Array(items)) => items,
+        Some(other) => return Err(wrong_type("stop", "a string or a list of strings", &other)),
+    };
+    let strings = items.into_iter().map(|item| match item {
+        Value::String(text) => Ok(text),
+        other => Err(wrong_type("stop", "a string or a list of strings", &other)),
+    });
+    StopStrings::new(strings.collect::<Result<_, _>>()?).map_err(|error| refuse_text("stop", &error))
+}
+
+fn read_priority(body: &mut Body) -> Result<i32, ApiError> {
+    let value = body.integer("priority", i64::from(i32::MIN), i64::from(i32::MAX))?;
+    // Within the range of an i32 by the line above.
+    Ok(value.and_then(|value| i32::try_from(value).ok()).unwrap_or(0))
+}
+
+fn read_sampling(body: &mut Body, defaults: &SamplingDefaults) -> Result<SamplingParams, ApiError> {
+    let temperature = body.float("temperature")?.unwrap_or(defaults.temperature);
+    let greedy = (0.0..MIN_TEMPERATURE).contains(&temperature);
+    Ok(SamplingParams {
+        temperature: if greedy { 0.0 } else { temperature },
+        top_k: read_top_k(body)?.unwrap_or(defaults.top_k),
+        top_p: body.float("top_p")?.unwrap_or(defaults.top_p),
+        min_p: body.float("min_p")?.unwrap_or(defaults.min_p),
+        repetition_penalty: body.float("repetition_penalty")?.unwrap_or(defaults.repetition_penalty),
+        presence_penalty: body.float("presence_penalty")?.unwrap_or(0.0),
+        frequency_penalty: body.float("frequency_penalty")?.unwrap_or(0.0),
+        logit_bias: read_logit_bias(body)?,
+        stop_token_ids: body.token_ids("stop_token_ids", MAX_TOKEN_ENTRIES)?,
+        ignore_eos: body.boolean("ignore_eos", false)?,
+        ..SamplingParams::greedy(1)
+    })
+}
+
+/// -1 and 0 keep all tokens, as in vLLM.
+fn read_top_k(body: &mut Body) -> Result<Option<u32>, ApiError> {
+    let value = body.integer("top_k", -1, i64::from(u32::MAX))?;
+    Ok(value.map(|value| u32::try_from(value).unwrap_or(0)))
+}
+
+fn read_logit_bias(body: &mut Body) -> Result<Vec<(TokenId, f32)>, ApiError> {
+    let Some(map) = body.object("logit_bias")? else { return Ok(Vec::new()) };
+    if map.len() > MAX_TOKEN_ENTRIES {
+        let message = format!("logit_bias has {} entries; the limit is {MAX_TOKEN_ENTRIES}", map.len());
+        return Err(ApiError::field("logit_bias", message));
+    }
+    let entry = |(key, value): (&String, &Value)| {
+        let shown: String = key.chars().take(32).collect();
+        let id = key.parse::<TokenId>().map_err(|_| {
+            ApiError::field("logit_bias", format!("logit_bias has the key {shown:?}; keys must be token ids"))
+        })?;
+        Ok((id, as_float("logit_bias", value)?))
+    };
+    map.iter().map(entry).collect()
+}

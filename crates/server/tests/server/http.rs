@@ -1,0 +1,190 @@
+//! Routes, keys, errors of the engine, and the pages that only tell.
+
+use axum::body::Body;
+use axum::http::{Request, header};
+use serde_json::{Value, json};
+use spark_api::{FinishReason, Health, SubmitError};
+
+use crate::fake::{Fake, MAX_MODEL_LEN, Script};
+use crate::{ask, chunks, complete, ids, post, send, server, server_with, text};
+
+async fn get(server: &axum::Router, path: &str) -> (u16, String) {
+    let response = send(server, Request::get(path).body(Body::empty()).unwrap()).await;
+    (response.status().as_u16(), text(response).await)
+}
+
+fn json_of(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+#[tokio::test]
+async fn models_and_version() {
+    let server = server(&Fake::says("x"));
+    let (status, page) = get(&server, "/v1/models").await;
+    let expected = json!({"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0,
+        "owned_by": "spark-engine", "root": "tiny", "parent": null, "max_model_len": MAX_MODEL_LEN}]});
+    assert_eq!((status, json_of(&page)), (200, expected.clone()));
+    assert_eq!(json_of(&get(&server, "/v1/models/tiny").await.1), expected["data"][0]);
+    assert_eq!(get(&server, "/v1/models/other/model").await.0, 404);
+    assert_eq!(json_of(&get(&server, "/version").await.1)["version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[tokio::test]
+async fn an_unknown_model_is_a_404() {
+    let engine = Fake::says("x");
+    let (status, answer) = complete(&server(&engine), json!({"model": "gpt", "prompt": "x"})).await;
+    assert_eq!((status, &answer["error"]["param"]), (404, &json!("model")));
+    assert_eq!(answer["error"]["type"], "NotFoundError");
+    assert_eq!(engine.num_requests(), 0);
+}
+
+#[tokio::test]
+async fn unknown_routes_and_methods_have_json_errors() {
+    let server = server(&Fake::says("x"));
+    let (status, page) = get(&server, "/v2/chat").await;
+    assert_eq!((status, &json_of(&page)["error"]["code"]), (404, &json!(404)));
+    let (status, page) = get(&server, "/v1/completions").await;
+    assert_eq!((status, &json_of(&page)["error"]["type"]), (405, &json!("MethodNotAllowedError")));
+}
+
+#[tokio::test]
+async fn health_follows_the_engine() {
+    let engine = Fake::says("x");
+    let server = server(&engine);
+    assert_eq!(get(&server, "/health").await.0, 200);
+    for (health, status) in [(Health::Stopping, "stopping"), (Health::Failed("broken".into()), "failed")] {
+        *engine.health.lock().unwrap() = health;
+        let (code, page) = get(&server, "/health").await;
+        assert_eq!((code, &json_of(&page)["status"]), (503, &json!(status)));
+    }
+}
+
+#[tokio::test]
+async fn every_route_but_health_needs_the_key() {
+    let engine = Fake::says("x");
+    let server = server_with(&engine, &["secret", "other"], 1 << 20);
+    let gets = ["/v1/models", "/v1/models/tiny", "/version", "/metrics", "/nowhere"];
+    let posts = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"];
+    let body = json!({"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [65]});
+    let request = |path: &str| match gets.contains(&path) {
+        true => Request::get(path).body(Body::empty()).unwrap(),
+        false => post(path, &body),
+    };
+    for path in gets.into_iter().chain(posts) {
+        for header in [
+            None,
+            Some("Bearer wrong"),
+            Some("Bearer"),
+            Some("Bearer "),
+            Some("secret"),
+            Some("Bearer secre"),
+        ] {
+            let mut request = request(path);
+            if let Some(header) = header {
+                request.headers_mut().insert(header::AUTHORIZATION, header.parse().unwrap());
+            }
+            let response = send(&server, request).await;
+            assert_eq!(response.status(), 401, "{path} with {header:?}");
+            assert_eq!(json_of(&text(response).await)["error"]["type"], "AuthenticationError");
+        }
+        let mut request = request(path);
+        request.headers_mut().insert(header::AUTHORIZATION, "Bearer other".parse().unwrap());
+        assert_ne!(send(&server, request).await.status(), 401, "{path}");
+    }
+    assert_eq!(get(&server, "/health").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_full_queue_says_when_to_come_back() {
+    let engine = Fake::new(Script::Refuse(SubmitError::QueueFull { num_waiting: 9, limit: 9 }));
+    let response = send(&server(&engine), post("/v1/completions", &json!({"prompt": "x"}))).await;
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()[header::RETRY_AFTER]),
+        (503, &"1".parse().unwrap())
+    );
+    assert!(text(response).await.contains("9 requests are waiting"));
+    for error in [SubmitError::Stopping, SubmitError::Failed("x".into())] {
+        let engine = Fake::new(Script::Refuse(error));
+        assert_eq!(complete(&server(&engine), json!({"prompt": "x"})).await.0, 503);
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_fails_ends_the_answer_with_an_error() {
+    for (script, code) in [
+        (Script::Tokens(ids("ab"), FinishReason::EngineFailed("device lost".into())), 500),
+        (Script::Tokens(ids("ab"), FinishReason::Cancelled), 503),
+        (Script::Drop, 500),
+    ] {
+        let server = server(&Fake::new(script));
+        let (status, answer) = complete(&server, json!({"prompt": "x"})).await;
+        assert_eq!((status, &answer["error"]["code"]), (code, &json!(code)));
+        let got = chunks(&server, "/v1/completions", json!({"prompt": "x", "stream": true})).await;
+        assert_eq!(got.last().unwrap()["error"]["code"], code);
+    }
+}
+
+#[tokio::test]
+async fn metrics_have_vllms_names_and_labels() {
+    let engine = Fake::says("xy");
+    let server = server(&engine);
+    assert_eq!(complete(&server, json!({"prompt": "x", "n": 2})).await.0, 200);
+    let (status, page) = get(&server, "/metrics").await;
+    assert_eq!(status, 200);
+    let labels = r#"{engine="0",model_name="tiny"}"#;
+    for line in [
+        format!("vllm:num_requests_running{labels} 3"),
+        format!("vllm:num_requests_waiting{labels} 0"),
+        format!("vllm:kv_cache_usage_perc{labels} 0.25"),
+        format!("vllm:prompt_tokens_total{labels} 40"),
+        "vllm:request_success_total{engine=\"0\",model_name=\"tiny\",finished_reason=\"stop\"} 2".into(),
+        format!("vllm:time_to_first_token_seconds_count{labels} 2"),
+        format!("vllm:inter_token_latency_seconds_count{labels} 4"),
+        format!("vllm:e2e_request_latency_seconds_count{labels} 2"),
+        format!("vllm:request_prefill_time_seconds_sum{labels} 0.004"),
+        format!("vllm:request_generation_tokens_sum{labels} 6"),
+        format!("vllm:request_params_max_tokens_sum{labels} 32"),
+        "# TYPE vllm:iteration_tokens_total histogram".into(),
+        "vllm:cache_config_info{engine=\"0\",model_name=\"tiny\",block_size=\"32\",num_gpu_blocks=\"100\"} 1"
+            .into(),
+    ] {
+        assert!(page.lines().any(|got| got == line), "{line} is not in\n{page}");
+    }
+}
+
+#[tokio::test]
+async fn texts_become_tokens_and_tokens_texts() {
+    let server = server(&Fake::says("x"));
+    let (status, answer) =
+        ask(&server, "/tokenize", json!({"model": "tiny", "prompt": "hi<|im_end|>"})).await;
+    assert_eq!(status, 200);
+    let tokens = ids("hi<|im_end|>");
+    let expected = json!({"count": 3, "max_model_len": MAX_MODEL_LEN, "tokens": tokens, "token_strs": null});
+    assert_eq!(answer, expected);
+    let (_, answer) = ask(&server, "/detokenize", json!({"tokens": tokens})).await;
+    assert_eq!(answer, json!({"prompt": "hi<|im_end|>"}));
+    let messages = json!([{"role": "user", "content": "Hello!"}]);
+    let (_, answer) =
+        ask(&server, "/tokenize", json!({"messages": messages, "return_token_strs": true})).await;
+    assert_eq!((&answer["count"], &answer["token_strs"][0]), (&json!(25), &json!("<|im_start|>")));
+    for (path, body) in [
+        ("/tokenize", json!({})),
+        ("/tokenize", json!({"prompt": 7})),
+        ("/detokenize", json!({})),
+        ("/detokenize", json!({"tokens": [282]})),
+        ("/detokenize", json!({"tokens": ["a"]})),
+    ] {
+        assert_eq!(ask(&server, path, body).await.0, 400);
+    }
+}
+
+#[tokio::test]
+async fn a_request_id_comes_from_the_body_or_the_header() {
+    let server = server(&Fake::says("x"));
+    let mut request = post("/v1/completions", &json!({"prompt": "x"}));
+    request.headers_mut().insert("x-request-id", "from-header".parse().unwrap());
+    assert_eq!(json_of(&text(send(&server, request).await).await)["id"], "cmpl-from-header");
+    let (_, first) = complete(&server, json!({"prompt": "x"})).await;
+    let (_, second) = complete(&server, json!({"prompt": "x"})).await;
+    assert_ne!(first["id"], second["id"]);
+}

@@ -1,0 +1,26 @@
+//! Text in, token ids out, and back: tokenizer, chat template, incremental detokenizer, stop strings.
+//!
+//! Knows neither HTTP nor the engine: the server turns a conversation into [`Segment`]s with [`ChatTemplate`], these
+//! into ids with [`Tokenizer`], and the generated ids into text with [`Detokenizer`] and [`StopMatcher`].
+//! Special tokens in text that a user wrote are never special: the template keeps its own text and the user's apart.
+#![forbid(unsafe_code)]
+
+mod detokenizer;
+mod error;
+mod logprob;
+mod placeholder;
+mod stop;
+mod template;
+mod tokenizer;
+mod vocabulary;
+
+pub use detokenizer::Detokenizer;
+pub use error::TextError;
+pub use logprob::TokenText;
+pub use placeholder::expand_placeholders;
+pub use stop::{StopMatcher, StopOutput, StopStrings};
+pub use template::{ChatTemplate, Conversation, MediaKind, MediaPart, RenderInput, prepare_messages};
+pub use tokenizer::{Segment, Tokenizer};
+
+/// Result of this crate.
+pub type Result<T, E = TextError> = std::result::Result<T, E>;

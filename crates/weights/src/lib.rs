@@ -1,0 +1,52 @@
+//! Checkpoints on their way into memory: files, formats, quantisation schemes and shards. Not the mathematics of any
+//! model, and no device: what comes out are the canonical host forms of `spark_backend`.
+//!
+//! The path of a weight, file by file: [`Checkpoint::open`] finds the folder (`locate`), reads the index and every
+//! shard's header strictly (`header`, `checkpoint`) and brings names into one form (`names`). A model states its
+//! parameters as [`ParamSpec`]s; `plan` finds the tensors behind each, deciding the scheme from what is there
+//! (`scheme`), and turns them into byte ranges; `read` fetches the ranges (direct IO or mmap), `convert` brings them
+//! into canonical form, `shard` cuts a rank's part, and [`Params`] hands the result out.
+//!
+//! ```no_run
+//! use spark_weights::{Checkpoint, LoadOptions, OpenOptions, ParamSpec, Shard};
+//!
+//! let checkpoint = Checkpoint::open("Qwen/Qwen3-VL-30B-A3B-Instruct", &OpenOptions::default())?;
+//! let specs = vec![
+//!     ParamSpec::vector("model.language_model.norm.weight", [1, 2048]),
+//!     ParamSpec::linear("model.language_model.layers.0.self_attn.o_proj", 2048, 4096, Shard::Columns),
+//! ];
+//! let mut params = checkpoint.load(&specs, &LoadOptions::default())?;
+//! let norm = params.vector("model.language_model.norm.weight")?;
+//! # let _ = norm;
+//! # Ok::<(), spark_weights::Error>(())
+//! ```
+
+mod bits;
+mod checkpoint;
+mod convert;
+mod dummy;
+mod error;
+mod header;
+mod load;
+mod locate;
+mod names;
+mod params;
+mod plan;
+mod read;
+mod scheme;
+mod shard;
+mod spec;
+mod summary;
+
+#[cfg(test)]
+mod tests;
+
+pub use checkpoint::{Checkpoint, OpenOptions};
+pub use dummy::dummy;
+pub use error::{Error, Result};
+pub use header::{DiskType, TensorInfo};
+pub use load::{LoadOptions, LoadProgress, LoadStrategy, ProgressFn};
+pub use names::normalise;
+pub use params::{Param, Params};
+pub use spec::{ParamKind, ParamSpec, Shard};
+pub use summary::{PartSummary, SchemeSummary, Summary};

@@ -1,0 +1,220 @@
+//! Loading: reads what a plan names, converts each item as soon as its bytes are there, gives out each parameter as
+//! soon as its items are. At no time is more than a few tensors held beside the result.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use spark_backend::{ExpertsWeight, LinearWeight, Matrix, VectorWeight};
+
+use crate::checkpoint::Checkpoint;
+use crate::convert::{Output, convert};
+use crate::error::{Error, Result};
+use crate::params::Param;
+use crate::plan::{Item, Plan};
+use crate::read::{Request, read_all};
+use crate::shard::{Rank, shard_bias, shard_matrix, shard_vector};
+use crate::spec::{ParamKind, ParamSpec};
+
+/// How files are read (`--safetensors-load-strategy`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadStrategy {
+    /// Large sequential reads of the needed ranges by several threads, past the page cache where the file system
+    /// allows.
+    #[default]
+    Eager,
+    /// Memory maps; dense tensors stay backed by the files, which must not be truncated while the engine runs.
+    Lazy,
+}
+
+/// How far a load is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// Bytes that will be read.
+    pub bytes_total: u64,
+}
+
+/// Called from loading threads after each read.
+pub type ProgressFn = Arc<dyn Fn(LoadProgress) + Send + Sync>;
+
+/// How to load.
+#[derive(Clone)]
+pub struct LoadOptions {
+    /// How files are read.
+    pub strategy: LoadStrategy,
+    /// This process's rank, below `world`.
+    pub rank: usize,
+    /// Ranks that share the model.
+    pub world: usize,
+    /// Told about progress.
+    pub progress: Option<ProgressFn>,
+    /// Reading and converting threads; 0 chooses by the number of cores.
+    pub threads: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        LoadOptions { strategy: LoadStrategy::Eager, rank: 0, world: 1, progress: None, threads: 0 }
+    }
+}
+
+impl fmt::Debug for LoadOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoadOptions")
+            .field("strategy", &self.strategy)
+            .field("rank", &self.rank)
+            .field("world", &self.world)
+            .field("progress", &self.progress.is_some())
+            .field("threads", &self.threads)
+            .finish()
+    }
+}
+
+/// Locks; a thread that panicked has already failed the load.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The segments of an item that have come.
+struct Arrivals {
+    segments: Vec<Option<Bytes>>,
+    missing: usize,
+}
+
+/// The outputs of a parameter that have come.
+struct Assembly {
+    matrices: Vec<Option<Matrix>>,
+    floats: Vec<Option<Vec<f32>>>,
+    missing: usize,
+}
+
+/// Loads `specs` and gives each parameter to `sink`.
+pub(crate) fn load(
+    checkpoint: &Checkpoint,
+    specs: &[ParamSpec],
+    options: &LoadOptions,
+    sink: &(dyn Fn(usize, Param) -> Result<()> + Sync),
+) -> Result<()> {
+    let rank = Rank::new(options.rank, options.world)?;
+    let plan = Plan::new(checkpoint, specs)?;
+    let assemblies: Vec<Mutex<Assembly>> = assemblies(&plan, specs);
+    let arrivals: Vec<Mutex<Arrivals>> = plan
+        .items
+        .iter()
+        .map(|item| item.segments.len())
+        .map(|count| Mutex::new(Arrivals { segments: vec![None; count], missing: count }))
+        .collect();
+    let mut requests = Vec::new();
+    for (number, item) in plan.items.iter().enumerate() {
+        for (position, segment) in item.segments.iter().enumerate() {
+            let file = checkpoint.tensors[segment.tensor].file;
+            requests.push(Request { file, offset: segment.offset, len: segment.len, item: number, position });
+        }
+    }
+    let deliver = |request: &Request, bytes: Bytes| {
+        let segments = {
+            let mut arrival = lock(&arrivals[request.item]);
+            arrival.segments[request.position] = Some(bytes);
+            arrival.missing -= 1;
+            if arrival.missing > 0 {
+                return Ok(());
+            }
+            std::mem::take(&mut arrival.segments)
+        };
+        let item = &plan.items[request.item];
+        let output = convert(checkpoint, item, segments.into_iter().flatten().collect())?;
+        match place(&assemblies[item.spec], item, output, &specs[item.spec], rank)? {
+            Some(param) => sink(item.spec, param),
+            None => Ok(()),
+        }
+    };
+    read_all(&checkpoint.files, requests, options, &deliver)
+}
+
+fn assemblies(plan: &Plan, specs: &[ParamSpec]) -> Vec<Mutex<Assembly>> {
+    let mut counts = vec![0; specs.len()];
+    for item in &plan.items {
+        counts[item.spec] += 1;
+    }
+    let slots = |spec: &ParamSpec| match &spec.kind {
+        ParamKind::Vector { .. } => 1,
+        ParamKind::Linear { parts, .. } => parts.len(),
+        ParamKind::Experts { num_experts, .. } => 3 * num_experts,
+    };
+    let empty = |(spec, &missing): (&ParamSpec, &usize)| {
+        let slots = slots(spec);
+        Mutex::new(Assembly { matrices: vec![None; slots], floats: vec![None; slots], missing })
+    };
+    specs.iter().zip(&counts).map(empty).collect()
+}
+
+/// Cuts an output to the rank's part and puts it in its place; the parameter, if this was the last.
+fn place(
+    assembly: &Mutex<Assembly>,
+    item: &Item,
+    output: Output,
+    spec: &ParamSpec,
+    rank: Rank,
+) -> Result<Option<Param>> {
+    let output = match output {
+        Output::Floats(values) => Output::Floats(values),
+        Output::Matrices(matrices) => {
+            let cut = |(i, matrix)| shard_matrix(spec, item.slot + i, matrix, rank);
+            Output::Matrices(matrices.into_iter().enumerate().map(cut).collect::<Result<_>>()?)
+        }
+    };
+    let mut assembly = lock(assembly);
+    match output {
+        Output::Floats(values) => assembly.floats[item.slot] = Some(values),
+        Output::Matrices(matrices) => {
+            for (i, matrix) in matrices.into_iter().enumerate() {
+                assembly.matrices[item.slot + i] = Some(matrix);
+            }
+        }
+    }
+    assembly.missing -= 1;
+    if assembly.missing > 0 {
+        return Ok(None);
+    }
+    let matrices = std::mem::take(&mut assembly.matrices);
+    let floats = std::mem::take(&mut assembly.floats);
+    drop(assembly);
+    build(spec, matrices.into_iter().flatten().collect(), floats.into_iter().flatten().collect(), rank)
+        .map(Some)
+}
+
+/// A parameter from its matrices and float values, all in slot order.
+pub(crate) fn build(
+    spec: &ParamSpec,
+    matrices: Vec<Matrix>,
+    floats: Vec<Vec<f32>>,
+    rank: Rank,
+) -> Result<Param> {
+    match &spec.kind {
+        &ParamKind::Vector { shape } => {
+            let values = floats.into_iter().flatten().collect();
+            shard_vector(spec, VectorWeight { values, shape }, rank).map(Param::Vector)
+        }
+        ParamKind::Linear { bias, .. } => {
+            let bias = if *bias { shard_bias(spec, floats, rank)? } else { None };
+            Ok(Param::Linear(LinearWeight { parts: matrices, bias }))
+        }
+        ParamKind::Experts { .. } => {
+            let mut experts = Vec::with_capacity(matrices.len() / 3);
+            let mut matrices = matrices.into_iter();
+            while let (Some(gate), Some(up), Some(down)) = (matrices.next(), matrices.next(), matrices.next())
+            {
+                let gate_up = LinearWeight { parts: vec![gate, up], bias: None };
+                experts.push((gate_up, LinearWeight { parts: vec![down], bias: None }));
+            }
+            Ok(Param::Experts(ExpertsWeight { experts }))
+        }
+    }
+}
+
+/// Options that a caller got wrong.
+pub(crate) fn option(option: &'static str, reason: impl Into<String>) -> Error {
+    Error::Option { option, reason: reason.into() }
+}

@@ -1,0 +1,241 @@
+//! From a model's parameters to the byte ranges that fill them. Reads no data; `load` and `summary` follow it.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::header::DiskType;
+use crate::names::{may_be_unused, normalise};
+use crate::scheme::{Layout, Module, Segment, Wanted, detect, float_type, fp8_block, orientation, product};
+use crate::spec::{ParamKind, ParamSpec, join};
+
+/// Missing tensors after which experts are no longer counted: a configuration may claim any number of them.
+const MAX_UNFILLED: usize = 10_000;
+
+/// What a group of segments becomes.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Recipe {
+    /// Float32 values of a vector, or of the bias of part `slot`.
+    Floats { dtype: DiskType },
+    /// `layout.outputs` matrices, from `slot` on.
+    Matrix(Layout),
+}
+
+/// Segments that are converted together.
+#[derive(Debug)]
+pub(crate) struct Item {
+    /// Position of the parameter in the specs.
+    pub(crate) spec: usize,
+    /// Linear: the part. Experts: three per expert (gate, up, down).
+    pub(crate) slot: usize,
+    pub(crate) recipe: Recipe,
+    pub(crate) segments: Vec<Segment>,
+}
+
+/// Everything that has to be read and what it becomes.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) items: Vec<Item>,
+}
+
+impl Plan {
+    /// Matches `specs` and the checkpoint.
+    ///
+    /// # Errors
+    /// When a parameter is not filled, a tensor is not consumed, or shapes and companions do not fit.
+    pub(crate) fn new(checkpoint: &Checkpoint, specs: &[ParamSpec]) -> Result<Self> {
+        let mut planner = Planner {
+            checkpoint,
+            used: RefCell::new(vec![false; checkpoint.tensors.len()]),
+            fp8_block: fp8_block(checkpoint.config()),
+            items: Vec::new(),
+            unfilled: Vec::new(),
+        };
+        let mut seen = HashSet::new();
+        for (index, spec) in specs.iter().enumerate() {
+            if !seen.insert(&spec.name) {
+                return Err(Error::Param { name: spec.name.clone(), reason: "is stated twice".to_owned() });
+            }
+            planner.spec(index, spec)?;
+        }
+        planner.finish()
+    }
+}
+
+struct Planner<'a> {
+    checkpoint: &'a Checkpoint,
+    used: RefCell<Vec<bool>>,
+    fp8_block: [usize; 2],
+    items: Vec<Item>,
+    unfilled: Vec<String>,
+}
+
+impl<'a> Planner<'a> {
+    fn spec(&mut self, index: usize, spec: &ParamSpec) -> Result<()> {
+        match &spec.kind {
+            ParamKind::Vector { shape } => {
+                let name = normalise(&spec.name);
+                self.floats(index, 0, &name, *shape)
+            }
+            ParamKind::Linear { parts, k, bias } => {
+                for (slot, (part, n)) in parts.iter().enumerate() {
+                    self.linear(index, slot, &join(&spec.name, part), [*n, *k], *bias)?;
+                }
+                Ok(())
+            }
+            &ParamKind::Experts { num_experts, hidden, intermediate } => {
+                self.experts(index, &normalise(&spec.name), num_experts, hidden, intermediate)
+            }
+        }
+    }
+
+    fn finish(self) -> Result<Plan> {
+        let used = self.used.into_inner();
+        let unused: Vec<String> = self
+            .checkpoint
+            .tensors
+            .iter()
+            .zip(&used)
+            .filter(|(tensor, used)| !**used && !may_be_unused(&tensor.normalised))
+            .map(|(tensor, _)| tensor.info.name.clone())
+            .collect();
+        if self.unfilled.is_empty() && unused.is_empty() {
+            return Ok(Plan { items: self.items });
+        }
+        Err(Error::Incomplete { unfilled: self.unfilled, unused })
+    }
+
+    fn module(&self, base: String, stacked: Option<(usize, usize)>) -> Module<'_> {
+        Module { checkpoint: self.checkpoint, used: &self.used, base, stacked, fp8_block: self.fp8_block }
+    }
+
+    /// A plain tensor that becomes float32: `[rows, cols]`, where further dimensions count as columns.
+    fn floats(&mut self, spec: usize, slot: usize, name: &str, shape: [usize; 2]) -> Result<()> {
+        let Some(tensor) = self.checkpoint.find(name) else {
+            self.unfilled.push(name.to_owned());
+            return Ok(());
+        };
+        self.used.borrow_mut()[tensor] = true;
+        let info = &self.checkpoint.tensors[tensor].info;
+        let [rows, cols] = shape;
+        let fits = product(&info.shape) == rows.checked_mul(cols)
+            && (rows == 1 || info.shape.first() == Some(&rows))
+            && float_type(info.dtype).is_some();
+        if !fits {
+            return Err(Error::Mismatch {
+                path: self.checkpoint.path_of(tensor).to_owned(),
+                tensor: info.name.clone(),
+                reason: format!(
+                    "is {:?} {:?}, expected a float tensor of {rows} x {cols}",
+                    info.dtype, info.shape
+                ),
+            });
+        }
+        let segments = vec![Segment { tensor, offset: info.offset, len: info.len }];
+        self.items.push(Item { spec, slot, recipe: Recipe::Floats { dtype: info.dtype }, segments });
+        Ok(())
+    }
+
+    fn linear(&mut self, spec: usize, slot: usize, name: &str, [n, k]: [usize; 2], bias: bool) -> Result<()> {
+        // The rules for prefixes look at whole tensor names.
+        let weight = normalise(&format!("{name}.weight"));
+        let base = weight.strip_suffix(".weight").unwrap_or(&weight).to_owned();
+        let found = detect(&self.module(base.clone(), None), Wanted { n, k, outputs: 1, transposed: false })?;
+        match found {
+            Some((layout, segments)) => {
+                self.items.push(Item { spec, slot, recipe: Recipe::Matrix(layout), segments });
+            }
+            None => self.unfilled.push(weight),
+        }
+        if bias {
+            self.floats(spec, slot, &format!("{base}.bias"), [1, n])?;
+        }
+        Ok(())
+    }
+
+    fn experts(&mut self, spec: usize, base: &str, count: usize, hidden: usize, inter: usize) -> Result<()> {
+        if count == 0 {
+            return Err(Error::Param { name: base.to_owned(), reason: "has no experts".to_owned() });
+        }
+        let fused = self.module(format!("{base}.gate_up_proj"), Some((0, count))).exists();
+        if fused {
+            return self.stacked_experts(
+                spec,
+                base,
+                count,
+                &[("gate_up_proj", 2 * inter, hidden, 0), ("down_proj", hidden, inter, 2)],
+            );
+        }
+        let apart =
+            [("gate_proj", inter, hidden, 0), ("up_proj", inter, hidden, 1), ("down_proj", hidden, inter, 2)];
+        if self.module(format!("{base}.gate_proj"), Some((0, count))).exists() {
+            return self.stacked_experts(spec, base, count, &apart);
+        }
+        // `experts.7.gate_proj`, or with ModelOpt's older exporters `experts.gate_proj.7`.
+        let projection_major = self.module(format!("{base}.gate_proj.0"), None).exists();
+        for expert in 0..count {
+            if self.unfilled.len() > MAX_UNFILLED {
+                break;
+            }
+            for (projection, n, k, slot) in apart {
+                let name = if projection_major {
+                    format!("{base}.{projection}.{expert}")
+                } else {
+                    format!("{base}.{expert}.{projection}")
+                };
+                self.linear(spec, 3 * expert + slot, &name, [n, k], false)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Experts stacked in one tensor per projection (name, n, k, first slot), all in the same orientation.
+    fn stacked_experts(
+        &mut self,
+        spec: usize,
+        base: &str,
+        count: usize,
+        projections: &[(&str, usize, usize, usize)],
+    ) -> Result<()> {
+        let mut transposed = None;
+        for &(projection, n, k, _) in projections {
+            let found = orientation(&self.module(format!("{base}.{projection}"), Some((0, count))), n, k)?;
+            match (transposed, found) {
+                (Some(one), Some(other)) if one != other => {
+                    return Err(Error::Unsupported {
+                        module: base.to_owned(),
+                        reason: "one projection is stored [out, in], another [in, out]".to_owned(),
+                    });
+                }
+                (None, found) => transposed = found,
+                _ => {}
+            }
+        }
+        let Some(transposed) = transposed else {
+            return Err(Error::Unsupported {
+                module: base.to_owned(),
+                reason: "all projections are square: their orientation cannot be told from the shapes"
+                    .to_owned(),
+            });
+        };
+        for expert in 0..count {
+            for &(projection, n, k, slot) in projections {
+                let outputs = if projection == "gate_up_proj" { 2 } else { 1 };
+                let module = self.module(format!("{base}.{projection}"), Some((expert, count)));
+                let found = detect(&module, Wanted { n, k, outputs, transposed })?;
+                match found {
+                    Some((layout, segments)) => {
+                        let slot = 3 * expert + slot;
+                        self.items.push(Item { spec, slot, recipe: Recipe::Matrix(layout), segments });
+                    }
+                    None => {
+                        self.unfilled.push(format!("{base}.{projection}"));
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

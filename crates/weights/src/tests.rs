@@ -1,0 +1,8 @@
+//! Tests of the crate as a whole, on small checkpoints that they write themselves. Not the comparison with
+//! transformers, which uses the fixtures.
+
+mod dequantize;
+mod files;
+mod hostile;
+mod schemes;
+mod shards;

@@ -1,0 +1,64 @@
+//! Stating and taking parameters below a name prefix; no mathematics.
+
+use spark_backend::Backend;
+use spark_weights::{ParamSpec, Params, Shard};
+
+use crate::Result;
+
+/// Collects the parameters of one module.
+pub(crate) struct Specs<'a> {
+    pub(crate) prefix: &'a str,
+    pub(crate) out: &'a mut Vec<ParamSpec>,
+}
+
+impl Specs<'_> {
+    /// A small tensor by its full name; the same on every rank.
+    pub(crate) fn vector(&mut self, name: &str, shape: [usize; 2]) {
+        self.out.push(ParamSpec::vector(self.name(name), shape));
+    }
+
+    /// A layer without bias.
+    pub(crate) fn linear(&mut self, module: &str, n: usize, k: usize, shard: Shard) {
+        self.out.push(ParamSpec::linear(self.name(module), n, k, shard));
+    }
+
+    /// Layers `module.part` over the same input, fused into one without bias under the name `module`.
+    pub(crate) fn fused(&mut self, module: &str, parts: &[(&str, usize)], k: usize, shard: Shard) {
+        self.out.push(ParamSpec::fused(self.name(module), parts, k, shard));
+    }
+
+    /// A layer with bias, the same on every rank (vision encoder).
+    pub(crate) fn linear_with_bias(&mut self, module: &str, n: usize, k: usize) {
+        self.out.push(ParamSpec::linear(self.name(module), n, k, Shard::Replicated).with_bias());
+    }
+
+    /// Routed experts.
+    pub(crate) fn experts(&mut self, module: &str, num_experts: usize, hidden: usize, intermediate: usize) {
+        self.out.push(ParamSpec::experts(self.name(module), num_experts, hidden, intermediate));
+    }
+
+    fn name(&self, name: &str) -> String {
+        format!("{}.{name}", self.prefix)
+    }
+}
+
+/// Takes the parameters of one module to a backend.
+pub(crate) struct Loader<'a, B: Backend> {
+    pub(crate) prefix: &'a str,
+    pub(crate) params: &'a mut Params,
+    pub(crate) backend: &'a B,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    pub(crate) fn vector(&mut self, name: &str) -> Result<B::Tensor> {
+        Ok(self.backend.vector(self.params.vector(&format!("{}.{name}", self.prefix))?)?)
+    }
+
+    pub(crate) fn linear(&mut self, name: &str) -> Result<B::Linear> {
+        Ok(self.backend.linear_weight(self.params.linear(&format!("{}.{name}", self.prefix))?)?)
+    }
+
+    pub(crate) fn experts(&mut self, name: &str) -> Result<B::Experts> {
+        Ok(self.backend.experts_weight(self.params.experts(&format!("{}.{name}", self.prefix))?)?)
+    }
+}

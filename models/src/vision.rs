@@ -1,0 +1,196 @@
+//! The Qwen3-VL vision encoder with its deepstack mergers.
+//!
+//! Mirrors `Qwen3VLVisionModel` of transformers. One call encodes one medium; attention never crosses frames.
+
+use spark_backend::{Activation, Backend, VisionSpec};
+use spark_weights::Params;
+
+use crate::{
+    Result,
+    config::VisionConfig,
+    param::{Loader, Specs},
+};
+
+/// Epsilon of every LayerNorm of the encoder; a constant of the modelling code, not of the configuration.
+const LAYER_NORM_EPS: f32 = 1e-6;
+
+/// The encoder.
+pub(crate) struct VisionEncoder<B: Backend> {
+    patch_embed: B::Linear, // [hidden, 3 * temporal * patch * patch]
+    pos_embed: B::Tensor,   // [side * side, hidden]
+    blocks: Vec<VisionBlock<B>>,
+    merger: PatchMerger<B>,
+    deepstack_mergers: Vec<PatchMerger<B>>,
+    deepstack_indexes: Vec<usize>,
+    spec: VisionSpec,
+}
+
+struct VisionBlock<B: Backend> {
+    norm1: LayerNorm<B>,
+    qkv: B::Linear,  // [3 * hidden, hidden]
+    proj: B::Linear, // [hidden, hidden]
+    norm2: LayerNorm<B>,
+    linear_fc1: B::Linear, // [intermediate, hidden]
+    linear_fc2: B::Linear, // [hidden, intermediate]
+}
+
+/// Four patches become one token: `[num_patches, hidden]` to `[num_patches / merge^2, out_hidden]`.
+struct PatchMerger<B: Backend> {
+    norm: LayerNorm<B>, // over hidden before the shuffle, or over merge^2 * hidden after it (deepstack)
+    linear_fc1: B::Linear,
+    linear_fc2: B::Linear,
+}
+
+struct LayerNorm<B: Backend> {
+    weight: B::Tensor,
+    bias: B::Tensor,
+}
+
+/// States the parameters of the encoder.
+pub(crate) fn specs(config: &VisionConfig, specs: &mut Specs<'_>) {
+    let hidden = config.hidden_size;
+    let merged = hidden * config.spatial_merge_size * config.spatial_merge_size;
+    let patch = config.in_channels * config.temporal_patch_size * config.patch_size * config.patch_size;
+    let norm = |specs: &mut Specs<'_>, name: String, len| {
+        specs.vector(&format!("{name}.weight"), [1, len]);
+        specs.vector(&format!("{name}.bias"), [1, len]);
+    };
+    let merger = |specs: &mut Specs<'_>, name: String, norm_len| {
+        norm(specs, format!("{name}.norm"), norm_len);
+        specs.linear_with_bias(&format!("{name}.linear_fc1"), merged, merged);
+        specs.linear_with_bias(&format!("{name}.linear_fc2"), config.out_hidden_size, merged);
+    };
+    specs.linear_with_bias("patch_embed.proj", hidden, patch);
+    specs.vector("pos_embed.weight", [config.num_position_embeddings, hidden]);
+    for i in 0..config.depth {
+        norm(specs, format!("blocks.{i}.norm1"), hidden);
+        specs.linear_with_bias(&format!("blocks.{i}.attn.qkv"), 3 * hidden, hidden);
+        specs.linear_with_bias(&format!("blocks.{i}.attn.proj"), hidden, hidden);
+        norm(specs, format!("blocks.{i}.norm2"), hidden);
+        specs.linear_with_bias(&format!("blocks.{i}.mlp.linear_fc1"), config.intermediate_size, hidden);
+        specs.linear_with_bias(&format!("blocks.{i}.mlp.linear_fc2"), hidden, config.intermediate_size);
+    }
+    merger(specs, "merger".into(), hidden);
+    for i in 0..config.deepstack_visual_indexes.len() {
+        merger(specs, format!("deepstack_merger_list.{i}"), merged);
+    }
+}
+
+impl<B: Backend> VisionEncoder<B> {
+    pub(crate) fn load(
+        config: &VisionConfig,
+        mean_std: ([f32; 3], [f32; 3]),
+        prefix: &str,
+        params: &mut Params,
+        backend: &B,
+    ) -> Result<Self> {
+        let mut w = Loader { prefix, params, backend };
+        let blocks = (0..config.depth).map(|i| VisionBlock::load(&format!("blocks.{i}"), &mut w));
+        let blocks = blocks.collect::<Result<_>>()?;
+        let mergers = (0..config.deepstack_visual_indexes.len())
+            .map(|i| PatchMerger::load(&format!("deepstack_merger_list.{i}"), &mut w));
+        Ok(Self {
+            blocks,
+            deepstack_mergers: mergers.collect::<Result<_>>()?,
+            patch_embed: w.linear("patch_embed.proj")?,
+            pos_embed: w.vector("pos_embed.weight")?,
+            merger: PatchMerger::load("merger", &mut w)?,
+            deepstack_indexes: config.deepstack_visual_indexes.clone(),
+            spec: VisionSpec {
+                num_heads: config.num_heads,
+                hidden_size: config.hidden_size,
+                patch_size: config.patch_size,
+                temporal_patch_size: config.temporal_patch_size,
+                merge_size: config.spatial_merge_size,
+                image_mean: mean_std.0,
+                image_std: mean_std.1,
+            },
+        })
+    }
+
+    /// Encodes one medium of `grid` `[frames, rows, columns]` patches: the embeddings and one tensor a deepstack level,
+    /// each `[num_tokens, out_hidden]`. `tap` sees named intermediate results.
+    pub(crate) fn forward(
+        &self,
+        b: &B,
+        pixels: &[u8],
+        grid: [usize; 3],
+        tap: &mut dyn FnMut(&str, &B::Tensor),
+    ) -> spark_backend::Result<(B::Tensor, Vec<B::Tensor>)> {
+        let merged = self.spec.hidden_size * self.spec.merge_size * self.spec.merge_size;
+        let patches = b.patches(pixels, grid.iter().product(), &self.spec)?;
+        tap("pixel_values", &patches);
+        let mut x = b.linear(&patches, &self.patch_embed)?;
+        tap("patch_embed", &x);
+        b.add_position(&mut x, &self.pos_embed, grid, &self.spec)?;
+        let mut deepstack = Vec::with_capacity(self.deepstack_indexes.len());
+        for (i, block) in self.blocks.iter().enumerate() {
+            block.forward(b, &mut x, grid, &self.spec)?;
+            tap(&format!("vblock{i}_out"), &x);
+            if let Some(level) = self.deepstack_indexes.iter().position(|&index| index == i) {
+                let merger = &self.deepstack_mergers[level];
+                let shuffled = b.reshape(b.keep(&x)?, merged)?;
+                deepstack.push(merger.merge(b, &merger.norm.forward(b, &shuffled)?)?);
+                tap(&format!("deepstack{level}"), &deepstack[level]);
+            }
+        }
+        let shuffled = b.reshape(self.merger.norm.forward(b, &x)?, merged)?;
+        let embeddings = self.merger.merge(b, &shuffled)?;
+        tap("merger", &embeddings);
+        Ok((embeddings, deepstack))
+    }
+}
+
+impl<B: Backend> VisionBlock<B> {
+    fn load(name: &str, w: &mut Loader<'_, B>) -> Result<Self> {
+        Ok(Self {
+            norm1: LayerNorm::load(&format!("{name}.norm1"), w)?,
+            qkv: w.linear(&format!("{name}.attn.qkv"))?,
+            proj: w.linear(&format!("{name}.attn.proj"))?,
+            norm2: LayerNorm::load(&format!("{name}.norm2"), w)?,
+            linear_fc1: w.linear(&format!("{name}.mlp.linear_fc1"))?,
+            linear_fc2: w.linear(&format!("{name}.mlp.linear_fc2"))?,
+        })
+    }
+
+    fn forward(
+        &self,
+        b: &B,
+        x: &mut B::Tensor,
+        grid: [usize; 3],
+        spec: &VisionSpec,
+    ) -> spark_backend::Result<()> {
+        let qkv = b.linear(&self.norm1.forward(b, x)?, &self.qkv)?;
+        let attended = b.vision_attend(&qkv, grid, spec)?;
+        b.add(x, &b.linear(&attended, &self.proj)?)?;
+        let mut h = b.linear(&self.norm2.forward(b, x)?, &self.linear_fc1)?;
+        b.activate(&mut h, Activation::GeluTanh)?;
+        b.add(x, &b.linear(&h, &self.linear_fc2)?)
+    }
+}
+
+impl<B: Backend> PatchMerger<B> {
+    fn load(name: &str, w: &mut Loader<'_, B>) -> Result<Self> {
+        Ok(Self {
+            norm: LayerNorm::load(&format!("{name}.norm"), w)?,
+            linear_fc1: w.linear(&format!("{name}.linear_fc1"))?,
+            linear_fc2: w.linear(&format!("{name}.linear_fc2"))?,
+        })
+    }
+
+    fn merge(&self, b: &B, x: &B::Tensor) -> spark_backend::Result<B::Tensor> {
+        let mut h = b.linear(x, &self.linear_fc1)?;
+        b.activate(&mut h, Activation::GeluErf)?;
+        b.linear(&h, &self.linear_fc2)
+    }
+}
+
+impl<B: Backend> LayerNorm<B> {
+    fn load(name: &str, w: &mut Loader<'_, B>) -> Result<Self> {
+        Ok(Self { weight: w.vector(&format!("{name}.weight"))?, bias: w.vector(&format!("{name}.bias"))? })
+    }
+
+    fn forward(&self, b: &B, x: &B::Tensor) -> spark_backend::Result<B::Tensor> {
+        b.layer_norm(x, &self.weight, &self.bias, LAYER_NORM_EPS)
+    }
+}

@@ -1,0 +1,62 @@
+//! vLLM flags that change nothing here: accepted so that a vLLM command line starts unchanged, checked, and warned about.
+
+use clap::Args;
+
+#[derive(Args)]
+#[command(next_help_heading = "Accepted for vLLM command lines")]
+pub(crate) struct CompatArgs {
+    /// Ignored: the scheme of every tensor is read from the checkpoint.
+    #[arg(long, value_name = "METHOD", value_parser = ["awq", "awq_marlin", "fp8", "compressed-tensors", "modelopt", "modelopt_fp4"])]
+    quantization: Option<String>,
+    /// Ignored on the CPU: there are no graphs to leave out.
+    #[arg(long)]
+    enforce_eager: bool,
+    /// Ignored: nothing in a checkpoint is ever executed.
+    #[arg(long)]
+    trust_remote_code: bool,
+    /// Ignored: ranks are processes of this program.
+    #[arg(long, value_name = "BACKEND", value_parser = ["mp", "ray", "uni", "external_launcher"])]
+    distributed_executor_backend: Option<String>,
+    /// Not effective yet: tool calls are not parsed in this version.
+    #[arg(long)]
+    enable_auto_tool_choice: bool,
+    /// Not effective yet: tool calls are not parsed in this version.
+    #[arg(long, value_name = "PARSER", value_parser = ["hermes", "qwen3_coder", "qwen3_xml"])]
+    tool_call_parser: Option<String>,
+    /// Not effective yet: reasoning is part of the content in this version.
+    #[arg(long, value_name = "PARSER", value_parser = ["qwen3", "deepseek_r1"])]
+    reasoning_parser: Option<String>,
+}
+
+impl CompatArgs {
+    /// Says which of the given flags change nothing.
+    pub(crate) fn warn(&self) {
+        let given = [
+            (
+                self.quantization.is_some(),
+                "--quantization: the scheme of every tensor is read from the checkpoint",
+            ),
+            (self.enforce_eager, "--enforce-eager: there are no graphs on the CPU"),
+            (self.trust_remote_code, "--trust-remote-code: nothing in a checkpoint is ever executed"),
+            (
+                self.distributed_executor_backend.is_some(),
+                "--distributed-executor-backend: ranks are our own processes",
+            ),
+            (
+                self.enable_auto_tool_choice,
+                "--enable-auto-tool-choice: tool calls are not parsed in this version",
+            ),
+            (
+                self.tool_call_parser.is_some(),
+                "--tool-call-parser: tool calls are not parsed in this version",
+            ),
+            (
+                self.reasoning_parser.is_some(),
+                "--reasoning-parser: reasoning stays in the content in this version",
+            ),
+        ];
+        for (_, what) in given.iter().filter(|(given, _)| *given) {
+            tracing::warn!("no effect: {what}");
+        }
+    }
+}

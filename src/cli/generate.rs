@@ -1,0 +1,151 @@
+//! `spark-engine generate`: one prompt, streamed to the terminal.
+
+use std::{
+    io::{IsTerminal, Read, Write},
+    path::PathBuf,
+    time::Instant,
+};
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::{Value, json};
+use spark_engine::image_data_url;
+
+use super::args::ModelArgs;
+
+/// Answer one prompt on the terminal.
+#[derive(Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The prompt; `-` or nothing reads it from standard input.
+    prompt: Option<String>,
+    /// Picture to ask about; repeat for several.
+    #[arg(long, value_name = "FILE")]
+    image: Vec<PathBuf>,
+    /// System prompt.
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Continue the prompt as it is, without the chat template.
+    #[arg(long, conflicts_with_all = ["image", "system"])]
+    raw: bool,
+    /// Most tokens to generate.
+    #[arg(long, short = 'n', default_value_t = 512, value_name = "TOKENS")]
+    max_tokens: usize,
+    /// 0 is greedy; by default the model's own setting.
+    #[arg(long)]
+    temperature: Option<f32>,
+    /// Keep the smallest set of tokens whose probability reaches this.
+    #[arg(long)]
+    top_p: Option<f32>,
+    /// Keep this many most likely tokens.
+    #[arg(long)]
+    top_k: Option<u32>,
+    /// Stop before this text; repeat for several.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on past the end-of-sequence token.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print times and speed on stderr.
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
+    let body = args.body()?;
+    let (raw, verbose) = (args.raw, args.verbose);
+    let engine = args.model.build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let start = Instant::now();
+        let mut answer = if raw { engine.completion(body).await } else { engine.chat(body).await }?;
+        let mut stdout = std::io::stdout();
+        let (mut first, mut num_tokens) = (None, 0);
+        loop {
+            let piece = tokio::select! {
+                piece = answer.next() => piece,
+                _ = tokio::signal::ctrl_c() => None,
+            };
+            let Some(piece) = piece else { break };
+            let piece = piece?;
+            num_tokens += piece.tokens.len();
+            if !piece.tokens.is_empty() {
+                first.get_or_insert_with(Instant::now);
+            }
+            stdout.write_all(piece.text.as_bytes())?;
+            stdout.flush()?;
+        }
+        writeln!(stdout)?;
+        if verbose {
+            report(start, first, answer.num_prompt_tokens(), num_tokens)?;
+        }
+        Ok(())
+    })
+}
+
+fn report(
+    start: Instant,
+    first: Option<Instant>,
+    num_prompt_tokens: usize,
+    num_tokens: usize,
+) -> anyhow::Result<()> {
+    let Some(first) = first else { return Ok(()) };
+    let decode = first.elapsed().as_secs_f64();
+    let speed = if num_tokens > 1 { (num_tokens - 1) as f64 / decode.max(1e-9) } else { 0.0 };
+    writeln!(
+        std::io::stderr(),
+        "{num_prompt_tokens} prompt tokens, first token after {:.0} ms; {num_tokens} tokens, {speed:.1} tok/s",
+        (first - start).as_secs_f64() * 1e3
+    )?;
+    Ok(())
+}
+
+impl GenerateArgs {
+    fn body(&self) -> anyhow::Result<Value> {
+        let prompt = match self.prompt.as_deref() {
+            Some(text) if text != "-" => text.to_owned(),
+            _ => {
+                anyhow::ensure!(
+                    !std::io::stdin().is_terminal(),
+                    "no prompt: give it as an argument or on standard input"
+                );
+                let mut text = String::new();
+                std::io::stdin()
+                    .read_to_string(&mut text)
+                    .context("reading the prompt from standard input")?;
+                text
+            }
+        };
+        let mut body = json!({"max_tokens": self.max_tokens, "stream": true});
+        let fields = [
+            ("temperature", self.temperature.map(Value::from)),
+            ("top_p", self.top_p.map(Value::from)),
+            ("top_k", self.top_k.map(Value::from)),
+            ("stop", (!self.stop.is_empty()).then(|| json!(self.stop))),
+            ("ignore_eos", self.ignore_eos.then_some(Value::Bool(true))),
+        ];
+        for (name, value) in fields {
+            if let Some(value) = value {
+                body[name] = value;
+            }
+        }
+        if self.raw {
+            body["prompt"] = prompt.into();
+            return Ok(body);
+        }
+        let mut parts = Vec::new();
+        for path in &self.image {
+            let url = image_data_url(path).with_context(|| format!("--image {}", path.display()))?;
+            parts.push(json!({"type": "image_url", "image_url": {"url": url}}));
+        }
+        parts.push(json!({"type": "text", "text": prompt}));
+        let mut messages = Vec::new();
+        if let Some(system) = &self.system {
+            messages.push(json!({"role": "system", "content": system}));
+        }
+        messages.push(json!({"role": "user", "content": parts}));
+        body["messages"] = messages.into();
+        Ok(body)
+    }
+}

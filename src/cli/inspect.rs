@@ -1,0 +1,155 @@
+//! `spark-engine inspect`: what a checkpoint is and what it takes to run it, without loading it.
+
+use std::io::Write;
+
+use clap::Args;
+use serde_json::{Value, json};
+use spark_engine::{Dtype, EngineOptions, HostMemory, KvCacheDtype, MemoryPlan, ModelFiles};
+
+/// Show architecture, quantisation and sizes.
+#[derive(Args)]
+pub(crate) struct InspectArgs {
+    /// A checkpoint folder, or a Hugging Face id in the local cache.
+    #[arg(value_name = "MODEL")]
+    model: String,
+    /// Branch, tag or commit of a Hugging Face id.
+    #[arg(long)]
+    revision: Option<String>,
+    /// Ranks to divide it over.
+    #[arg(long, visible_alias = "tp", default_value_t = 1, value_name = "N")]
+    tensor_parallel_size: usize,
+    /// One JSON object instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
+    let files = ModelFiles::open(&args.model, args.revision.clone())?;
+    let report = report(&files, args.tensor_parallel_size)?;
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        writeln!(stdout, "{report:#}")?;
+    } else {
+        write_text(&mut stdout, &report)?;
+    }
+    Ok(())
+}
+
+fn report(files: &ModelFiles, world: usize) -> anyhow::Result<Value> {
+    let (config, text) = (&files.config, &files.config.text);
+    let summary = files.checkpoint.summary(&files.specs, world)?;
+    let kv_bytes = |dtype: KvCacheDtype| -> Value {
+        let options = EngineOptions { kv_cache_dtype: dtype, ..EngineOptions::default() };
+        let unlimited = HostMemory { total: u64::MAX >> 1, available: u64::MAX >> 1 };
+        match MemoryPlan::new(config, &options, Dtype::Bf16, unlimited) {
+            Ok(plan) => plan.kv.bytes_per_token().into(),
+            Err(_) => Value::Null,
+        }
+    };
+    let moe = text.moe.as_ref().map(|moe| {
+        json!({"num_experts": moe.num_experts, "num_experts_per_tok": moe.num_experts_per_tok,
+               "moe_intermediate_size": moe.moe_intermediate_size})
+    });
+    let vision = config.vision.as_ref().map(|vision| {
+        json!({"depth": vision.depth, "hidden_size": vision.hidden_size, "num_heads": vision.num_heads,
+               "patch_size": vision.patch_size, "deepstack": vision.deepstack_visual_indexes.len()})
+    });
+    let summary = serde_json::to_value(summary)?;
+    Ok(json!({
+        "model_type": config.model_type,
+        "folder": files.checkpoint.dir(),
+        "text": {
+            "num_hidden_layers": text.num_hidden_layers, "hidden_size": text.hidden_size,
+            "num_attention_heads": text.num_attention_heads, "num_key_value_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim, "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.max_position_embeddings, "moe": moe,
+        },
+        "vision": vision,
+        "eos_token_ids": config.eos_token_ids,
+        "lm_head": if files.has_lm_head { "own tensor" } else { "the embeddings" },
+        "weights": summary,
+        "kv_bytes_per_token": {"bf16": kv_bytes(KvCacheDtype::Bf16), "fp8": kv_bytes(KvCacheDtype::Fp8)},
+        "tensor_parallel_size": world,
+    }))
+}
+
+fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {
+    let text = &report["text"];
+    writeln!(out, "architecture  {}", plain(&report["model_type"]))?;
+    writeln!(
+        out,
+        "decoder       {} layers, hidden {}, {} heads / {} kv heads of {}, vocabulary {}, up to {} tokens",
+        text["num_hidden_layers"],
+        text["hidden_size"],
+        text["num_attention_heads"],
+        text["num_key_value_heads"],
+        text["head_dim"],
+        text["vocab_size"],
+        text["max_position_embeddings"]
+    )?;
+    if let Some(moe) = text["moe"].as_object() {
+        let (experts, used, inner) =
+            (&moe["num_experts"], &moe["num_experts_per_tok"], &moe["moe_intermediate_size"]);
+        writeln!(out, "experts       {experts}, {used} per token, intermediate {inner}")?;
+    }
+    if let Some(vision) = report["vision"].as_object() {
+        let (depth, hidden, deepstack) = (&vision["depth"], &vision["hidden_size"], &vision["deepstack"]);
+        writeln!(out, "vision        {depth} blocks, hidden {hidden}, {deepstack} deepstack levels")?;
+    }
+    writeln!(out, "output head   {}", plain(&report["lm_head"]))?;
+    let weights = &report["weights"];
+    writeln!(out, "parameters    {}", grouped(&weights["parameters"]))?;
+    writeln!(out, "\n{:<12} {:<24} {:>8} {:>16}", "part", "scheme", "tensors", "bytes")?;
+    for part in weights["parts"].as_array().into_iter().flatten() {
+        for (scheme, row) in part["schemes"].as_object().into_iter().flatten() {
+            let (name, tensors, bytes) = (plain(&part["part"]), &row["tensors"], grouped(&row["bytes"]));
+            writeln!(out, "{name:<12} {scheme:<24} {tensors:>8} {bytes:>16}")?;
+        }
+    }
+    writeln!(out, "{:<12} {:<24} {:>8} {:>16}", "total", "", "", grouped(&weights["file_bytes"]))?;
+    let kv = &report["kv_bytes_per_token"];
+    writeln!(
+        out,
+        "\nKV cache      {} bytes a token in bf16, {} in fp8",
+        grouped(&kv["bf16"]),
+        grouped(&kv["fp8"])
+    )?;
+    for (rank, bytes) in weights["rank_bytes"].as_array().into_iter().flatten().enumerate() {
+        writeln!(
+            out,
+            "rank {rank} of {}   holds {} bytes of weights",
+            report["tensor_parallel_size"],
+            grouped(bytes)
+        )?;
+    }
+    Ok(())
+}
+
+fn plain(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+/// 1234567 as 1,234,567.
+fn grouped(value: &Value) -> String {
+    let digits = value.to_string();
+    let mut text = String::with_capacity(digits.len() * 4 / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped_by_three() {
+        assert_eq!(grouped(&json!(1)), "1");
+        assert_eq!(grouped(&json!(1234)), "1,234");
+        assert_eq!(grouped(&json!(123_456_789)), "123,456,789");
+    }
+}

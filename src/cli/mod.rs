@@ -1,0 +1,84 @@
+//! The commands of the program and what they share.
+
+mod args;
+mod batch;
+mod batch_file;
+mod compat;
+mod generate;
+mod inspect;
+mod progress;
+mod serve;
+
+use std::io::Write;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Native inference engine for Qwen3-VL mixture-of-experts models.
+#[derive(Parser)]
+#[command(name = "spark-engine", version, about, long_about = None, max_term_width = 110)]
+#[command(after_help = "Examples:\n  \
+    spark-engine serve Qwen/Qwen3-VL-30B-A3B-Instruct-AWQ --port 8000\n  \
+    spark-engine generate ./model --image photo.jpg \"What is in the picture?\"\n  \
+    spark-engine batch ./model -i prompts.jsonl -o answers.jsonl\n  \
+    spark-engine inspect ./model --tp 2")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Messages on stderr: error, warn, info, debug or trace; or a filter such as `spark_runtime=debug`.
+    #[arg(long, global = true, env = "SPARK_LOG", default_value = "info", value_name = "LEVEL")]
+    log_level: String,
+    /// Messages as JSON lines.
+    #[arg(long, global = true)]
+    log_json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve an OpenAI-compatible HTTP API.
+    Serve(serve::ServeArgs),
+    /// Answer one prompt on the terminal.
+    Generate(generate::GenerateArgs),
+    /// Run a file of OpenAI batch requests; resumes where an earlier run was stopped.
+    Batch(batch::BatchArgs),
+    /// Show architecture, quantisation, sizes and what each rank would hold.
+    Inspect(inspect::InspectArgs),
+}
+
+impl Cli {
+    /// Sends messages to stderr; stdout is for results.
+    pub(crate) fn init_logging(&self) {
+        let filter = EnvFilter::try_new(&self.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
+        let builder =
+            tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+        if self.log_json {
+            builder.json().init();
+        } else {
+            builder.compact().init();
+        }
+    }
+
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Serve(args) => serve::run(args),
+            Command::Generate(args) => generate::run(args),
+            Command::Batch(args) => batch::run(args),
+            Command::Inspect(args) => inspect::run(&args),
+        }
+    }
+}
+
+/// One line on stderr per link of the chain.
+pub(crate) fn print_error(error: &anyhow::Error) {
+    let mut stderr = std::io::stderr().lock();
+    let _ = writeln!(stderr, "error: {error}");
+    let mut last = error.to_string();
+    for cause in error.chain().skip(1) {
+        // Transparent wrappers repeat their source.
+        let text = cause.to_string();
+        if text != last {
+            let _ = writeln!(stderr, "  caused by: {text}");
+        }
+        last = text;
+    }
+}

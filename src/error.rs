@@ -1,0 +1,41 @@
+//! Why an engine could not be built. Each text says what was wrong and where.
+
+/// Result of the library.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why an engine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The checkpoint.
+    #[error(transparent)]
+    Weights(#[from] spark_weights::Error),
+    /// The configuration or the network.
+    #[error(transparent)]
+    Model(#[from] spark_models::Error),
+    /// The tokenizer or the chat template.
+    #[error(transparent)]
+    Text(#[from] spark_text::TextError),
+    /// The image processor.
+    #[error(transparent)]
+    Vision(#[from] spark_vision::VisionError),
+    /// Memory, options, threads.
+    #[error(transparent)]
+    Runtime(#[from] spark_runtime::Error),
+    /// The device.
+    #[error(transparent)]
+    Backend(#[from] spark_backend::Error),
+    /// An option that this build or this machine cannot follow.
+    #[error("{option}: {problem}")]
+    Option {
+        /// The flag.
+        option: &'static str,
+        /// Rule, value and what to do.
+        problem: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn option(option: &'static str, problem: impl Into<String>) -> Self {
+        Self::Option { option, problem: problem.into() }
+    }
+}

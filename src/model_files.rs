@@ -1,0 +1,90 @@
+//! What a model consists of on disk: checkpoint, configuration, tokenizer, template, image processor. No weights yet.
+
+use spark_backend::Dtype;
+use spark_models::ModelConfig;
+use spark_server::SamplingDefaults;
+use spark_weights::{Checkpoint, OpenOptions, ParamSpec};
+
+use crate::{Error, Result};
+
+/// Names of compute dtypes as flags spell them.
+pub const DTYPES: [&str; 3] = ["auto", "bfloat16", "float32"];
+
+/// An opened model.
+pub struct ModelFiles {
+    /// Files and tensors.
+    pub checkpoint: Checkpoint,
+    /// Parsed configuration.
+    pub config: ModelConfig,
+    /// Every parameter.
+    pub specs: Vec<ParamSpec>,
+    /// Whether the output head is a tensor of its own.
+    pub has_lm_head: bool,
+}
+
+impl ModelFiles {
+    /// Opens a folder, or a Hugging Face id that is in the local cache.
+    ///
+    /// # Errors
+    /// When there is no such model, or its files contradict each other.
+    pub fn open(model: &str, revision: Option<String>) -> Result<Self> {
+        let checkpoint = Checkpoint::open(model, &OpenOptions { revision, ..OpenOptions::default() })?;
+        let config = ModelConfig::parse(checkpoint.config(), checkpoint.generation_config())?;
+        let (has_lm_head, warning) = config.lm_head_of(&checkpoint);
+        if let Some(warning) = warning {
+            tracing::warn!("{warning}");
+        }
+        let specs = config.specs(has_lm_head);
+        Ok(Self { checkpoint, config, specs, has_lm_head })
+    }
+
+    /// The compute dtype that `auto` means: float32 for a float32 checkpoint, else bfloat16. Half precision
+    /// checkpoints are computed in bfloat16 too: their range overflows on long prompts.
+    pub fn auto_dtype(&self) -> Dtype {
+        let config = self.checkpoint.config();
+        let text = config.get("text_config").unwrap_or(config);
+        let named = |value: &serde_json::Value| {
+            value.get("dtype").or(value.get("torch_dtype")).and_then(|v| v.as_str()).map(str::to_owned)
+        };
+        match named(text).or_else(|| named(config)).as_deref() {
+            Some("float32" | "torch.float32") => Dtype::F32,
+            _ => Dtype::Bf16,
+        }
+    }
+}
+
+/// Sampling defaults that `generation_config.json` asks for (`--generation-config auto`).
+pub fn generation_defaults(checkpoint: &Checkpoint) -> Result<SamplingDefaults> {
+    let mut defaults = SamplingDefaults::neutral();
+    let Some(file) = checkpoint.generation_config() else { return Ok(defaults) };
+    let number = |name: &str| -> Result<Option<f64>> {
+        match file.get(name) {
+            None | Some(serde_json::Value::Null) => Ok(None),
+            Some(value) => value.as_f64().map(Some).ok_or_else(|| {
+                Error::option("generation_config.json", format!("{name}: {value} is not a number"))
+            }),
+        }
+    };
+    // transformers ignores the sampling values of a greedy configuration; so do we.
+    if file.get("do_sample").and_then(serde_json::Value::as_bool) == Some(false) {
+        defaults.temperature = 0.0;
+        return Ok(defaults);
+    }
+    if let Some(value) = number("temperature")? {
+        defaults.temperature = value as f32;
+    }
+    if let Some(value) = number("top_p")? {
+        defaults.top_p = value as f32;
+    }
+    if let Some(value) = number("top_k")? {
+        defaults.top_k = value.max(0.0) as u32;
+    }
+    if let Some(value) = number("min_p")? {
+        defaults.min_p = value as f32;
+    }
+    if let Some(value) = number("repetition_penalty")? {
+        defaults.repetition_penalty = value as f32;
+    }
+    defaults.max_tokens = number("max_new_tokens")?.map(|n| n.max(1.0) as usize);
+    Ok(defaults)
+}

@@ -1,0 +1,51 @@
+//! `cargo xtask ci`: everything that must pass, the cheap checks first. Needs no GPU.
+//!
+//! Third-party crates are compiled twice in all: as metadata (shared by clippy and rustdoc) and as code (shared by
+//! the tests and the doc tests). Every cargo call therefore names the whole workspace: naming a single package could
+//! select other features of a dependency and compile it again.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use crate::{process, tidy};
+
+/// The integration test that talks to the server with the `openai` client finds its Python here.
+const PYTHON_VARIABLE: &str = "SPARK_TEST_PYTHON";
+
+/// Runs all checks; stops at the first that fails.
+///
+/// # Errors
+/// Names the check that failed.
+pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let cargo = |args: &[&str]| {
+        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.current_dir(root).args(args);
+        command
+    };
+
+    process::run(&mut cargo(&["fmt", "--all", "--check"]))?;
+    tidy::run(root, false)?;
+    process::run(&mut cargo(&[
+        "clippy",
+        "--locked",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+
+    let python = process::python(root, "python-client", &root.join("tests/python/requirements.txt"))?;
+    process::run(
+        cargo(&["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]).env(PYTHON_VARIABLE, python),
+    )?;
+    process::run(&mut cargo(&["test", "--locked", "--workspace", "--doc"]))?;
+    process::run(
+        cargo(&["doc", "--locked", "--workspace", "--no-deps", "--lib"]).env("RUSTDOCFLAGS", "-D warnings"),
+    )?;
+
+    println!("\nxtask ci: all checks passed in {} s", start.elapsed().as_secs());
+    Ok(())
+}

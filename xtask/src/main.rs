@@ -1,0 +1,65 @@
+//! Repository tasks, run as `cargo xtask <task>`. No product code: nothing here is part of the engine.
+#![forbid(unsafe_code)]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command line program reports on the terminal"
+)]
+
+mod ci;
+mod golden;
+mod process;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+
+/// Repository tasks of spark-engine.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Checks what the compiler does not: sizes, dependency arrows, forbidden words, documents.
+    Tidy {
+        /// Also lists files and functions that are over the aim but under the limit.
+        #[arg(long)]
+        notes: bool,
+    },
+    /// Everything that must pass before a change is merged.
+    Ci,
+    /// Makes the fixtures again and says which of them changed.
+    Golden {
+        /// Arguments for the fixture script.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = root().and_then(|root| match Cli::parse().task {
+        Task::Tidy { notes } => tidy::run(&root, notes),
+        Task::Ci => ci::run(&root),
+        Task::Golden { args } => golden::run(&root, &args),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the repository: the parent of this crate's folder.
+fn root() -> anyhow::Result<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map(Path::to_path_buf).context("xtask must lie one folder below the root of the repository")
+}
