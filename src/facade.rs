@@ -59,7 +59,7 @@ impl SparkEngine {
         Request::new(prompt, Vec::new(), sampling, &self.info().limits)
     }
 
-    /// The OpenAI front end, to mount in a server of one's own ([`spark_server::router`]).
+    /// The OpenAI front end, to mount in a server of one's own ([`router`](spark_server::router)).
     pub fn front_end(&self) -> &Arc<FrontEnd> {
         &self.front_end
     }

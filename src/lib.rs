@@ -4,22 +4,38 @@
 //! and gives a stream of text, or takes token ids and gives a stream of events. Dropping a stream cancels its request.
 //! There is no global state: two engines live side by side in one process.
 //!
-//! ```no_run
+//! ```
 //! use serde_json::json;
-//! use spark_engine::EngineBuilder;
+//! use spark_engine::{EngineBuilder, image_data_url};
 //!
+//! # const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/models/moe_vl_awq");
+//! # const PICTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/media/harbour.jpg");
 //! #[tokio::main]
 //! async fn main() -> Result<(), Box<dyn std::error::Error>> {
-//!     let engine = EngineBuilder::new("Qwen/Qwen3-VL-30B-A3B-Instruct").build()?;
+//!     // A folder, or a Hugging Face id in the local cache: "Qwen/Qwen3-VL-30B-A3B-Instruct".
+//!     let engine = EngineBuilder::new(MODEL).engine(|options| options.max_model_len = Some(4096)).build()?;
 //!     let mut answer = engine
-//!         .chat(json!({"messages": [{"role": "user", "content": "Name three rivers."}], "max_tokens": 64}))
+//!         .chat(json!({
+//!             "messages": [{"role": "user", "content": [
+//!                 {"type": "image_url", "image_url": {"url": image_data_url(PICTURE.as_ref())?}},
+//!                 {"type": "text", "text": "What is in the picture?"},
+//!             ]}],
+//!             "max_tokens": 16,
+//!         }))
 //!         .await?;
-//!     while let Some(piece) = answer.next().await {
-//!         print!("{}", piece?.text);
+//!     # let mut num_tokens = 0;
+//!     while let Some(delta) = answer.next().await {
+//!         let delta = delta?;
+//!         print!("{}", delta.text);
+//!         # num_tokens += delta.tokens.len();
 //!     }
+//!     # assert!((1..=16).contains(&num_tokens));
 //!     Ok(())
 //! }
 //! ```
+//!
+//! A service that speaks HTTP mounts [`server::router`] on [`SparkEngine::front_end`]; one that has token ids already uses
+//! [`SparkEngine::request`] and [`SparkEngine::submit`]. The repository's `examples` folder has a program for each.
 #![forbid(unsafe_code)]
 
 mod builder;
@@ -36,5 +52,7 @@ pub use spark_api as api;
 pub use spark_backend::Dtype;
 pub use spark_runtime::{EngineOptions, HostMemory, KvCacheDtype, MemoryPlan, Policy};
 pub use spark_server as server;
+pub use spark_server::{ApiError, Generation};
+pub use spark_text::Tokenizer;
 pub use spark_vision::ImageProcessorOverrides;
-pub use spark_weights::{LoadProgress, LoadStrategy};
+pub use spark_weights::{LoadProgress, LoadStrategy, ProgressFn};

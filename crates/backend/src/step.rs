@@ -135,7 +135,7 @@ pub struct SlotParams {
 pub struct StepOutput {
     /// Sampled tokens.
     pub sampled: Vec<SampledToken>,
-    /// Log-probabilities of the next prompt token: row, target, alternatives.
+    /// Log-probabilities of the next prompt token: its entry in `logit_rows`, target, alternatives.
     pub prompt_logprobs: Vec<(u32, TokenLogprob, Vec<TokenLogprob>)>,
 }
 
@@ -150,7 +150,7 @@ pub struct SampledToken {
     pub logprobs: Option<(TokenLogprob, Vec<TokenLogprob>)>,
 }
 
-/// Log-probability of a token under the raw logits.
+/// Log-probability of a token under the raw logits of the whole head, padding rows included.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenLogprob {
     /// The token.

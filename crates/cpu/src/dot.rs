@@ -68,7 +68,14 @@ fn tile<S: Simd, const R: usize, const T: usize>(simd: S, w: &[f32], x: &[f32], 
             }
         }
     }
-    lanes.map(|row| row.map(fold))
+    // Plain loops: `array::map` is not always inlined, and then loses the vector instructions.
+    let mut folded = [[0.0; T]; R];
+    for r in 0..R {
+        for t in 0..T {
+            folded[r][t] = fold(lanes[r][t]);
+        }
+    }
+    folded
 }
 
 /// `out[r * m + t] = w[r] . x[t]` for `rows` rows of `w` and `m` rows of `x`, each padded to `k`, a multiple of
@@ -163,8 +170,13 @@ fn strip<S: Simd, const T: usize, const C: usize>(
     out: &mut [S::f32s],
 ) {
     let a: [&[f32]; T] = std::array::from_fn(|t| &a[t * inner..][..inner]);
-    let mut sums: [[S::f32s; C]; T] =
-        std::array::from_fn(|t| std::array::from_fn(|c| out[t * width + column + c]));
+    // Element by element in and out: a slice of `sums` would keep it in memory instead of registers.
+    let mut sums = [[simd.splat_f32s(0.0); C]; T];
+    for t in 0..T {
+        for c in 0..C {
+            sums[t][c] = out[t * width + column + c];
+        }
+    }
     for (i, row) in b.chunks_exact(width).take(inner).enumerate() {
         let row = &row[column..column + C];
         for t in 0..T {
@@ -175,7 +187,9 @@ fn strip<S: Simd, const T: usize, const C: usize>(
         }
     }
     for t in 0..T {
-        out[t * width + column..][..C].copy_from_slice(&sums[t]);
+        for c in 0..C {
+            out[t * width + column + c] = sums[t][c];
+        }
     }
 }
 

@@ -55,15 +55,21 @@ pub(crate) fn e4m3_bits(x: f32) -> u8 {
     sign | (rounded - (120 << 3)) as u8
 }
 
-/// The value of an E2M1 code (0 to 15): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. Branch-free so that loops
-/// vectorise.
-#[inline(always)]
-pub(crate) fn e2m1_value(code: u8) -> f32 {
-    let magnitude = u32::from(code & 7);
-    let normal = f32::from_bits((magnitude << 22) + (126 << 23));
-    let value = if magnitude < 2 { magnitude as f32 * 0.5 } else { normal };
-    f32::from_bits(value.to_bits() | (u32::from(code & 8) << 28))
-}
+/// The values of the E2M1 codes 0 to 15.
+const E2M1: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+
+/// The two values of a byte of E2M1 codes, the low nibble first. One lookup for both: compilers do not vectorise the
+/// arithmetic on nibbles well.
+pub(crate) static E2M1_PAIRS: [[f32; 2]; 256] = {
+    let mut pairs = [[0.0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = [E2M1[byte & 15], E2M1[byte >> 4]];
+        byte += 1;
+    }
+    pairs
+};
 
 #[cfg(test)]
 mod tests {
@@ -115,10 +121,14 @@ mod tests {
 
     #[test]
     fn e2m1_has_the_published_values() {
-        let want = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-        for code in 0..8u8 {
-            assert_eq!(e2m1_value(code), want[usize::from(code)]);
-            assert_eq!(e2m1_value(code + 8), -want[usize::from(code)]);
+        // Sign, two exponent bits with bias 1, one mantissa bit.
+        for code in 0..16u8 {
+            let (exponent, mantissa) = (i32::from(code >> 1 & 3), f32::from(code & 1));
+            let magnitude =
+                if exponent == 0 { mantissa / 2.0 } else { (1.0 + mantissa / 2.0) * 2f32.powi(exponent - 1) };
+            let want = if code & 8 == 0 { magnitude } else { -magnitude };
+            assert_eq!(E2M1_PAIRS[usize::from(code)], [want, 0.0]);
+            assert_eq!(E2M1_PAIRS[usize::from(code) << 4], [0.0, want]);
         }
     }
 }

@@ -146,7 +146,7 @@ mod tests {
         let mut pool = pool(KvDtype::F32);
         let values: Vec<f32> = (1..=8).map(|v| v as f32).collect();
         pool.write(1, 4 + 3, 1, 1, &values);
-        let vector = ((((1 * 3 + 1) * 2 + 1) * 2) + 1) * 4 + 3;
+        let vector = ((((3 + 1) * 2 + 1) * 2) + 1) * 4 + 3;
         let Store::F32(store) = &pool.store else { panic!("F32 was asked for") };
         assert_eq!(store[vector * 8..][..8], values);
         assert_eq!(store.iter().filter(|&&v| v != 0.0).count(), 8);

@@ -193,18 +193,21 @@ fn nucleus(candidates: &mut Vec<(f32, u32)>, top_p: f32, highest: f32) {
     }
 }
 
-/// Log-probabilities of a row of raw logits.
+/// Log-probabilities of a row of raw logits. Padding rows of the head count in the sum, as in transformers, though no
+/// padding token is ever reported.
 pub(crate) struct Logprobs<'a> {
+    /// Of the real tokens.
     logits: &'a [f32],
     /// `ln sum exp`.
     normalizer: f32,
 }
 
 impl<'a> Logprobs<'a> {
-    pub(crate) fn new(logits: &'a [f32]) -> Self {
-        let (_, highest) = argmax(logits);
-        let total: f64 = logits.iter().map(|&logit| f64::from(exp(logit - highest))).sum();
-        Self { logits, normalizer: (f64::from(highest) + total.ln()) as f32 }
+    /// `row` is of the whole head, `[vocab + padding]`.
+    pub(crate) fn new(row: &'a [f32], vocab: usize) -> Self {
+        let (_, highest) = argmax(row);
+        let total: f64 = row.iter().map(|&logit| f64::from(exp(logit - highest))).sum();
+        Self { logits: &row[..vocab], normalizer: (f64::from(highest) + total.ln()) as f32 }
     }
 
     /// Of one token; `None` when it is not in the vocabulary.
@@ -399,7 +402,7 @@ mod tests {
     #[test]
     fn logprobs_by_hand() {
         let logits = [1.0, 3.0, 2.0, 3.0];
-        let logprobs = Logprobs::new(&logits);
+        let logprobs = Logprobs::new(&logits, 4);
         let total = (1f64.exp() + 2f64.exp() + 2.0 * 3f64.exp()).ln();
         let two = logprobs.of(2).unwrap();
         assert_eq!((two.token, two.rank), (2, 3));
@@ -410,5 +413,11 @@ mod tests {
         assert_eq!(logprobs.top(9).len(), 4);
         assert!(logprobs.top(0).is_empty());
         assert!(logprobs.of(4).is_none());
+        let padded = [1.0, 3.0, 2.0, 3.0, 3.0];
+        let with_padding = Logprobs::new(&padded, 4);
+        let total = (1f64.exp() + 2f64.exp() + 3.0 * 3f64.exp()).ln();
+        assert_close(&[with_padding.of(2).unwrap().logprob], &[2.0 - total], 1e-6);
+        assert!(with_padding.of(4).is_none());
+        assert_eq!(with_padding.top(9).len(), 4);
     }
 }

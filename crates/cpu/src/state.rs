@@ -78,7 +78,7 @@ impl State {
             return Err(Error::shape("sample", format!("[{rows}, at least {vocab}]"), logits.shape));
         }
         let indices: Vec<usize> = (0..rows).collect();
-        let results = compute.map(&indices, rows * vocab * 4, |&i| self.row(i, &logits.row(i)[..vocab]));
+        let results = compute.map(&indices, rows * vocab * 4, |&i| self.row(i, logits.row(i)));
         for row in results {
             let row = row?;
             if let Some(sampled) = row.sampled {
@@ -92,14 +92,16 @@ impl State {
         Ok(())
     }
 
-    /// Row `i` of the logits.
-    fn row(&self, i: usize, logits: &[f32]) -> Result<Row> {
+    /// Row `i` of the logits, padding included.
+    fn row(&self, i: usize, all: &[f32]) -> Result<Row> {
         let inputs = &self.inputs;
+        let vocab = self.spec.vocab_size;
+        let logits = &all[..vocab];
         let outside = |token| Error::shape("sample token", format!("under {}", logits.len()), token);
         let prompt = match inputs.prompt_targets[i] {
             None => None,
             Some((target, alternatives)) => {
-                let logprobs = Logprobs::new(logits);
+                let logprobs = Logprobs::new(all, vocab);
                 let target = logprobs.of(target).ok_or_else(|| outside(target))?;
                 Some((inputs.logit_rows[i], target, logprobs.top(alternatives)))
             }
@@ -119,7 +121,7 @@ impl State {
                 let logprobs = match slot.params.logprobs {
                     None => None,
                     Some(alternatives) => {
-                        let logprobs = Logprobs::new(logits);
+                        let logprobs = Logprobs::new(all, vocab);
                         let chosen = logprobs.of(token).ok_or_else(|| outside(token))?;
                         Some((chosen, logprobs.top(alternatives)))
                     }

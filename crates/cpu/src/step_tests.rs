@@ -275,15 +275,15 @@ fn pending_tokens_masks_padding_and_prompt_logprobs() {
         prompt_targets: vec![Some((3, 1)), None],
         ..StepInputs::default()
     };
-    // Row 0 has its only 1 in the padding: the five real tokens are equally likely.
+    // Row 0 has its only 1 in the padding row, which counts in the sum: the five real tokens are equally likely.
     let out = tokens(&mut b, &inputs).unwrap();
     let (row, target, top) = &out.prompt_logprobs[0];
     assert_eq!((*row, target.token, target.rank, top[0].token), (0, 3, 1, 0));
-    assert_close(&[target.logprob], &[-(5f64.ln())], 1e-6);
+    assert_close(&[target.logprob], &[-((5.0 + std::f64::consts::E).ln())], 1e-6);
     let sampled = &out.sampled[0];
     assert_eq!((sampled.slot, sampled.token), (2, 3));
     let (chosen, alternatives) = sampled.logprobs.as_ref().unwrap();
-    assert_close(&[chosen.logprob], &[1.0 - (4.0 + std::f64::consts::E).ln()], 1e-6);
+    assert_close(&[chosen.logprob], &[1.0 - (5.0 + std::f64::consts::E).ln()], 1e-6);
     assert_eq!(alternatives.iter().map(|a| a.token).collect::<Vec<_>>(), [3, 0]);
     assert!(b.output().unwrap().sampled.is_empty(), "an output is given once");
 

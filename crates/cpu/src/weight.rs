@@ -1,6 +1,6 @@
 //! Weights as they lie in memory (packed), their checks, and the dequantisation of one row. No products.
 
-use crate::dtype::{bf16_value, e2m1_value, e4m3_value};
+use crate::dtype::{E2M1_PAIRS, bf16_value, e4m3_value};
 use half::f16;
 use spark_backend::{Dtype, Error, LinearWeight, Matrix, MatrixData, Result};
 
@@ -120,16 +120,19 @@ fn dequantize_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
         MatrixData::Nvfp4 { codes, scales, alpha } => {
             let groups = k.div_ceil(NVFP4_GROUP);
             let codes = &codes[row * k / 2..][..k / 2];
-            // Two passes, because a loop over a whole row vectorises and one over 16 columns does not.
             for (out, &byte) in out.chunks_exact_mut(2).zip(codes) {
-                out[0] = e2m1_value(byte & 15);
-                out[1] = e2m1_value(byte >> 4);
+                out.copy_from_slice(&E2M1_PAIRS[usize::from(byte)]);
             }
-            for (out, &scale) in out.chunks_mut(NVFP4_GROUP).zip(&scales[row * groups..][..groups]) {
-                // Scale times alpha first, then the product, as the formats define it.
+            // Scale times alpha first, then the product, as the formats define it. Groups are arrays, so that their
+            // length is known; the last one may be short.
+            let scales = &scales[row * groups..][..groups];
+            let (whole, rest) = out.as_chunks_mut::<NVFP4_GROUP>();
+            for (out, &scale) in whole.iter_mut().zip(scales) {
                 let scale = e4m3_value(scale) * alpha;
                 out.iter_mut().for_each(|value| *value *= scale);
             }
+            let last = scales.last().map_or(0.0, |&scale| e4m3_value(scale) * alpha);
+            rest.iter_mut().for_each(|value| *value *= last);
         }
         MatrixData::Fp8 { values, scales, block } => {
             let blocks = k.div_ceil(block[1]);

@@ -20,6 +20,7 @@ use crate::{
     EngineHandle, EngineOptions, MemoryPlan, ModelRunner, Result,
     error::Error,
     handle::{Command, Shared, lock},
+    options::MAX_PROMPT_LOGPROB_TOKENS,
     runner::{StepResult, StepWork},
     sequence::Sequence,
 };
@@ -57,6 +58,7 @@ pub fn start<B: Backend>(
         max_encoder_tokens_per_step: options.max_encoder_tokens_per_step,
         cache_key,
         max_chunk_tokens: options.long_prefill_token_threshold,
+        max_prompt_logprob_tokens: MAX_PROMPT_LOGPROB_TOKENS,
     })?;
     let state = StateSpec {
         kv: plan.kv,

@@ -5,7 +5,7 @@ use std::fs;
 use spark_backend::{Dtype, KvDtype, KvSpec};
 use spark_models::ModelConfig;
 
-use crate::{EngineOptions, Error, Result};
+use crate::{EngineOptions, Error, Result, options::MAX_PROMPT_LOGPROB_TOKENS};
 
 /// The machine's memory, from `/proc/meminfo`. On a DGX Spark the GPU shares it.
 #[derive(Debug, Clone, Copy)]
@@ -124,7 +124,7 @@ fn activation_bytes(model: &ModelConfig, options: &EngineOptions, compute: Dtype
     let inner = text.moe.as_ref().map_or(0, |m| m.num_experts_per_tok * m.moe_intermediate_size);
     let widest = qkv.max(2 * inner.max(text.intermediate_size));
     let step = options.max_num_batched_tokens * (4 * text.hidden_size + 2 * widest) * compute.size();
-    let logits = options.max_num_seqs * text.vocab_size * 4;
+    let logits = (options.max_num_seqs + MAX_PROMPT_LOGPROB_TOKENS) * text.vocab_size * 4;
     let encoder = model.vision.as_ref().map_or(0, |v| {
         let patches = options.encoder_cache_tokens * v.spatial_merge_size * v.spatial_merge_size;
         patches * (3 * v.hidden_size + v.intermediate_size) * compute.size()

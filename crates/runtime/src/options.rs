@@ -6,6 +6,9 @@ use spark_scheduler::Policy;
 
 use crate::{Error, Result};
 
+/// Most prompt tokens in a step whose logits are computed: at a vocabulary of 152k each takes 0.6 MB.
+pub(crate) const MAX_PROMPT_LOGPROB_TOKENS: usize = 128;
+
 /// Sizes and policies of one engine.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {

@@ -29,6 +29,8 @@ pub struct SchedulerConfig {
     pub cache_key: [u8; 32],
     /// Most prefill tokens of one sequence in one step; `None` leaves only the token budget.
     pub max_chunk_tokens: Option<usize>,
+    /// Most prefill tokens in a step of sequences that want prompt log-probabilities: each of them costs a row of logits.
+    pub max_prompt_logprob_tokens: usize,
 }
 
 /// Who goes first, and (from the other end) who is preempted first.
@@ -78,6 +80,7 @@ impl SchedulerConfig {
             ("num_blocks", self.num_blocks),
             ("max_model_len", self.max_model_len),
             ("max_chunk_tokens", self.max_chunk_tokens.unwrap_or(1)),
+            ("max_prompt_logprob_tokens", self.max_prompt_logprob_tokens),
         ];
         if let Some(&(field, _)) = sizes.iter().find(|(_, size)| *size == 0) {
             return Err(ConfigError::Zero { field });

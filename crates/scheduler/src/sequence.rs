@@ -82,6 +82,8 @@ pub(crate) struct Sequence {
     pub(crate) num_registered: usize,
     pub(crate) salt: Option<String>,
     pub(crate) skip_prefix_lookup: bool,
+    /// Every prompt row costs a row of logits.
+    pub(crate) prompt_logprobs: bool,
 
     pub(crate) media: Vec<MediaSpan>,
     /// Spans before this one need no encoder entry any more.
@@ -131,6 +133,7 @@ impl Sequence {
             hashes: Vec::new(),
             num_registered: 0,
             salt: new.cache_salt,
+            prompt_logprobs: new.prompt_logprobs,
             skip_prefix_lookup: new.prompt_logprobs || !config.enable_prefix_caching,
             media: new.media,
             media_released: 0,

@@ -63,6 +63,8 @@ pub(crate) struct ChoiceSetup {
     pub(crate) events: EventStream,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) metrics: Arc<Metrics>,
+    /// When its request arrived.
+    pub(crate) arrived: Instant,
     pub(crate) output: OutputParams,
     pub(crate) num_prompt_tokens: usize,
     /// Tokens that end the sequence and do not show in its text.
@@ -76,7 +78,6 @@ pub(crate) struct Choice {
     setup: ChoiceSetup,
     detokenizer: Detokenizer,
     stops: StopMatcher,
-    arrived: Instant,
     last_token: Option<Instant>,
     num_tokens: usize,
     ended: bool,
@@ -89,7 +90,6 @@ impl Choice {
             detokenizer: Detokenizer::new(setup.tokenizer.clone(), setup.output.skip_special_tokens),
             stops: StopMatcher::new(setup.output.stop.clone(), setup.output.include_stop),
             setup,
-            arrived: Instant::now(),
             last_token: None,
             num_tokens: 0,
             ended: false,
@@ -110,7 +110,7 @@ impl Choice {
 
     fn on_token(&mut self, event: TokenEvent, delta: &mut Delta) {
         let now = Instant::now();
-        self.setup.metrics.token(self.arrived, self.last_token, now);
+        self.setup.metrics.token(self.setup.arrived, self.last_token, now);
         self.last_token = Some(now);
         if self.setup.discard_output {
             return;
@@ -168,7 +168,7 @@ impl Choice {
         }
         self.setup.events.close();
         let counts = Counts {
-            arrived: self.arrived,
+            arrived: self.setup.arrived,
             num_prompt_tokens: self.setup.num_prompt_tokens,
             num_output_tokens: self.num_tokens,
         };

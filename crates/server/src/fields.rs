@@ -182,14 +182,22 @@ pub(crate) fn check(
     body: &Map<String, Value>,
     unknown: &UnknownFields,
 ) -> Result<(), ApiError> {
+    body.keys().filter(|name| support(endpoint, name).is_none()).for_each(|name| unknown.warn(name));
+    refuse_unsupported(endpoint, body)
+}
+
+/// Refuses fields that are known and not supported.
+///
+/// # Errors
+/// Names the first.
+pub(crate) fn refuse_unsupported(endpoint: Endpoint, body: &Map<String, Value>) -> Result<(), ApiError> {
     for (name, value) in body {
-        match support(endpoint, name) {
-            None => unknown.warn(name),
-            Some(Refused(neutral)) if !value.is_null() && !neutral.holds(value) => {
-                let message = format!("{name} is not supported with this value; leave it out");
-                return Err(ApiError::field(name.clone(), message));
-            }
-            Some(_) => {}
+        if let Some(Refused(neutral)) = support(endpoint, name)
+            && !value.is_null()
+            && !neutral.holds(value)
+        {
+            let message = format!("{name} is not supported with this value; leave it out");
+            return Err(ApiError::field(name.clone(), message));
         }
     }
     Ok(())
@@ -225,6 +233,11 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::Options;
+    use crate::body::Body;
+    use crate::chat_request::read_chat;
+    use crate::completion_request::read_prompts;
+    use crate::params::{Params, read_model};
 
     fn check_chat(body: &Value) -> Result<(), ApiError> {
         check(Endpoint::Chat, body.as_object().unwrap(), &UnknownFields::default())
@@ -264,6 +277,35 @@ mod tests {
         }
         assert_eq!(unknown.names().len(), MAX_NAMES);
         assert!(unknown.names().iter().all(|name| name.len() <= MAX_NAME_CHARS));
+    }
+
+    /// Sends a value of a wrong type in every field that works: who reads a field refuses it.
+    #[test]
+    fn every_field_that_works_is_read() {
+        let options = Options::new("m");
+        let read = |endpoint, body: Value| -> Result<(), ApiError> {
+            let mut body = Body::new(body)?;
+            check(endpoint, body.fields(), &UnknownFields::default())?;
+            read_model(&mut body, &options)?;
+            Params::read(endpoint, &mut body, &options)?;
+            match endpoint {
+                Endpoint::Chat => read_chat(&mut body, true).map(|_| ()),
+                Endpoint::Completions => read_prompts(&mut body).map(|_| ()),
+            }
+        };
+        let chat = json!({"messages": [{"role": "user", "content": "x"}]});
+        let completion = json!({"prompt": "x"});
+        for (endpoint, own, base) in
+            [(Endpoint::Chat, CHAT, chat), (Endpoint::Completions, COMPLETIONS, completion)]
+        {
+            assert_eq!(read(endpoint, base.clone()), Ok(()));
+            for (name, _) in own.iter().chain(COMMON).filter(|(_, support)| *support == Works) {
+                let mut body = base.clone();
+                body[name] = json!([{}]);
+                let error = read(endpoint, body).expect_err(name);
+                assert_eq!(error.to_json()["error"]["param"], *name);
+            }
+        }
     }
 
     #[test]

@@ -4,26 +4,21 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
-use spark_api::{Engine, Health, MediaItem, Request, TokenId};
+use spark_api::{Engine, Health, MediaItem, SubmitError, TokenId};
 use spark_text::{ChatTemplate, TextError, Tokenizer, expand_placeholders};
 use spark_vision::ImageProcessor;
 
-use crate::answer::Shape;
 use crate::body::Body;
 use crate::chat_request::{read_chat, segment_text};
-use crate::choice::{Choice, ChoiceSetup};
 use crate::completion_request::{PromptInput, read_prompts};
 use crate::fields::{self, Endpoint, UnknownFields};
-use crate::generation::PromptInfo;
-use crate::ids::{Seeds, random_id, unix_seconds};
+use crate::ids::{Seeds, unix_seconds};
 use crate::images::{Images, media_item};
 use crate::metrics::Metrics;
 use crate::params::{Params, read_model};
 use crate::pool::CpuPool;
 use crate::{ApiError, Generation, Options};
 
-/// `max_tokens` of a completion that does not say: OpenAI's.
-const DEFAULT_COMPLETION_TOKENS: usize = 16;
 /// Most choices of one request over all its prompts.
 const MAX_CHOICES: usize = 1024;
 
@@ -34,10 +29,12 @@ pub struct FrontEnd {
     pub(crate) template: Option<Arc<ChatTemplate>>,
     images: Option<Images>,
     pub(crate) options: Options,
-    metrics: Arc<Metrics>,
+    pub(crate) metrics: Arc<Metrics>,
     unknown: UnknownFields,
-    seeds: Seeds,
+    pub(crate) seeds: Seeds,
     pub(crate) pool: CpuPool,
+    /// When it was made, for the list of models.
+    created: u64,
 }
 
 /// A prompt, ready for the engine.
@@ -72,6 +69,7 @@ impl FrontEnd {
             options,
             unknown: UnknownFields::default(),
             pool: CpuPool::new(),
+            created: unix_seconds(),
         }
     }
 
@@ -160,7 +158,7 @@ impl FrontEnd {
         json!({
             "id": name,
             "object": "model",
-            "created": 0,
+            "created": self.created,
             "owned_by": "spark-engine",
             "root": self.options.model_root,
             "parent": null,
@@ -169,6 +167,12 @@ impl FrontEnd {
     }
 
     fn open(&self, endpoint: Endpoint, body: Value) -> Result<Body, ApiError> {
+        // Said before any work is done for a request that cannot be queued.
+        match self.engine.health() {
+            Health::Ready => {}
+            Health::Stopping => return Err(SubmitError::Stopping.into()),
+            Health::Failed(reason) => return Err(SubmitError::Failed(reason).into()),
+        }
         let body = Body::new(body)?;
         fields::check(endpoint, body.fields(), &self.unknown)?;
         Ok(body)
@@ -247,70 +251,6 @@ impl FrontEnd {
     fn max_text_bytes(&self) -> usize {
         self.engine.info().limits.max_model_len.saturating_mul(self.tokenizer.max_token_bytes())
     }
-
-    /// Queues all choices. If one is refused, those before it are cancelled by being dropped.
-    fn submit(
-        &self,
-        endpoint: Endpoint,
-        model: String,
-        params: Params,
-        prompts: Vec<Prompt>,
-    ) -> Result<Generation, ApiError> {
-        let limits = &self.engine.info().limits;
-        let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
-        let id = format!("{prefix}-{}", params.request_id.clone().unwrap_or_else(random_id));
-        let mut ending_tokens = params.sampling.stop_token_ids.clone();
-        if !params.sampling.ignore_eos {
-            ending_tokens.extend(&limits.eos_token_ids);
-        }
-        let ending_tokens: Arc<[TokenId]> = ending_tokens.into();
-        let echo_alone = params.output.echo && params.max_tokens == Some(0);
-        let first_seed = params.seed.unwrap_or_else(|| self.seeds.next());
-        let mut choices = Vec::with_capacity(prompts.len() * params.n);
-        let mut infos = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
-            let room = limits.max_model_len.saturating_sub(prompt.tokens.len()).max(1);
-            let mut sampling = params.sampling.clone();
-            sampling.max_tokens = match (params.max_tokens, endpoint) {
-                (Some(_), _) if echo_alone => 1,
-                (Some(max_tokens), _) => max_tokens,
-                (None, Endpoint::Chat) => self.options.sampling_defaults.max_tokens.unwrap_or(room).min(room),
-                (None, Endpoint::Completions) => DEFAULT_COMPLETION_TOKENS.min(room),
-            };
-            for i in 0..params.n {
-                sampling.seed = first_seed.wrapping_add(i as u64);
-                let mut request =
-                    Request::new(prompt.tokens.clone(), prompt.media.clone(), sampling.clone(), limits)?;
-                request.priority = params.priority;
-                request.cache_salt.clone_from(&params.cache_salt);
-                request.name = id.clone();
-                self.metrics.submitted(params.n, sampling.max_tokens);
-                choices.push(Choice::new(ChoiceSetup {
-                    index: choices.len(),
-                    events: self.engine.submit(request)?,
-                    tokenizer: self.tokenizer.clone(),
-                    metrics: self.metrics.clone(),
-                    output: params.output.clone(),
-                    num_prompt_tokens: prompt.tokens.len(),
-                    ending_tokens: ending_tokens.clone(),
-                    discard_output: echo_alone,
-                }));
-            }
-            infos.push(PromptInfo { tokens: prompt.tokens.into(), echo: prompt.echo });
-        }
-        let shape = Shape {
-            endpoint,
-            id,
-            created: unix_seconds(),
-            model,
-            prompts: infos,
-            n: params.n,
-            output: params.output,
-            stream: params.stream,
-            tokenizer: self.tokenizer.clone(),
-        };
-        Ok(Generation { shape, choices: choices.into_iter().collect() })
-    }
 }
 
 fn check_length(num_bytes: usize, max_bytes: usize, param: &'static str) -> Result<(), ApiError> {
@@ -324,8 +264,9 @@ fn check_length(num_bytes: usize, max_bytes: usize, param: &'static str) -> Resu
 
 /// A client's mistake is told; a broken checkpoint is logged.
 pub(crate) fn refuse_text(param: &'static str, error: &TextError) -> ApiError {
-    match error.is_request_error() {
-        true => ApiError::field(param, error.to_string()),
-        false => ApiError::internal(error),
+    match error {
+        TextError::ReservedArgument { .. } => ApiError::field("chat_template_kwargs", error.to_string()),
+        _ if error.is_request_error() => ApiError::field(param, error.to_string()),
+        _ => ApiError::internal(error),
     }
 }

@@ -26,6 +26,7 @@ mod metrics;
 mod options;
 mod params;
 mod pool;
+mod submit;
 mod tokenize;
 
 pub use choice::{Delta, Finish, PromptReport, Stop};

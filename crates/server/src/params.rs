@@ -1,6 +1,7 @@
 //! The fields that both endpoints share, read and resolved against the defaults of the model. No prompt.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde_json::Value;
 use spark_api::{SamplingParams, TokenId};
@@ -25,6 +26,8 @@ const MIN_TEMPERATURE: f32 = 1e-5;
 
 /// What a request asks for, besides its prompt.
 pub(crate) struct Params {
+    /// When its body was read: before images and text are processed, so that measured latencies contain that.
+    pub(crate) arrived: Instant,
     /// Choices per prompt.
     pub(crate) n: usize,
     /// `None`: endpoint's default (rest of the context for chat, 16 for completions).
@@ -92,6 +95,7 @@ impl Params {
             Endpoint::Completions => max_tokens,
         };
         Ok(Self {
+            arrived: Instant::now(),
             n: body.count("n", 1, MAX_N)?.unwrap_or(1),
             max_tokens,
             sampling,

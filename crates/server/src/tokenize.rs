@@ -5,6 +5,7 @@ use spark_text::TokenText;
 
 use crate::body::Body;
 use crate::completion_request::PromptInput;
+use crate::fields::{Endpoint, refuse_unsupported};
 use crate::params::read_model;
 use crate::{ApiError, FrontEnd};
 
@@ -15,6 +16,7 @@ impl FrontEnd {
     /// As those of the completions.
     pub async fn tokenize(&self, body: Value) -> Result<Value, ApiError> {
         let mut body = Body::new(body)?;
+        refuse_unsupported(Endpoint::Chat, body.fields())?;
         read_model(&mut body, &self.options)?;
         body.boolean("add_special_tokens", true)?;
         let with_texts = body.boolean("return_token_strs", false)?;

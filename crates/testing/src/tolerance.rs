@@ -24,13 +24,18 @@ pub const FLOAT32: ModelTolerance = ModelTolerance { hidden: 1e-4, logits: 1e-4,
 
 /// Activations in bf16. transformers itself, run in bf16, is off by 0.7 to 1.3 % in hidden states and logits, and by
 /// up to 0.23 in the log-probabilities of the best two tokens (the heads of the fixtures are wide: logits deviate
-/// by 4). KL is about half the mean squared logit error, 4e-3; single positions reach some times that.
-pub const BFLOAT16: ModelTolerance = ModelTolerance { hidden: 2e-2, logits: 3e-2, logprob: 0.25, kl: 3e-2 };
+/// by 4). KL is 1e-3 in the mean, 7e-3 at the worst position.
+pub const BFLOAT16: ModelTolerance = ModelTolerance { hidden: 2e-2, logits: 3e-2, logprob: 0.25, kl: 1.5e-2 };
 
 /// Relative error of hidden states in bf16 once a rounding has changed an expert choice of some token: one row of
 /// twenty-five then differs by its own size. transformers in bf16 shows 6 to 8 % in three of the MoE fixtures. Use
 /// it only after finding such a token; compare the other rows with [`BFLOAT16`].
 pub const BFLOAT16_REROUTED: f64 = 0.15;
+
+/// As [`ModelTolerance::logprob`] for a mixture of experts in bf16: a rounding that swaps two experts of a token moves
+/// its log-probabilities by 0.3 to 1.5 (transformers in bf16 against float32), and a random fixture has such a token in
+/// most answers.
+pub const BFLOAT16_MOE_LOGPROB: f32 = 0.75;
 
 /// A float32 kernel against the same sum in another order: 1.4e-7 at 4096 terms.
 pub const KERNEL_F32: f64 = 1e-6;

@@ -90,7 +90,7 @@ impl StopStrings {
             let suffix_hit = self.states[fail as usize].hit;
             let entry = &mut self.states[state];
             entry.fail = fail;
-            entry.hit = entry.hit;
+            entry.hit = entry.hit.or(suffix_hit);
         }
     }
 

@@ -147,7 +147,7 @@ impl Tokenizer {
     /// tokens, which is known without tokenising it.
     pub fn max_token_bytes(&self) -> usize {
         // NFC shortens a text at most threefold: three conjoining jamo (9 bytes) become one Hangul syllable (3 bytes).
-        self.vocabulary.max_token_bytes() * if self.normalizes { 1 } else { 1 }
+        self.vocabulary.max_token_bytes() * if self.normalizes { 3 } else { 1 }
     }
 }
 

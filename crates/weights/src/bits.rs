@@ -59,8 +59,7 @@ pub(crate) const AWQ_COLUMN: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
 /// AWQ `qweight` `[k, n / 8]` words, interleaved along the outputs -> codes `[n, k / 2]`, low nibble the even input.
 pub(crate) fn awq_codes(qweight: &[u8], k: usize, n: usize) -> Vec<u8> {
-    // One cache line of words by enough inputs for half a line of output.
-    const WORDS: usize = 16;
+    // Inputs at a time: half a cache line of output a row, and the words they come from stay in the cache.
     const INPUTS: usize = 64;
     let (row_bytes, row_words) = (n / 2, n / 8);
     debug_assert_eq!(qweight.len(), k * row_bytes);
@@ -69,20 +68,24 @@ pub(crate) fn awq_codes(qweight: &[u8], k: usize, n: usize) -> Vec<u8> {
         u32::from_le_bytes([qweight[at], qweight[at + 1], qweight[at + 2], qweight[at + 3]])
     };
     let mut codes = vec![0; n * k / 2];
+    let mut rows = [[0_u8; INPUTS / 2]; 8];
     for input0 in (0..k).step_by(INPUTS) {
-        for column0 in (0..row_words).step_by(WORDS) {
-            for column in column0..row_words.min(column0 + WORDS) {
-                for input in (input0..k.min(input0 + INPUTS)).step_by(2) {
-                    let (low, high) = (word(input, column), word(input + 1, column));
-                    // Each byte of these is a finished pair: even nibbles of both words, then odd ones.
-                    let even = (low & 0x0f0f_0f0f) | ((high & 0x0f0f_0f0f) << 4);
-                    let odd = ((low >> 4) & 0x0f0f_0f0f) | (high & 0xf0f0_f0f0);
-                    let pairs = even.to_le_bytes().into_iter().zip(odd.to_le_bytes());
-                    for (i, (even, odd)) in pairs.enumerate() {
-                        codes[(8 * column + AWQ_COLUMN[2 * i]) * (k / 2) + input / 2] = even;
-                        codes[(8 * column + AWQ_COLUMN[2 * i + 1]) * (k / 2) + input / 2] = odd;
-                    }
+        let pairs = INPUTS.min(k - input0) / 2;
+        for column in 0..row_words {
+            for input in (input0..input0 + 2 * pairs).step_by(2) {
+                let pair = (input - input0) / 2;
+                let (low, high) = (word(input, column), word(input + 1, column));
+                // Each byte of these is a finished pair: even nibbles of both words, then odd ones.
+                let even = ((low & 0x0f0f_0f0f) | ((high & 0x0f0f_0f0f) << 4)).to_le_bytes();
+                let odd = (((low >> 4) & 0x0f0f_0f0f) | (high & 0xf0f0_f0f0)).to_le_bytes();
+                for i in 0..4 {
+                    rows[AWQ_COLUMN[2 * i]][pair] = even[i];
+                    rows[AWQ_COLUMN[2 * i + 1]][pair] = odd[i];
                 }
+            }
+            for (output, row) in rows.iter().enumerate() {
+                let at = (8 * column + output) * (k / 2) + input0 / 2;
+                codes[at..at + pairs].copy_from_slice(&row[..pairs]);
             }
         }
     }

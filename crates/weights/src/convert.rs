@@ -88,12 +88,12 @@ impl Raw<'_> {
         let build = |data: &dyn Fn(usize) -> MatrixData| {
             (0..outputs).map(|index| Matrix { n: rows, k, data: data(index) }).collect()
         };
-        Ok(match &layout.scheme {
-            &Scheme::Dense { dtype } => {
+        Ok(match layout.scheme {
+            Scheme::Dense { dtype } => {
                 let values = self.rows(0, [n, k], dtype.size(), transposed);
                 build(&|index| MatrixData::Dense { dtype, values: part(&values, index) })
             }
-            &Scheme::Awq { group, scale_dtype } => {
+            Scheme::Awq { group, scale_dtype } => {
                 let (codes, zeros, scales) = self.awq(n, k, group, scale_dtype)?;
                 build(&|index| MatrixData::Int4 {
                     codes: part(&codes, index),
@@ -103,7 +103,7 @@ impl Raw<'_> {
                     group_size: group,
                 })
             }
-            &Scheme::PackedInt4 { group, scale_dtype, zeros, shape } => {
+            Scheme::PackedInt4 { group, scale_dtype, zeros, shape } => {
                 let zeros = self.packed_int4(n, k, group, zeros, shape)?;
                 build(&|index| MatrixData::Int4 {
                     codes: part(&self.segments[0], index),
@@ -113,7 +113,7 @@ impl Raw<'_> {
                     group_size: group,
                 })
             }
-            &Scheme::Nvfp4 { divide } => {
+            Scheme::Nvfp4 { divide } => {
                 self.check_finite(1)?;
                 let codes = self.rows(0, [n, k / 2], 1, transposed);
                 let scales = self.rows(1, [n, k / NVFP4_GROUP], 1, transposed);
@@ -124,7 +124,7 @@ impl Raw<'_> {
                     alpha: alphas[index.min(alphas.len() - 1)],
                 })
             }
-            &Scheme::Fp8 { block, .. } => {
+            Scheme::Fp8 { block, .. } => {
                 let values = self.rows(0, [n, k], 1, transposed);
                 let mut scales = self.floats(1)?;
                 let grid = [n.div_ceil(block[0]), k.div_ceil(block[1])];

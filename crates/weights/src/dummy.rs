@@ -7,7 +7,7 @@ use serde_json::Value;
 use spark_backend::{Dtype, Matrix, MatrixData};
 
 use crate::error::Result;
-use crate::load::build;
+use crate::load::{build, option};
 use crate::params::Params;
 use crate::scheme::{NVFP4_GROUP, fp8_block};
 use crate::shard::Rank;
@@ -27,9 +27,15 @@ enum DummyScheme {
 /// inputs the scheme cannot pack. The same seed gives the same values.
 ///
 /// # Errors
-/// When a name is stated twice.
+/// When a name is stated twice, or when the weights would not fit this machine's memory.
 pub fn dummy(config: &Value, specs: &[ParamSpec], seed: u64) -> Result<Params> {
     let scheme = scheme_of(config);
+    let needed = specs.iter().map(|spec| estimate(spec, scheme)).sum::<f64>();
+    let memory = total_memory();
+    if needed > memory {
+        let reason = format!("the weights would take {needed:.3e} bytes, this machine has {memory:.3e}");
+        return Err(option("dummy weights", reason));
+    }
     let rank = Rank::new(0, 1)?;
     let mut params = Vec::with_capacity(specs.len());
     for spec in specs {
@@ -59,6 +65,35 @@ pub fn dummy(config: &Value, specs: &[ParamSpec], seed: u64) -> Result<Params> {
         params.push((spec.name.clone(), build(spec, matrices, floats, rank)?));
     }
     Params::new(params)
+}
+
+/// About the bytes of a parameter. In floating point: a configuration alone may claim any size.
+fn estimate(spec: &ParamSpec, scheme: DummyScheme) -> f64 {
+    // What a matrix takes beside its weights, so that endless empty ones count too.
+    const EACH: f64 = 64.0;
+    let bytes = |scheme| match scheme {
+        DummyScheme::Bf16 => 2.0,
+        DummyScheme::Int4 { .. } | DummyScheme::Nvfp4 => 0.5,
+        DummyScheme::Fp8 { .. } => 1.0,
+    };
+    match &spec.kind {
+        ParamKind::Vector { shape: [rows, cols] } => 4.0 * *rows as f64 * *cols as f64,
+        ParamKind::Linear { parts, k, .. } => parts
+            .iter()
+            .map(|(part, n)| {
+                let scheme = if is_quantised(&join(&spec.name, part)) { scheme } else { DummyScheme::Bf16 };
+                EACH + *n as f64 * *k as f64 * bytes(scheme)
+            })
+            .sum(),
+        ParamKind::Experts { num_experts, hidden, intermediate } => {
+            3.0 * *num_experts as f64 * (EACH + *hidden as f64 * *intermediate as f64 * bytes(scheme))
+        }
+    }
+}
+
+fn total_memory() -> f64 {
+    let info = rustix::system::sysinfo();
+    info.totalram as f64 * f64::from(info.mem_unit)
 }
 
 /// The linear layers that published checkpoints quantise.
@@ -137,7 +172,7 @@ impl Random {
     fn matrix(&mut self, n: usize, k: usize, scheme: DummyScheme) -> Matrix {
         let typical = 1.0 / (k.max(1) as f32).sqrt();
         let data = match scheme {
-            DummyScheme::Int4 { group, zeros } if k % group == 0 && k % 2 == 0 => {
+            DummyScheme::Int4 { group, zeros } if k.is_multiple_of(group) && k.is_multiple_of(2) => {
                 let scale = f16::from_f32(typical / 4.6).to_le_bytes().repeat(n * k / group);
                 MatrixData::Int4 {
                     codes: self.bytes(n * k / 2, |word| word),
@@ -147,7 +182,7 @@ impl Random {
                     group_size: group,
                 }
             }
-            DummyScheme::Nvfp4 if k % NVFP4_GROUP == 0 => MatrixData::Nvfp4 {
+            DummyScheme::Nvfp4 if k.is_multiple_of(NVFP4_GROUP) => MatrixData::Nvfp4 {
                 codes: self.bytes(n * k / 2, |word| word),
                 // E4M3 1.0
                 scales: vec![0x38; n * k / NVFP4_GROUP].into(),

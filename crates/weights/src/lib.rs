@@ -20,6 +20,7 @@
 //! # let _ = norm;
 //! # Ok::<(), spark_weights::Error>(())
 //! ```
+#![deny(unsafe_code)]
 
 mod bits;
 mod checkpoint;

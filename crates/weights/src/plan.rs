@@ -57,9 +57,26 @@ impl Plan {
             if !seen.insert(&spec.name) {
                 return Err(Error::Param { name: spec.name.clone(), reason: "is stated twice".to_owned() });
             }
+            if has_empty_side(&spec.kind) {
+                let reason = "has a side of length zero; the configuration is wrong".to_owned();
+                return Err(Error::Param { name: spec.name.clone(), reason });
+            }
             planner.spec(index, spec)?;
         }
         planner.finish()
+    }
+}
+
+/// Whether any dimension is zero: nothing real has such weights, and group sizes are quotients of dimensions.
+fn has_empty_side(kind: &ParamKind) -> bool {
+    match kind {
+        ParamKind::Vector { shape } => shape.contains(&0),
+        ParamKind::Linear { parts, k, .. } => {
+            *k == 0 || parts.is_empty() || parts.iter().any(|(_, n)| *n == 0)
+        }
+        ParamKind::Experts { num_experts, hidden, intermediate } => {
+            [num_experts, hidden, intermediate].contains(&&0)
+        }
     }
 }
 
@@ -155,9 +172,6 @@ impl<'a> Planner<'a> {
     }
 
     fn experts(&mut self, spec: usize, base: &str, count: usize, hidden: usize, inter: usize) -> Result<()> {
-        if count == 0 {
-            return Err(Error::Param { name: base.to_owned(), reason: "has no experts".to_owned() });
-        }
         let fused = self.module(format!("{base}.gate_up_proj"), Some((0, count))).exists();
         if fused {
             return self.stacked_experts(

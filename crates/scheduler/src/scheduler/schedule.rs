@@ -14,6 +14,8 @@ use crate::{EncodeMedia, MediaRows, PlanToken, PlannedSeq, Policy, SeqId, StepId
 struct Draft {
     /// Rows that may still be added.
     budget: usize,
+    /// Rows of prompts whose log-probabilities are wanted that may still be added.
+    prompt_logprob_budget: usize,
     encode_budget: EncodeBudget,
     seqs: Vec<PlannedSeq>,
     encode: Vec<EncodeMedia>,
@@ -31,6 +33,7 @@ impl Scheduler {
         }
         let mut draft = Draft {
             budget: self.config.max_num_batched_tokens,
+            prompt_logprob_budget: self.config.max_prompt_logprob_tokens,
             encode_budget: EncodeBudget::new(self.config.max_encoder_tokens_per_step),
             seqs: Vec::new(),
             encode: Vec::new(),
@@ -97,7 +100,11 @@ impl Scheduler {
     /// Plans as many rows of a running sequence as budget, chunk size and encoder allow, in the blocks that it has.
     fn plan_rows(&mut self, id: SeqId, draft: &mut Draft) {
         let Some(seq) = self.seqs.get_mut(&id).filter(|seq| seq.is_ready()) else { return };
-        let max_rows = draft.budget.min(self.config.max_chunk_tokens.unwrap_or(usize::MAX));
+        let mut max_rows = draft.budget.min(self.config.max_chunk_tokens.unwrap_or(usize::MAX));
+        let wants_logprobs = seq.prompt_logprobs && !seq.decoding;
+        if wants_logprobs {
+            max_rows = max_rows.min(draft.prompt_logprob_budget);
+        }
         if max_rows == 0 {
             return;
         }
@@ -123,6 +130,9 @@ impl Scheduler {
         }
         if end > start {
             draft.budget -= end - start;
+            if wants_logprobs {
+                draft.prompt_logprob_budget -= end - start;
+            }
             draft.seqs.push(take_rows(seq, end, self.blocks.blocks_for(end)));
         }
     }

@@ -24,6 +24,7 @@ pub(crate) fn config() -> SchedulerConfig {
         max_encoder_tokens_per_step: 16,
         cache_key: [7; 32],
         max_chunk_tokens: None,
+        max_prompt_logprob_tokens: 64,
     }
 }
 
@@ -232,6 +233,16 @@ impl Driver {
         let num_rows: usize = plan.seqs.iter().map(|rows| rows.tokens.len()).sum();
         assert_eq!(plan.num_tokens, num_rows);
         assert!(num_rows > 0 && num_rows <= self.config.max_num_batched_tokens, "{num_rows} rows");
+        let wants_logprobs = |rows: &&PlannedSeq| {
+            let seq = &self.seqs[&rows.seq];
+            seq.new.prompt_logprobs && rows.start < seq.new.prompt.len()
+        };
+        let num_logprob_rows: usize =
+            plan.seqs.iter().filter(wants_logprobs).map(|rows| rows.tokens.len()).sum();
+        assert!(
+            num_logprob_rows <= self.config.max_prompt_logprob_tokens,
+            "{num_logprob_rows} rows of logits"
+        );
         let slots: BTreeSet<usize> = plan.seqs.iter().map(|rows| rows.slot).collect();
         let ids: BTreeSet<SeqId> = plan.seqs.iter().map(|rows| rows.seq).collect();
         assert_eq!(

@@ -133,6 +133,7 @@ fn play(shape: &Shape, policy: Policy, ops: Vec<Op>) -> Driver {
         max_encoder_tokens_per_step: shape.encoder.1,
         cache_key: [3; 32],
         max_chunk_tokens: shape.max_chunk_tokens,
+        max_prompt_logprob_tokens: 5,
     });
     for op in ops {
         match op {

@@ -81,6 +81,15 @@ fn chunks_are_bounded() {
 }
 
 #[test]
+fn rows_with_prompt_logprobs_share_a_bound() {
+    let config = SchedulerConfig { max_prompt_logprob_tokens: 4, ..config() };
+    let wanted = |first| NewSequence { prompt_logprobs: true, ..text(prompt(first, 6), 2) };
+    let seqs = vec![wanted(1), wanted(2), text(prompt(3, 6), 2)];
+    let expect = ["a+[0..4] c+[0..6]*", "c[6..7]* a[4..6]* b+[0..2]", "a[6..7]* b[2..6]*", "b[6..7]*"];
+    check(config, 0, seqs, &expect).drain(0);
+}
+
+#[test]
 fn a_step_in_flight_leaves_its_token_pending() {
     let seqs = vec![text(prompt(1, 5), 3)];
     // The third sample is the last one: nothing is planned on top of it.

@@ -27,6 +27,9 @@ impl IntoResponse for ApiError {
     }
 }
 
+/// Larger bodies are parsed off the async threads: a body of images takes longer than another client's token may wait.
+const MAX_INLINE_BYTES: usize = 64 << 10;
+
 /// A body that is JSON, of any shape.
 pub(crate) struct JsonBody(pub(crate) Value);
 
@@ -42,10 +45,17 @@ impl FromRequest<HttpState> for JsonBody {
                 StatusCode::PAYLOAD_TOO_LARGE => ApiError::BodyTooLarge { limit: state.max_body_bytes },
                 _ => ApiError::body("the body ended early"),
             })?;
-        // serde_json refuses depths over 128, numbers that no f64 holds, and broken UTF-8.
-        let value = serde_json::from_slice(&bytes);
-        value.map(Self).map_err(|error| ApiError::body(format!("the body is not valid JSON: {error}")))
+        match bytes.len() {
+            0..=MAX_INLINE_BYTES => parse(&bytes).map(Self),
+            _ => state.front_end.pool.run(move || parse(&bytes)).await.map(Self),
+        }
     }
+}
+
+/// serde_json refuses depths over 128, numbers that no f64 holds, and broken UTF-8.
+fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| ApiError::body(format!("the body is not valid JSON: {error}")))
 }
 
 /// Browsers send other types across origins without asking; so only JSON counts.

@@ -1,5 +1,8 @@
 //! What clients get wrong, by mistake or on purpose: always a 4xx that names the field, and the engine sees nothing.
 
+use std::sync::Arc;
+
+use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, header};
 use serde_json::{Value, json};
@@ -8,41 +11,39 @@ use crate::chat::{png, with_image};
 use crate::fake::{Fake, IMAGE, MAX_MODEL_LEN};
 use crate::{chat, complete, send, server, server_with, text};
 
-/// Sends a completion that must be refused for `param`.
-async fn refused(body: Value, param: &str) {
-    let engine = Fake::says("x");
-    let server = server(&engine);
-    let (status, answer) = match body.get("prompt").is_some() {
-        true => complete(&server, body.clone()).await,
-        false => chat(&server, body.clone()).await,
-    };
-    let shown: String = body.to_string().chars().take(200).collect();
-    assert_eq!((status, &answer["error"]["param"]), (400, &json!(param)), "{shown}: {answer}");
-    assert_eq!(
-        (&answer["error"]["type"], &answer["error"]["code"]),
-        (&json!("BadRequestError"), &json!(400))
-    );
-    assert!(!answer["error"]["message"].as_str().unwrap().is_empty());
-    assert_eq!(engine.num_requests(), 0, "{shown}");
+/// A server whose engine must see nothing.
+struct Refusing {
+    engine: Arc<Fake>,
+    server: Router,
 }
 
-#[tokio::test]
-async fn every_field_that_works_checks_its_type() {
-    let common = "max_tokens temperature top_p top_k min_p n stop stop_token_ids include_stop_str_in_output ignore_eos \
-        min_tokens seed presence_penalty frequency_penalty repetition_penalty logit_bias logprobs prompt_logprobs \
-        return_token_ids return_tokens_as_token_ids skip_special_tokens add_special_tokens priority cache_salt \
-        request_id stream stream_options model";
-    let chat = "max_completion_tokens top_logprobs add_generation_prompt continue_final_message chat_template_kwargs";
-    for field in common.split_whitespace().chain(chat.split_whitespace()) {
-        refused(json!({"messages": [{"role": "user", "content": "x"}], field: [{}]}), field).await;
+impl Refusing {
+    fn new() -> Self {
+        let engine = Fake::says("x");
+        Self { server: server(&engine), engine }
     }
-    for field in common.split_whitespace().chain(["echo"]) {
-        refused(json!({"prompt": "x", field: [{}]}), field).await;
+
+    /// Sends a body that must be refused for `param`.
+    async fn check(&self, body: Value, param: &str) {
+        let Self { engine, server } = self;
+        let (status, answer) = match body.get("prompt").is_some() {
+            true => complete(server, body.clone()).await,
+            false => chat(server, body.clone()).await,
+        };
+        let shown: String = body.to_string().chars().take(200).collect();
+        assert_eq!((status, &answer["error"]["param"]), (400, &json!(param)), "{shown}: {answer}");
+        assert_eq!(
+            (&answer["error"]["type"], &answer["error"]["code"]),
+            (&json!("BadRequestError"), &json!(400))
+        );
+        assert!(!answer["error"]["message"].as_str().unwrap().is_empty());
+        assert_eq!(engine.num_requests(), 0, "{shown}");
     }
 }
 
 #[tokio::test]
 async fn values_out_of_range_are_named() {
+    let refusing = Refusing::new();
     for (field, value) in [
         ("n", json!(5_000_000)),
         ("n", json!(0)),
@@ -81,29 +82,36 @@ async fn values_out_of_range_are_named() {
         ("priority", json!(3_000_000_000_u64)),
         ("cache_salt", json!("x".repeat(5000))),
         ("stream_options", json!({"include_usage": true})),
+        ("stream_options", json!({"include_usage": 1})),
     ] {
-        refused(json!({"prompt": "x", field: value}), field).await;
+        refusing.check(json!({"prompt": "x", field: value}), field).await;
     }
-    refused(json!({"prompt": "x", "stream": true, "prompt_logprobs": 1}), "prompt_logprobs").await;
+    refusing.check(json!({"prompt": "x", "stream": true, "prompt_logprobs": 1}), "prompt_logprobs").await;
     let messages = json!([{"role": "user", "content": "x"}]);
-    refused(json!({"messages": messages, "logprobs": true, "top_logprobs": 21}), "top_logprobs").await;
-    refused(json!({"messages": messages, "top_logprobs": 2}), "top_logprobs").await;
-    refused(json!({"messages": messages, "chat_template_kwargs": {"messages": []}}), "messages").await;
+    refusing.check(json!({"messages": messages, "logprobs": true, "top_logprobs": 21}), "top_logprobs").await;
+    refusing.check(json!({"messages": messages, "top_logprobs": 2}), "top_logprobs").await;
+    refusing
+        .check(
+            json!({"messages": messages, "chat_template_kwargs": {"messages": []}}),
+            "chat_template_kwargs",
+        )
+        .await;
 }
 
 #[tokio::test]
 async fn broken_prompts_are_named() {
+    let refusing = Refusing::new();
     let many = vec!["x"; 1025];
     for prompt in
         [json!(""), json!([]), json!([[]]), json!([282]), json!([-1]), json!([u64::MAX]), json!(many)]
     {
-        refused(json!({"prompt": prompt}), "prompt").await;
+        refusing.check(json!({"prompt": prompt}), "prompt").await;
     }
-    refused(json!({"prompt": vec!["x"; 1000], "n": 2}), "n").await;
-    refused(json!({"prompt": "x".repeat(MAX_MODEL_LEN)}), "prompt").await;
-    refused(json!({"prompt": " ".repeat(900_000)}), "prompt").await;
-    refused(json!({"prompt": [65, IMAGE]}), "prompt").await;
-    refused(json!({"prompt": "a <|image_pad|>"}), "prompt").await;
+    refusing.check(json!({"prompt": vec!["x"; 1000], "n": 2}), "n").await;
+    refusing.check(json!({"prompt": "x".repeat(MAX_MODEL_LEN)}), "prompt").await;
+    refusing.check(json!({"prompt": " ".repeat(900_000)}), "prompt").await;
+    refusing.check(json!({"prompt": [65, IMAGE]}), "prompt").await;
+    refusing.check(json!({"prompt": "a <|image_pad|>"}), "prompt").await;
     let engine = Fake::says("x");
     let longest = json!({"prompt": "x".repeat(MAX_MODEL_LEN - 1)});
     assert_eq!(complete(&server(&engine), longest).await.0, 200, "one token of room is enough");
@@ -111,6 +119,7 @@ async fn broken_prompts_are_named() {
 
 #[tokio::test]
 async fn broken_messages_are_named() {
+    let refusing = Refusing::new();
     for messages in [
         json!(null),
         json!([]),
@@ -124,17 +133,13 @@ async fn broken_messages_are_named() {
         json!([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]),
         json!([{"role": "user", "content": "x".repeat(MAX_MODEL_LEN)}]),
     ] {
-        let field = if messages == json!([{"role": "user", "content": "x".repeat(MAX_MODEL_LEN)}]) {
-            "prompt"
-        } else {
-            "messages"
-        };
-        refused(json!({"messages": messages}), field).await;
+        refusing.check(json!({"messages": messages}), "messages").await;
     }
 }
 
 #[tokio::test]
 async fn broken_images_are_named() {
+    let refusing = Refusing::new();
     let data = |bytes: &[u8]| {
         use base64::Engine as _;
         format!("data:image/png;base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes))
@@ -154,24 +159,25 @@ async fn broken_images_are_named() {
         data(&bomb),
         png(1, 2000),
     ] {
-        refused(with_image(&url), "image_url").await;
+        refusing.check(with_image(&url), "image_url").await;
     }
     let truncated = png(64, 64);
     let half = truncated.len() / 2 / 4 * 4;
-    refused(with_image(&truncated[..truncated.len() - half % 64 - 24]), "image_url").await;
+    refusing.check(with_image(&truncated[..truncated.len() - half % 64 - 24]), "image_url").await;
     // Three images, where the engine takes two.
     let part = json!({"type": "image_url", "image_url": {"url": png(1, 1)}});
-    refused(json!({"messages": [{"role": "user", "content": [part, part, part]}]}), "messages").await;
+    refusing.check(json!({"messages": [{"role": "user", "content": [part, part, part]}]}), "messages").await;
     // The template shows no images of a system message.
-    refused(json!({"messages": [{"role": "system", "content": [part]}]}), "messages").await;
+    refusing.check(json!({"messages": [{"role": "system", "content": [part]}]}), "messages").await;
     let video = json!({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA=="}});
-    refused(json!({"messages": [{"role": "user", "content": [video]}]}), "video_url").await;
+    refusing.check(json!({"messages": [{"role": "user", "content": [video]}]}), "video_url").await;
     let engine = Fake::says("x");
     assert_eq!(chat(&server(&engine), with_image(&png(1, 1))).await.0, 200, "one pixel is enough");
 }
 
 #[tokio::test]
 async fn unsupported_fields_are_named_and_unknown_ones_ignored() {
+    let refusing = Refusing::new();
     let messages = json!([{"role": "user", "content": "x"}]);
     for (field, value) in [
         ("tools", json!([{"type": "function", "function": {"name": "f"}}])),
@@ -183,10 +189,10 @@ async fn unsupported_fields_are_named_and_unknown_ones_ignored() {
         ("chat_template", json!("x")),
         ("best_of", json!(2)),
     ] {
-        refused(json!({"messages": messages, field: value}), field).await;
+        refusing.check(json!({"messages": messages, field: value}), field).await;
     }
-    refused(json!({"prompt": "x", "suffix": "y"}), "suffix").await;
-    refused(json!({"prompt": "x", "prompt_embeds": "AAAA"}), "prompt_embeds").await;
+    refusing.check(json!({"prompt": "x", "suffix": "y"}), "suffix").await;
+    refusing.check(json!({"prompt": "x", "prompt_embeds": "AAAA"}), "prompt_embeds").await;
     let engine = Fake::says("x");
     let unknown =
         json!({"messages": messages, "no_such_field": 1, "tools": null, "suffix": "of another endpoint"});

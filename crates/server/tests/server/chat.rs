@@ -222,6 +222,17 @@ async fn an_image_fills_its_placeholders_and_is_processed_once() {
 }
 
 #[tokio::test]
+async fn template_arguments_reach_the_template() {
+    let engine = Fake::says("x");
+    let mut body = with_image(&png(8, 8));
+    body["chat_template_kwargs"] = json!({"add_vision_id": true});
+    body["add_generation_prompt"] = json!(false);
+    assert_eq!(chat(&server(&engine), body).await.0, 200);
+    let prompt = prompt_text(&engine);
+    assert!(prompt.contains("Picture 1: ") && prompt.ends_with("What?<|im_end|>\n"), "{prompt}");
+}
+
+#[tokio::test]
 async fn the_final_message_can_be_continued() {
     let engine = Fake::says("!");
     let messages = json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well "}]);

@@ -25,6 +25,8 @@ pub(crate) enum Script {
     Drop,
     /// Takes nothing.
     Refuse(SubmitError),
+    /// Has a defect.
+    Panic,
 }
 
 pub(crate) struct Fake {
@@ -88,6 +90,7 @@ impl Engine for Fake {
             Script::Hang(tokens) => (tokens.clone(), None),
             Script::Drop => (Vec::new(), None),
             Script::Refuse(error) => return Err(error.clone()),
+            Script::Panic => panic!("a defect"),
         };
         let (sender, stream) = unbounded_channel();
         let send = |event| sender.send(event).unwrap();

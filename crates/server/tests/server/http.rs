@@ -21,7 +21,9 @@ fn json_of(text: &str) -> Value {
 async fn models_and_version() {
     let server = server(&Fake::says("x"));
     let (status, page) = get(&server, "/v1/models").await;
-    let expected = json!({"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0,
+    let created = json_of(&page)["data"][0]["created"].clone();
+    assert!(created.as_u64().unwrap() > 1_600_000_000);
+    let expected = json!({"object": "list", "data": [{"id": "tiny", "object": "model", "created": created,
         "owned_by": "spark-engine", "root": "tiny", "parent": null, "max_model_len": MAX_MODEL_LEN}]});
     assert_eq!((status, json_of(&page)), (200, expected.clone()));
     assert_eq!(json_of(&get(&server, "/v1/models/tiny").await.1), expected["data"][0]);
@@ -56,6 +58,7 @@ async fn health_follows_the_engine() {
         *engine.health.lock().unwrap() = health;
         let (code, page) = get(&server, "/health").await;
         assert_eq!((code, &json_of(&page)["status"]), (503, &json!(status)));
+        assert_eq!(complete(&server, json!({"prompt": "x"})).await.0, 503);
     }
 }
 
@@ -125,6 +128,15 @@ async fn an_engine_that_fails_ends_the_answer_with_an_error() {
 }
 
 #[tokio::test]
+async fn a_panic_costs_one_request_and_says_nothing() {
+    let server = server(&Fake::new(Script::Panic));
+    let (status, answer) = complete(&server, json!({"prompt": "x"})).await;
+    assert_eq!((status, &answer["error"]["type"]), (500, &json!("InternalServerError")));
+    assert!(!answer.to_string().contains("a defect"));
+    assert_eq!(get(&server, "/health").await.0, 200);
+}
+
+#[tokio::test]
 async fn metrics_have_vllms_names_and_labels() {
     let engine = Fake::says("xy");
     let server = server(&engine);
@@ -170,6 +182,7 @@ async fn texts_become_tokens_and_tokens_texts() {
     for (path, body) in [
         ("/tokenize", json!({})),
         ("/tokenize", json!({"prompt": 7})),
+        ("/tokenize", json!({"prompt": "x", "chat_template": "x"})),
         ("/detokenize", json!({})),
         ("/detokenize", json!({"tokens": [282]})),
         ("/detokenize", json!({"tokens": ["a"]})),

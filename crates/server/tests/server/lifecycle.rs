@@ -149,3 +149,18 @@ async fn an_abandoned_request_counts_as_aborted() {
     let page = front_end.metrics();
     assert!(page.contains("finished_reason=\"abort\"} 1"), "{page}");
 }
+
+#[tokio::test]
+async fn many_streams_at_once_lose_nothing() {
+    let text = "0123456789 äöü ".repeat(12);
+    let engine = Fake::says(&text);
+    let server = server(&engine);
+    let streams = (0..64).map(|_| async {
+        let body = json!({"prompt": "x", "stream": true, "max_tokens": 250});
+        let got = crate::chunks(&server, "/v1/completions", body).await;
+        got.iter().map(|chunk| chunk["choices"][0]["text"].as_str().unwrap()).collect::<String>()
+    });
+    let texts = futures_util::future::join_all(streams).await;
+    assert!(texts.iter().all(|got| *got == text));
+    assert_eq!(engine.num_requests(), 64);
+}

@@ -144,7 +144,7 @@ impl Mask<'_> {
                 if !trusted.is_empty() {
                     segments.push(Segment::Trusted(std::mem::take(&mut trusted)));
                 }
-                segments.push(Segment::Trusted(self.remove(run)));
+                segments.push(Segment::Ordinary(self.remove(run)));
             } else {
                 trusted.push_str(run);
             }

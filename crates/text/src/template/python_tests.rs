@@ -24,6 +24,8 @@ fn json_is_that_of_python() {
     assert_eq!(sorted, "{\n  \"a\": [],\n  \"b\": [\n    1,\n    {}\n  ]\n}");
     let compact = render("{{ x|tojson(separators=(',', ':'), indent=none) }}", json!({"b": [1, 2]})).unwrap();
     assert_eq!(compact, "{\"b\":[1,2]}");
+    let floats = render("{{ x|tojson }}", json!([0.0001, 0.00001, 1e15, 1.5e300, -0.0])).unwrap();
+    assert_eq!(floats, "[0.0001, 1e-05, 1000000000000000.0, 1.5e+300, -0.0]");
     assert_eq!(render("{{ {1: 2, none: 3}|tojson }}", json!(null)).unwrap(), "{\"1\": 2, \"null\": 3}");
 }
 

@@ -61,6 +61,7 @@ pub(super) fn read(
     )
 }
 
+#[expect(unsafe_code, reason = "mapping a file is the one thing here that needs it")]
 fn map(path: &PathBuf) -> Result<Bytes> {
     let io = |action| move |source| Error::Io { path: path.clone(), action, offset: None, source };
     let file = File::open(path).map_err(io("cannot open"))?;

@@ -45,7 +45,8 @@ struct Spread {
 }
 
 impl Spread {
-    /// The buffer of a scrap. The whole is allocated with the first.
+    /// The buffer of a scrap. The whole is allocated with the first, in ordinary pages: asking for huge ones made
+    /// loading two to three times slower where memory had to be compacted for them.
     fn take(&mut self, number: usize) -> BytesMut {
         if self.buffers.is_empty() {
             let mut rest = BytesMut::zeroed(self.lens.iter().sum());

@@ -206,6 +206,38 @@ fn absurd_sizes_in_specs_do_not_allocate() {
     }
 }
 
+#[test]
+fn empty_sides_are_refused() {
+    let tensors = [
+        super::files::i32s("x.qweight", &[0, 1], &[]),
+        super::files::i32s("x.qzeros", &[1, 1], &[0]),
+        super::files::f16s("x.scales", &[1, 8], &[1.0; 8]),
+    ];
+    let dir = folder(&tensors);
+    let checkpoint = open(dir.path()).unwrap();
+    for spec in [
+        ParamSpec::linear("x", 8, 0, Shard::Rows),
+        ParamSpec::linear("x", 0, 8, Shard::Rows),
+        ParamSpec::fused("x", &[], 8, Shard::Rows),
+        ParamSpec::experts("x", 0, 8, 8),
+        ParamSpec::vector("x", [1, 0]),
+    ] {
+        assert!(matches!(checkpoint.load(&[spec], &LoadOptions::default()), Err(Error::Param { .. })));
+    }
+}
+
+#[test]
+fn dummy_of_absurd_size_is_refused() {
+    let config = serde_json::json!({ "quantization_config": { "quant_method": "awq" } });
+    for spec in [
+        ParamSpec::linear("lm_head", 1_000_000_000_000, 4096, Shard::Vocab),
+        ParamSpec::experts("mlp.experts", usize::MAX, 0, 0),
+        ParamSpec::vector("pos_embed", [usize::MAX, usize::MAX]),
+    ] {
+        assert!(matches!(crate::dummy(&config, &[spec], 0), Err(Error::Option { .. })));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -1,0 +1,254 @@
+//! What request fields mean, on the whole engine: choices, seeds, log-probabilities, stops, forms of prompts.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+use spark_testing::tolerance::FLOAT32;
+
+use crate::{
+    server::{CHAT, COMPLETIONS, MODEL, case, endless},
+    support::{
+        chat_body, ids,
+        server::{Server, Streamed},
+    },
+};
+
+/// `body` with more fields.
+fn with(mut body: Value, fields: Value) -> Value {
+    let Value::Object(fields) = fields else { panic!("fields are an object") };
+    for (name, value) in fields {
+        body[name] = value;
+    }
+    body
+}
+
+fn texts(answer: &Value) -> Vec<&str> {
+    answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn seeds_fix_every_choice() {
+    let server = Server::start(MODEL, &[]);
+    let body = with(endless(12), json!({"n": 3, "seed": 7, "temperature": 1.2, "top_k": 0, "top_p": 1}));
+    let first = server.ask(COMPLETIONS, &body);
+    let again = server.ask(COMPLETIONS, &body);
+    assert_eq!(first["choices"], again["choices"]);
+    let indices: Vec<_> = first["choices"].as_array().unwrap().iter().map(|choice| choice["index"].clone()).collect();
+    assert_eq!(indices, [0, 1, 2]);
+    let distinct: BTreeSet<_> = texts(&first).into_iter().collect();
+    assert_eq!(distinct.len(), 3, "choices are drawn apart: {distinct:?}");
+    assert_eq!(first["usage"]["completion_tokens"], 36);
+    for i in 0..3 {
+        let alone = server.ask(COMPLETIONS, &with(body.clone(), json!({"n": 1, "seed": 7 + i})));
+        assert_eq!(alone["choices"][0]["token_ids"], first["choices"][i]["token_ids"], "choice {i} has seed 7 + {i}");
+    }
+    let unseeded = with(body, json!({"seed": null, "n": 1}));
+    let draws = [server.ask(COMPLETIONS, &unseeded), server.ask(COMPLETIONS, &unseeded)];
+    assert_ne!(texts(&draws[0]), texts(&draws[1]), "requests without a seed differ");
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_oracle() {
+    let server = Server::start(MODEL, &[]);
+    let case = case("text");
+    let num_tokens = 20;
+    let asked = json!({"logprobs": true, "top_logprobs": 3, "return_tokens_as_token_ids": true});
+    let answer = server.ask(CHAT, &with(chat_body(&case, num_tokens), asked));
+    let content = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(content.len(), num_tokens);
+    for (entry, expected) in content.iter().zip(&case.steps) {
+        assert_eq!(entry["token"], entry["top_logprobs"][0]["token"], "greedy takes the most likely token");
+        assert_eq!(entry["logprob"], entry["top_logprobs"][0]["logprob"]);
+        assert_eq!(entry["top_logprobs"].as_array().unwrap().len(), 3);
+        assert_eq!(entry["token"], format!("token_id:{}", expected.ids[0]));
+        for (rank, top) in entry["top_logprobs"].as_array().unwrap().iter().enumerate() {
+            let error = top["logprob"].as_f64().unwrap() - f64::from(expected.logprobs[rank]);
+            assert!(error.abs() < f64::from(FLOAT32.logprob), "rank {rank}: off by {error}");
+        }
+    }
+    let named = server.ask(CHAT, &with(chat_body(&case, num_tokens), json!({"logprobs": true})));
+    let entry = &named["choices"][0]["logprobs"]["content"][0];
+    assert_eq!(entry["top_logprobs"], json!([]));
+    assert!(!entry["token"].as_str().unwrap().starts_with("token_id:"));
+}
+
+#[test]
+fn completions_have_log_probabilities_in_lists() {
+    let server = Server::start(MODEL, &[]);
+    let prompt = "The sky";
+    let body = with(endless(5), json!({"prompt": prompt, "logprobs": 2, "return_tokens_as_token_ids": true}));
+    let answer = server.ask(COMPLETIONS, &body);
+    let choice = &answer["choices"][0];
+    let tokens = choice["logprobs"]["tokens"].as_array().unwrap();
+    let expected: Vec<_> = ids(&choice["token_ids"]).iter().map(|id| format!("token_id:{id}")).collect();
+    assert_eq!(tokens, &expected);
+    for (i, top) in choice["logprobs"]["top_logprobs"].as_array().unwrap().iter().enumerate() {
+        let top = top.as_object().unwrap();
+        assert_eq!(top.len(), 2, "the greedy token is one of the two");
+        let best = top.values().map(|value| value.as_f64().unwrap()).fold(f64::NEG_INFINITY, f64::max);
+        assert_eq!(choice["logprobs"]["token_logprobs"][i], best);
+        assert_eq!(top[&expected[i]], best);
+    }
+
+    let echoed = server.ask(COMPLETIONS, &with(body.clone(), json!({"echo": true})));
+    let echo = &echoed["choices"][0];
+    assert_eq!(echo["text"], format!("{prompt}{}", choice["text"].as_str().unwrap()));
+    let num_prompt = echo["prompt_token_ids"].as_array().unwrap().len();
+    let logprobs = &echo["logprobs"];
+    for key in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(logprobs[key].as_array().unwrap().len(), num_prompt + 5, "{key}");
+    }
+    assert_eq!((&logprobs["token_logprobs"][0], &logprobs["top_logprobs"][0]), (&Value::Null, &Value::Null));
+    let shown = &logprobs["token_logprobs"].as_array().unwrap()[num_prompt..];
+    assert_eq!(shown, &choice["logprobs"]["token_logprobs"].as_array().unwrap()[..]);
+    let only = server.ask(COMPLETIONS, &with(body, json!({"echo": true, "max_tokens": 0})));
+    assert_eq!(only["choices"][0]["text"], prompt);
+    assert_eq!(only["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap().len(), num_prompt);
+}
+
+#[test]
+fn prompts_have_log_probabilities_by_id() {
+    let server = Server::start(MODEL, &[]);
+    let case = case("text");
+    let last = case.prompt_ids.len();
+    // The oracle's first two greedy tokens as the end of the prompt: their log-probabilities are known.
+    let prompt: Vec<u32> = case.prompt_ids.iter().chain(&case.greedy_ids[..2]).copied().collect();
+    let answer = server.ask(COMPLETIONS, &with(endless(1), json!({"prompt": prompt, "prompt_logprobs": 2})));
+    let list = answer["choices"][0]["prompt_logprobs"].as_array().unwrap();
+    assert_eq!(list.len(), prompt.len());
+    assert_eq!(list[0], Value::Null);
+    for (i, (id, entry)) in prompt.iter().zip(list).enumerate().skip(1) {
+        let entry = entry.as_object().unwrap();
+        assert!((2..=3).contains(&entry.len()), "position {i}: two and the token itself");
+        let own = &entry[&id.to_string()];
+        let (rank, logprob) = (own["rank"].as_u64().unwrap(), own["logprob"].as_f64().unwrap());
+        assert!(rank >= 1 && logprob <= 0.0, "position {i}: {own}");
+        let num_better = entry.values().filter(|other| other["logprob"].as_f64().unwrap() > logprob).count() as u64;
+        assert_eq!(num_better, (rank - 1).min(2), "position {i}: {entry:?}");
+        if i >= last {
+            let error = logprob - f64::from(case.steps[i - last].logprobs[0]);
+            assert!(rank == 1 && error.abs() < f64::from(FLOAT32.logprob), "position {i}: rank {rank}, off by {error}");
+        }
+    }
+    let chat = server.ask(CHAT, &with(chat_body(&case, 1), json!({"prompt_logprobs": 0})));
+    let list = chat["prompt_logprobs"].as_array().unwrap();
+    assert_eq!(list.len(), case.prompt_ids.len());
+    assert!(list[1..].iter().all(|entry| entry.as_object().unwrap().len() == 1));
+}
+
+/// A character of `text` that stands alone in it from where it is first, with its place; not at the beginning.
+fn stop_in(text: &str) -> (usize, String) {
+    let stops = text.char_indices().skip(4).filter(|(_, c)| c.is_ascii_graphic());
+    let mut stops = stops.filter(|(at, c)| text.find(*c) == Some(*at));
+    let (at, c) = stops.next().unwrap_or_else(|| panic!("no character to stop at in {text:?}"));
+    (at, c.to_string())
+}
+
+#[test]
+fn stop_strings_cut_the_text() {
+    let server = Server::start(MODEL, &[]);
+    // Printable characters only, so that there is something to stop at.
+    let bias: serde_json::Map<String, Value> = (33..127).map(|id: u32| (id.to_string(), json!(50))).collect();
+    let body = with(endless(40), json!({"logit_bias": bias, "temperature": 1, "seed": 1, "top_k": 0, "top_p": 1}));
+    let whole = server.ask(COMPLETIONS, &body);
+    let text = texts(&whole)[0];
+    let (at, stop) = stop_in(text);
+    let cut = server.ask(COMPLETIONS, &with(body.clone(), json!({"stop": [stop, "not in the text"]})));
+    let choice = &cut["choices"][0];
+    assert_eq!(choice["text"], text[..at]);
+    assert_eq!((&choice["finish_reason"], &choice["stop_reason"]), (&json!("stop"), &json!(stop)));
+    let with_stop = json!({"stop": stop, "include_stop_str_in_output": true});
+    let kept = server.ask(COMPLETIONS, &with(body.clone(), with_stop));
+    assert_eq!(kept["choices"][0]["text"], text[..=at]);
+    let streamed = Streamed::read(server.stream(COMPLETIONS, &with(body.clone(), json!({"stop": stop}))));
+    assert_eq!((streamed.text.as_str(), streamed.done), (&text[..at], true));
+    let late = with(body, json!({"stop": stop, "min_tokens": 30}));
+    let late = server.ask(COMPLETIONS, &late);
+    assert!(late["usage"]["completion_tokens"].as_u64().unwrap() >= 30, "a stop before min_tokens does not count");
+    server.wait_until_idle();
+}
+
+#[test]
+fn stop_tokens_and_min_tokens() {
+    let server = Server::start(MODEL, &[]);
+    let case = case("text");
+    let first = case.greedy_ids[0];
+    let body = with(chat_body(&case, 20), json!({"stop_token_ids": [first]}));
+    let stopped = server.ask(CHAT, &body);
+    assert_eq!(ids(&stopped["choices"][0]["token_ids"]), [first]);
+    assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
+    assert_eq!(stopped["choices"][0]["stop_reason"], first);
+    let held = server.ask(CHAT, &with(body, json!({"min_tokens": 10})));
+    let held = ids(&held["choices"][0]["token_ids"]);
+    assert!(held.len() > 10 || !held.contains(&first), "{held:?}");
+    assert!(held[..10].iter().all(|id| *id != first), "before min_tokens a stop token is not sampled: {held:?}");
+    let exact = server.ask(CHAT, &chat_body(&case, 3));
+    assert_eq!((&exact["choices"][0]["finish_reason"], &exact["usage"]["completion_tokens"]), (&json!("length"), &json!(3)));
+}
+
+#[test]
+fn end_of_sequence_tokens_end_an_answer() {
+    let server = Server::start(MODEL, &[]);
+    let body = json!({"prompt": "x", "max_tokens": 9, "logit_bias": {"258": 100}, "return_token_ids": true});
+    let ended = server.ask(COMPLETIONS, &body);
+    let choice = &ended["choices"][0];
+    assert_eq!((&choice["finish_reason"], &choice["text"]), (&json!("stop"), &json!("")));
+    let ignored = server.ask(COMPLETIONS, &with(body, json!({"ignore_eos": true})));
+    assert_eq!(ids(&ignored["choices"][0]["token_ids"]), [258; 9]);
+}
+
+#[test]
+fn a_bias_forces_and_forbids() {
+    let server = Server::start(MODEL, &[]);
+    let forced = server.ask(COMPLETIONS, &with(endless(8), json!({"logit_bias": {"65": 100}})));
+    assert_eq!(forced["choices"][0]["token_ids"], json!([65; 8]));
+    let free = server.ask(COMPLETIONS, &endless(1));
+    let favourite = ids(&free["choices"][0]["token_ids"])[0];
+    let forbidden = json!({"logit_bias": {favourite.to_string(): -100}});
+    let forbidden = server.ask(COMPLETIONS, &with(endless(30), forbidden));
+    assert!(!ids(&forbidden["choices"][0]["token_ids"]).contains(&favourite));
+}
+
+#[test]
+fn prompts_come_in_four_forms() {
+    let server = Server::start(MODEL, &[]);
+    let prompts = ["First", "Second one", "Dritter Gruß"];
+    let tokenise = |text: &str| server.ask("/tokenize", &json!({"prompt": text}))["tokens"].clone();
+    let tokens: Vec<Value> = prompts.iter().map(|text| tokenise(text)).collect();
+    let alone: Vec<Value> = prompts
+        .iter()
+        .map(|text| server.ask(COMPLETIONS, &with(endless(6), json!({"prompt": text})))["choices"][0].clone())
+        .collect();
+    for (prompt, token_ids) in alone.iter().zip(&tokens) {
+        assert_eq!(&prompt["prompt_token_ids"], token_ids);
+    }
+    let n = 2;
+    for form in [json!(prompts), json!(tokens)] {
+        let many = server.ask(COMPLETIONS, &with(endless(6), json!({"prompt": form, "n": n})));
+        let choices = many["choices"].as_array().unwrap();
+        assert_eq!(choices.len(), prompts.len() * n);
+        for (i, choice) in choices.iter().enumerate() {
+            assert_eq!(choice["index"], i);
+            assert_eq!(choice["text"], alone[i / n]["text"]);
+            assert_eq!(choice["token_ids"], alone[i / n]["token_ids"]);
+        }
+        let num_prompt: usize = tokens.iter().map(|ids| ids.as_array().unwrap().len()).sum();
+        assert_eq!(many["usage"]["prompt_tokens"], num_prompt);
+        assert_eq!(many["usage"]["completion_tokens"], 6 * prompts.len() * n);
+    }
+    let single = server.ask(COMPLETIONS, &with(endless(6), json!({"prompt": tokens[2]})));
+    assert_eq!(single["choices"][0]["text"], alone[2]["text"]);
+}
+
+#[test]
+fn penalties_and_filters_change_the_draw() {
+    let server = Server::start(MODEL, &[]);
+    let ask = |fields: Value| ids(&server.ask(COMPLETIONS, &with(endless(60), fields))["choices"][0]["token_ids"]);
+    let distinct = |ids: &[u32]| ids.iter().collect::<BTreeSet<_>>().len();
+    let greedy = ask(json!({}));
+    assert_eq!(ask(json!({"temperature": 1, "top_k": 1})), greedy, "top_k 1 is greedy");
+    assert_eq!(ask(json!({"temperature": 1, "top_k": 0, "top_p": 1e-6})), greedy, "a tiny top_p is greedy");
+    assert_eq!(ask(json!({"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 1})), greedy, "min_p 1 is greedy");
+    let fresh = ask(json!({"presence_penalty": 2, "frequency_penalty": 2, "repetition_penalty": 5}));
+    assert!(distinct(&fresh) > distinct(&greedy), "{} against {}", distinct(&fresh), distinct(&greedy));
+}
