@@ -12,7 +12,8 @@ use anyhow::Result;
 use measure::{head, median, row, seconds};
 use pulp::{Simd, WithSimd};
 use spark_backend::{
-    Backend, Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, Result as BackendResult, VectorWeight,
+    Backend, Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, Result as BackendResult,
+    VectorWeight,
 };
 use spark_cpu::CpuBackend;
 use spark_testing::Random;
@@ -27,7 +28,9 @@ const WORKING_SET: usize = 768 << 20;
 fn main() -> Result<()> {
     let threads = thread::available_parallelism()?.get();
     let (memory, compute) = (read_ceiling(threads), compute_ceiling(threads));
-    println!("{threads} threads; medians; ceilings: {memory:.1} GB/s read, {compute:.0} GFLOP/s of f32 multiply-adds");
+    println!(
+        "{threads} threads; medians; ceilings: {memory:.1} GB/s read, {compute:.0} GFLOP/s of f32 multiply-adds"
+    );
     let backend = CpuBackend::new(Dtype::Bf16, Some(threads))?;
     head(&["scheme", "M", "us", "GB/s of weights", "of read", "GFLOP/s", "of compute"]);
     for (name, data) in schemes(&mut Random::new(1), N, K) {
@@ -73,19 +76,22 @@ fn experts(backend: &CpuBackend, memory: f64) -> Result<()> {
     let norm = backend.vector(VectorWeight { values: vec![1.0; K], shape: [1, K] })?;
     head(&["experts", "M", "us", "GB/s of weights touched", "of read"]);
     for (name, up) in schemes(&mut random, INTERMEDIATE, K) {
-        let Some((_, down)) = schemes(&mut random, K, INTERMEDIATE).into_iter().find(|other| other.0 == name) else {
+        let Some((_, down)) = schemes(&mut random, K, INTERMEDIATE).into_iter().find(|other| other.0 == name)
+        else {
             continue;
         };
         let up = Matrix { n: INTERMEDIATE, k: K, data: up };
         let down = Matrix { n: K, k: INTERMEDIATE, data: down };
         let expert_bytes = 2 * up.num_bytes() + down.num_bytes();
         let expert = |_| (LinearWeight { parts: vec![copy(&up), copy(&up)], bias: None }, plain(copy(&down)));
-        let experts = backend.experts_weight(ExpertsWeight { experts: (0..EXPERTS).map(expert).collect() })?;
+        let experts =
+            backend.experts_weight(ExpertsWeight { experts: (0..EXPERTS).map(expert).collect() })?;
         for m in [1, 16] {
             // Other rows each time choose other experts, so the caches help as little as in a model.
             let inputs = (0..32)
                 .map(|_| {
-                    let mut x = backend.vector(VectorWeight { values: random.normals(m * K, 1.0), shape: [m, K] })?;
+                    let mut x =
+                        backend.vector(VectorWeight { values: random.normals(m * K, 1.0), shape: [m, K] })?;
                     backend.reduce_norm_route(None, &mut x, &norm, 1e-6, &router, TOP_K, true)
                 })
                 .collect::<BackendResult<Vec<_>>>()?;
@@ -225,7 +231,9 @@ fn compute_ceiling(threads: usize) -> f64 {
     let times = seconds(5, || {
         thread::scope(|scope| {
             for _ in 0..threads {
-                scope.spawn(|| black_box(pulp::Arch::new().dispatch(MultiplyAdd { rounds: black_box(ROUNDS) })));
+                scope.spawn(|| {
+                    black_box(pulp::Arch::new().dispatch(MultiplyAdd { rounds: black_box(ROUNDS) }))
+                });
             }
         });
     });

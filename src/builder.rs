@@ -53,6 +53,7 @@ pub struct EngineBuilder {
     use_generation_config: bool,
     served_names: Vec<String>,
     chat_template: Option<PathBuf>,
+    tokenizer: Option<PathBuf>,
     front_end: Option<Box<dyn FnOnce(&mut Options) + Send>>,
     progress: Option<ProgressFn>,
     seed: u64,
@@ -74,6 +75,7 @@ impl EngineBuilder {
             use_generation_config: true,
             served_names: Vec::new(),
             chat_template: None,
+            tokenizer: None,
             front_end: None,
             progress: None,
             seed: 0,
@@ -146,6 +148,12 @@ impl EngineBuilder {
         self
     }
 
+    /// A folder whose tokenizer, chat template and image processor settings to use instead of the checkpoint's.
+    pub fn tokenizer(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.tokenizer = Some(folder.into());
+        self
+    }
+
     /// Options of the OpenAI front end, changed in place once the model is known.
     pub fn front_end(mut self, change: impl FnOnce(&mut Options) + Send + 'static) -> Self {
         self.front_end = Some(Box::new(change));
@@ -169,7 +177,10 @@ impl EngineBuilder {
     /// # Errors
     /// Says what is wrong with the model, the options or the memory.
     pub fn build(mut self) -> Result<SparkEngine> {
-        let files = ModelFiles::open(&self.model, self.revision.take())?;
+        let files = match self.load_format {
+            LoadFormat::Auto => ModelFiles::open(&self.model, self.revision.take())?,
+            LoadFormat::Dummy => ModelFiles::open_config(&self.model, self.revision.take())?,
+        };
         match self.device {
             Device::Auto | Device::Cpu => {}
             Device::Cuda => {
@@ -180,11 +191,11 @@ impl EngineBuilder {
             }
         }
         let dtype = self.dtype.unwrap_or_else(|| files.auto_dtype());
-        let dir = files.checkpoint.dir().to_owned();
+        let dir = self.tokenizer.clone().unwrap_or_else(|| files.checkpoint.dir().to_owned());
         let tokenizer = Arc::new(Tokenizer::from_dir(&dir)?);
         let template = self.open_template(&dir, &tokenizer)?;
         let processor = match files.config.vision {
-            Some(_) => Some(self.open_processor(&files)?),
+            Some(_) => Some(self.open_processor(&dir)?),
             None => None,
         };
         let mut options = Options::new(&self.model);
@@ -223,12 +234,11 @@ impl EngineBuilder {
         }
     }
 
-    fn open_processor(&mut self, files: &ModelFiles) -> Result<Arc<ImageProcessor>> {
+    fn open_processor(&mut self, dir: &Path) -> Result<Arc<ImageProcessor>> {
         let mut hash_key = [0; 32];
         getrandom::fill(&mut hash_key)
             .map_err(|e| Error::option("random numbers", format!("the system gave none: {e}")))?;
         let decode = DecodeOptions::new(Alpha::OverWhite);
-        let dir = files.checkpoint.dir();
         let processor = ImageProcessor::from_folder(dir, &self.processor, decode, hash_key)?;
         self.options.image_mean_std = (processor.config().image_mean, processor.config().image_std);
         Ok(Arc::new(processor))

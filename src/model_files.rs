@@ -28,11 +28,27 @@ impl ModelFiles {
     /// # Errors
     /// When there is no such model, or its files contradict each other.
     pub fn open(model: &str, revision: Option<String>) -> Result<Self> {
-        let checkpoint = Checkpoint::open(model, &OpenOptions { revision, ..OpenOptions::default() })?;
+        Self::new(Checkpoint::open(model, &OpenOptions { revision, ..OpenOptions::default() })?)
+    }
+
+    /// Opens the configuration alone, for dummy weights: the folder needs no safetensors files.
+    ///
+    /// # Errors
+    /// As for [`ModelFiles::open`].
+    pub fn open_config(model: &str, revision: Option<String>) -> Result<Self> {
+        Self::new(Checkpoint::open_config(model, &OpenOptions { revision, ..OpenOptions::default() })?)
+    }
+
+    fn new(checkpoint: Checkpoint) -> Result<Self> {
         let config = ModelConfig::parse(checkpoint.config(), checkpoint.generation_config())?;
-        let (has_lm_head, warning) = config.lm_head_of(&checkpoint);
-        if let Some(warning) = warning {
-            tracing::warn!("{warning}");
+        let has_lm_head = match checkpoint.tensors().next() {
+            Some(_) => checkpoint.has_module("lm_head"),
+            None => !config.tie_word_embeddings,
+        };
+        if !has_lm_head && !config.tie_word_embeddings {
+            tracing::warn!(
+                "the checkpoint has no lm_head although tie_word_embeddings is false: using the embeddings"
+            );
         }
         let specs = config.specs(has_lm_head);
         Ok(Self { checkpoint, config, specs, has_lm_head })

@@ -38,7 +38,8 @@ fn completion(field: &str, value: Value) -> Value {
 }
 
 fn with_url(url: &str) -> Value {
-    let content = json!([{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]);
+    let content =
+        json!([{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]);
     chat("messages", json!([{"role": "user", "content": content}]))
 }
 
@@ -74,7 +75,10 @@ fn wrong_values() -> Vec<Bad> {
         ("presence_penalty", vec![json!(3), json!("x")]),
         ("frequency_penalty", vec![json!(-3), json!([])]),
         ("repetition_penalty", vec![json!(0), json!(-1), json!("x")]),
-        ("logit_bias", vec![json!({"-1": 1}), json!({"288": 1}), json!({"1": "x"}), json!({"1": 1e39}), json!([])]),
+        (
+            "logit_bias",
+            vec![json!({"-1": 1}), json!({"288": 1}), json!({"1": "x"}), json!({"1": 1e39}), json!([])],
+        ),
         ("stop", vec![json!(7), json!([7]), json!([""])]),
         ("stop_token_ids", vec![json!([-1]), json!([4_294_967_296_u64]), json!(["a"]), json!(5)]),
         ("prompt_logprobs", vec![json!(21), json!(-1), json!(true)]),
@@ -186,7 +190,13 @@ fn wrong_bodies() -> Vec<Bad> {
         plain("not an object", COMPLETIONS, b"[1, 2]", 400, None),
         plain("not UTF-8", COMPLETIONS, b"{\"prompt\": \"\xff\"}", 400, None),
         plain("half a surrogate pair", COMPLETIONS, br#"{"prompt": "\ud800"}"#, 400, None),
-        plain("a number over all floats", COMPLETIONS, br#"{"prompt": "x", "temperature": 1e999}"#, 400, None),
+        plain(
+            "a number over all floats",
+            COMPLETIONS,
+            br#"{"prompt": "x", "temperature": 1e999}"#,
+            400,
+            None,
+        ),
         plain("deep nesting", CHAT, "[".repeat(100_000).as_bytes(), 400, None),
         plain("deep objects", COMPLETIONS, r#"{"prompt":"#.repeat(100_000).as_bytes(), 400, None),
         plain("another model", COMPLETIONS, model.as_bytes(), 404, Some("model")),
@@ -233,7 +243,8 @@ fn every_wrong_request_is_refused_and_named() {
 /// Resident memory of the server, in KiB.
 fn resident(server: &Server) -> i64 {
     let status = server.proc_file("status");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux counts resident memory");
+    let line =
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux counts resident memory");
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
@@ -257,8 +268,11 @@ fn odd_requests_that_are_right_are_answered() {
     for (name, body) in [
         ("an unknown field", chat("no_such_field", json!({"a": [1, 2]}))),
         ("one pixel", with_png(&png(1, 1, true))),
-        ("null for everything", json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1,
-            "temperature": null, "stop": null, "tools": null, "logprobs": null, "stream_options": null})),
+        (
+            "null for everything",
+            json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1,
+            "temperature": null, "stop": null, "tools": null, "logprobs": null, "stream_options": null}),
+        ),
         ("no text", chat("messages", json!([{"role": "user", "content": ""}]))),
         ("neutral values of what is not supported", chat("response_format", json!({"type": "text"}))),
     ] {
@@ -269,7 +283,11 @@ fn odd_requests_that_are_right_are_answered() {
     assert_eq!(log.matches("no_such_field").count(), 1, "{log}");
     server.ask(CHAT, &chat("no_such_field", json!(1)));
     check_canaries(&server);
-    assert_eq!(server.wait_for_log("listening").matches("no_such_field").count(), 1, "it is warned about once");
+    assert_eq!(
+        server.wait_for_log("listening").matches("no_such_field").count(),
+        1,
+        "it is warned about once"
+    );
 }
 
 #[test]
@@ -279,7 +297,8 @@ fn special_tokens_typed_by_a_user_are_text() {
     let mut body = chat("messages", json!([{"role": "user", "content": typed}]));
     body["return_token_ids"] = json!(true);
     let answer = server.ask(CHAT, &body);
-    let ids: Vec<u64> = answer["prompt_token_ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect();
+    let ids: Vec<u64> =
+        answer["prompt_token_ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect();
     assert!(!ids.contains(&268), "a typed placeholder is not one: {ids:?}");
     let plain = server.ask(CHAT, &{
         let mut body = chat("messages", json!([{"role": "user", "content": "plain"}]));

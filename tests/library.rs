@@ -1,8 +1,8 @@
 //! The engine as a library: two engines in one process, cancellation by drop, token-level requests.
 
 use spark_engine::{
-    Dtype,
-    api::{Event, SamplingParams},
+    Dtype, SparkEngine,
+    api::{ConstraintError, Event, FinishReason, SamplingParams, TokenConstraint},
 };
 
 use crate::support;
@@ -65,4 +65,72 @@ fn a_drained_engine_refuses_and_ends() {
         assert!(finished, "what was running ends properly");
     });
     engine.join();
+}
+
+/// Allows one fixed token after the other, then says that it is complete.
+struct Fixed {
+    tokens: Vec<u32>,
+    next: usize,
+}
+
+impl TokenConstraint for Fixed {
+    fn mask(&mut self, allowed: &mut [u32]) -> Result<(), ConstraintError> {
+        let token =
+            *self.tokens.get(self.next).ok_or_else(|| ConstraintError("nothing may follow".into()))?;
+        allowed.fill(0);
+        allowed[token as usize / 32] = 1 << (token % 32);
+        Ok(())
+    }
+
+    fn commit(&mut self, token: u32) -> Result<bool, ConstraintError> {
+        if self.tokens[self.next] != token {
+            return Err(ConstraintError(format!("token {token} was not allowed")));
+        }
+        self.next += 1;
+        Ok(self.next == self.tokens.len())
+    }
+}
+
+/// Tokens and end of a request with `constraint`.
+async fn constrained(engine: &SparkEngine, constraint: Fixed, max_tokens: usize) -> (Vec<u32>, FinishReason) {
+    let sampling = SamplingParams { ignore_eos: true, ..SamplingParams::greedy(max_tokens) };
+    let mut request = engine.request(vec![72, 105], sampling).unwrap();
+    request.constraint = Some(Box::new(constraint));
+    let mut events = engine.submit(request).unwrap();
+    let mut tokens = Vec::new();
+    loop {
+        match events.recv().await.expect("a stream ends with Finished") {
+            Event::Prompt { .. } => {}
+            Event::Token(event) => tokens.push(event.token),
+            Event::Finished(finished) => return (tokens, finished.reason),
+        }
+    }
+}
+
+#[test]
+fn a_constraint_decides_every_token_and_the_end() {
+    let engine = support::builder("text_moe_bf16", Dtype::F32).build().unwrap();
+    support::block_on(async {
+        let tokens = vec![7, 200, 33, 33, 5];
+        let free = engine.request(vec![72, 105], SamplingParams::greedy(30)).unwrap();
+        let mut beside = engine.submit(free).unwrap();
+        let (got, reason) = constrained(&engine, Fixed { tokens: tokens.clone(), next: 0 }, 30).await;
+        assert_eq!(got, tokens);
+        assert!(matches!(reason, FinishReason::ConstraintComplete), "{reason:?}");
+        let (got, reason) = constrained(&engine, Fixed { tokens: tokens.clone(), next: 0 }, 2).await;
+        assert_eq!(got, tokens[..2]);
+        assert!(matches!(reason, FinishReason::Length), "{reason:?}");
+        while beside.recv().await.is_some() {}
+    });
+}
+
+#[test]
+fn a_constraint_that_fails_ends_its_request_alone() {
+    let engine = support::builder("text_moe_bf16", Dtype::F32).build().unwrap();
+    support::block_on(async {
+        let (got, reason) = constrained(&engine, Fixed { tokens: Vec::new(), next: 0 }, 5).await;
+        assert!(got.is_empty() && matches!(reason, FinishReason::ConstraintFailed(_)), "{got:?} {reason:?}");
+        let (got, _) = constrained(&engine, Fixed { tokens: vec![9], next: 0 }, 5).await;
+        assert_eq!(got, [9], "the engine goes on");
+    });
 }

@@ -45,8 +45,9 @@ pub(crate) fn check_canaries(server: &Server) {
 
 #[test]
 fn the_openai_client_works() {
-    let python = std::env::var("SPARK_TEST_PYTHON")
-        .expect("SPARK_TEST_PYTHON names a Python with tests/python/requirements.txt; `cargo xtask ci` sets it");
+    let python = std::env::var("SPARK_TEST_PYTHON").expect(
+        "SPARK_TEST_PYTHON names a Python with tests/python/requirements.txt; `cargo xtask ci` sets it",
+    );
     let server = Server::start(MODEL, &["--max-model-len", "4096"]);
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python/openai_client.py");
     let image = media_path("harbour.jpg");
@@ -62,7 +63,9 @@ fn mixed_body(i: usize) -> (&'static str, Value) {
     let mut body = match i % 4 {
         0 => chat_body(&case(["image0", "image1", "images"][i / 4 % 3]), max_tokens),
         1 => chat_body(&case("chat"), max_tokens),
-        _ => json!({"prompt": format!("Request {i} says:"), "max_tokens": max_tokens, "return_token_ids": true}),
+        _ => {
+            json!({"prompt": format!("Request {i} says:"), "max_tokens": max_tokens, "return_token_ids": true})
+        }
     };
     if i % 4 == 3 {
         // Unicode cut in the middle and stop tokens: what a stream must not show differently.
@@ -141,7 +144,9 @@ fn keys_are_needed_everywhere_but_for_health() {
         let body = if method == "POST" { body.as_bytes() } else { b"" };
         server.send(method, path, &headers, body).unwrap()
     };
-    for (method, path) in [("POST", COMPLETIONS), ("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/version")] {
+    for (method, path) in
+        [("POST", COMPLETIONS), ("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/version")]
+    {
         for key in [None, Some("wrong"), Some("")] {
             let refused = status(method, path, key);
             assert_eq!(refused.status, 401, "{path} with {key:?}");
@@ -223,13 +228,20 @@ fn hostile_client(server: &Server, client: usize) {
             let cut = random.below(text.len());
             let mut stream = TcpStream::connect(server.address()).unwrap();
             let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n");
-            let request = format!("{head}Content-Length: {}\r\n\r\n{}", text.len(), String::from_utf8_lossy(&text.as_bytes()[..cut]));
+            let request = format!(
+                "{head}Content-Length: {}\r\n\r\n{}",
+                text.len(),
+                String::from_utf8_lossy(&text.as_bytes()[..cut])
+            );
             stream.write_all(request.as_bytes()).unwrap();
         }
         1 => {
             // Not streamed: there is nothing to read before the end, so this goes away blindly.
             body["n"] = json!(3);
-            drop(hang_up_later(server, &json!({"prompt": "x", "max_tokens": 1500, "ignore_eos": true, "n": 3})));
+            drop(hang_up_later(
+                server,
+                &json!({"prompt": "x", "max_tokens": 1500, "ignore_eos": true, "n": 3}),
+            ));
         }
         _ => {
             let num_events = random.below(30);
@@ -284,10 +296,18 @@ fn a_repeated_prompt_is_found_in_the_prefix_cache() {
     let second = server.ask(CHAT, &body);
     let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
     // All whole blocks but for those of the last token, which is always computed.
-    assert!(cached >= 96 && cached < case.prompt_ids.len() as u64, "{cached} of {} tokens", case.prompt_ids.len());
+    assert!(
+        cached >= 96 && cached < case.prompt_ids.len() as u64,
+        "{cached} of {} tokens",
+        case.prompt_ids.len()
+    );
     assert_eq!(server.metric("vllm:prefix_cache_hits_total"), cached as f64);
     assert_eq!(first["choices"][0]["token_ids"], second["choices"][0]["token_ids"]);
-    let salted = { let mut body = body.clone(); body["cache_salt"] = json!("other"); server.ask(CHAT, &body) };
+    let salted = {
+        let mut body = body.clone();
+        body["cache_salt"] = json!("other");
+        server.ask(CHAT, &body)
+    };
     assert_eq!(salted["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "a salt separates caches");
     let without = Server::start(MODEL, &["--no-enable-prefix-caching"]);
     without.ask(CHAT, &body);

@@ -279,3 +279,90 @@ fn eos_id(value: &Value) -> Result<u32> {
         .and_then(|id| u32::try_from(id).ok())
         .ok_or_else(|| Error::config("eos_token_id", format!("{value} is not a token id")))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// The release form of a small multimodal MoE.
+    fn release() -> Value {
+        json!({
+            "model_type": "qwen3_vl_moe", "image_token_id": 270, "video_token_id": 271, "tie_word_embeddings": false,
+            "text_config": {
+                "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "vocab_size": 288,
+                "max_position_embeddings": 4096, "rope_theta": 5_000_000, "eos_token_id": 258,
+                "rope_scaling": {"rope_type": "default", "mrope_interleaved": true, "mrope_section": [6, 5, 5]},
+                "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": true,
+            },
+            "vision_config": {
+                "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+                "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0], "hidden_act": "gelu_pytorch_tanh",
+            },
+        })
+    }
+
+    fn parse(config: &Value) -> Result<ModelConfig> {
+        ModelConfig::parse(config, None)
+    }
+
+    #[test]
+    fn both_dialects_mean_the_same() {
+        let released = parse(&release()).unwrap();
+        let mut resaved = release();
+        let text = resaved["text_config"].as_object_mut().unwrap();
+        let mut rope = text.remove("rope_scaling").unwrap();
+        rope["rope_theta"] = text.remove("rope_theta").unwrap();
+        text.insert("rope_parameters".into(), rope);
+        let experts = text.remove("num_experts").unwrap();
+        text.insert("num_local_experts".into(), experts);
+        text.insert("sliding_window".into(), Value::Null);
+        text.insert("tie_word_embeddings".into(), true.into());
+        let resaved = parse(&resaved).unwrap();
+        assert_eq!(resaved.text.rope, released.text.rope);
+        assert_eq!(resaved.text.moe_at(0).unwrap().num_experts, 8);
+        assert!(!resaved.tie_word_embeddings, "the top-level flag wins");
+    }
+
+    #[test]
+    fn end_tokens_come_from_the_generation_config_first() {
+        let generation = json!({"eos_token_id": [258, 256]});
+        assert_eq!(ModelConfig::parse(&release(), Some(&generation)).unwrap().eos_token_ids, [258, 256]);
+        assert_eq!(parse(&release()).unwrap().eos_token_ids, [258]);
+    }
+
+    #[test]
+    fn layers_are_sparse_as_the_file_says() {
+        let mut config = release();
+        config["text_config"]["mlp_only_layers"] = json!([1]);
+        let text = parse(&config).unwrap().text;
+        assert!(text.moe_at(0).is_some() && text.moe_at(1).is_none());
+        config["text_config"]["decoder_sparse_step"] = json!(2);
+        assert!(parse(&config).unwrap().text.moe_at(0).is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_refused_by_name() {
+        let cases: [(&str, &str, Value); 8] = [
+            ("/text_config/rope_theta", "rope_theta", Value::Null),
+            ("/text_config/num_experts_per_tok", "num_experts_per_tok", json!(9)),
+            ("/text_config/num_key_value_heads", "num_key_value_heads", json!(3)),
+            ("/text_config/hidden_size", "hidden_size", json!(-1)),
+            ("/text_config/vocab_size", "vocab_size", json!(1e18)),
+            ("/text_config/rope_scaling/mrope_section", "mrope_section", json!([1, 2, 3])),
+            ("/vision_config/deepstack_visual_indexes", "deepstack_visual_indexes", json!([5])),
+            ("/vision_config/num_position_embeddings", "num_position_embeddings", json!(65)),
+        ];
+        for (place, field, value) in cases {
+            let mut config = release();
+            *config.pointer_mut(place).unwrap() = value;
+            let error = parse(&config).unwrap_err().to_string();
+            assert!(error.contains(field), "{place}: {error}");
+        }
+        let error = parse(&json!({"model_type": "llama"})).unwrap_err().to_string();
+        assert!(error.contains("llama") && error.contains("qwen3_vl_moe"), "{error}");
+    }
+}

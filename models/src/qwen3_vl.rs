@@ -4,7 +4,7 @@
 //! tools are brought to the names used here by `spark-weights`.
 
 use spark_backend::{Backend, VisualRows};
-use spark_weights::{Checkpoint, ParamSpec, Params, Shard};
+use spark_weights::{ParamSpec, Params, Shard};
 
 use crate::{
     Result,
@@ -54,15 +54,6 @@ impl ModelConfig {
             vision::specs(vision, &mut Specs { prefix: VISUAL, out: &mut out });
         }
         out
-    }
-
-    /// Whether `checkpoint` brings an output head of its own; a warning to show if it should but does not.
-    pub fn lm_head_of(&self, checkpoint: &Checkpoint) -> (bool, Option<&'static str>) {
-        let present = checkpoint.has_module("lm_head");
-        let warning = (!present && !self.tie_word_embeddings).then_some(
-            "the checkpoint has no lm_head although tie_word_embeddings is false: using the embeddings",
-        );
-        (present, warning)
     }
 }
 

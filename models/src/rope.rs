@@ -45,9 +45,10 @@ pub(crate) fn parse_rope(f: &Fields<'_>, head_dim: usize) -> Result<RopeConfig> 
         ("default" | "mrope", _) => (plain_inv_freq(theta, half), 1.0),
         ("yarn", Some(rope)) => yarn(rope, theta, half, f.size("max_position_embeddings")?)?,
         _ => {
-            return Err(
-                f.error("rope_scaling.rope_type", format!("{kind:?} is not supported; default and yarn are"))
-            );
+            return Err(f.error(
+                "rope_scaling.rope_type",
+                format!("{kind:?} is not supported; default and yarn are"),
+            ));
         }
     };
     let section = rope.map(|rope| rope.sizes("mrope_section")).transpose()?.unwrap_or_default();

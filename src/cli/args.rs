@@ -23,6 +23,9 @@ pub(crate) struct ModelArgs {
     /// Names under which the model is served; by default MODEL.
     #[arg(long, num_args = 1.., value_name = "NAME")]
     pub(crate) served_model_name: Vec<String>,
+    /// Folder of another tokenizer (with its chat template and image processor settings).
+    #[arg(long, value_name = "FOLDER")]
+    tokenizer: Option<PathBuf>,
     /// A Jinja file to use instead of the checkpoint's chat template.
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
@@ -228,6 +231,9 @@ impl ModelArgs {
         };
         if let Some(revision) = self.revision {
             builder = builder.revision(revision);
+        }
+        if let Some(folder) = self.tokenizer {
+            builder = builder.tokenizer(folder);
         }
         if let Some(path) = self.chat_template {
             builder = builder.chat_template(path);

@@ -23,13 +23,13 @@ pub(crate) struct BatchArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Requests, one JSON object a line.
-    #[arg(long, short = 'i', value_name = "FILE")]
+    #[arg(long, help_heading = "Files", short = 'i', value_name = "FILE")]
     input_file: PathBuf,
     /// Answers; lines that are there already are kept and not asked again.
-    #[arg(long, short = 'o', value_name = "FILE")]
+    #[arg(long, help_heading = "Files", short = 'o', value_name = "FILE")]
     output_file: PathBuf,
     /// Most requests at work at once.
-    #[arg(long, default_value_t = 64, value_name = "N")]
+    #[arg(long, help_heading = "Files", default_value_t = 64, value_name = "N")]
     max_inflight: usize,
 }
 

@@ -17,6 +17,24 @@ pub(crate) struct CompatArgs {
     /// Ignored: ranks are processes of this program.
     #[arg(long, value_name = "BACKEND", value_parser = ["mp", "ray", "uni", "external_launcher"])]
     distributed_executor_backend: Option<String>,
+    /// Ignored: prefills are always chunked.
+    #[arg(long)]
+    enable_chunked_prefill: bool,
+    /// Ignored with one rank: how the vision encoder is divided over ranks.
+    #[arg(long, value_name = "MODE", value_parser = ["data", "weights"])]
+    mm_encoder_tp_mode: Option<String>,
+    /// Ignored with one rank.
+    #[arg(long)]
+    enable_expert_parallel: bool,
+    /// Ignored: preempted sequences are recomputed, never swapped.
+    #[arg(long, value_name = "GIB")]
+    swap_space: Option<f64>,
+    /// Ignored: prompts are never logged.
+    #[arg(long, alias = "no-enable-log-requests")]
+    disable_log_requests: bool,
+    /// Ignored: statistics are at /metrics.
+    #[arg(long)]
+    disable_log_stats: bool,
     /// Not effective yet: tool calls are not parsed in this version.
     #[arg(long)]
     enable_auto_tool_choice: bool,

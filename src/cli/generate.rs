@@ -21,34 +21,34 @@ pub(crate) struct GenerateArgs {
     /// The prompt; `-` or nothing reads it from standard input.
     prompt: Option<String>,
     /// Picture to ask about; repeat for several.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = "Prompt and sampling", value_name = "FILE")]
     image: Vec<PathBuf>,
     /// System prompt.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, help_heading = "Prompt and sampling", value_name = "TEXT")]
     system: Option<String>,
     /// Continue the prompt as it is, without the chat template.
-    #[arg(long, conflicts_with_all = ["image", "system"])]
+    #[arg(long, help_heading = "Prompt and sampling", conflicts_with_all = ["image", "system"])]
     raw: bool,
     /// Most tokens to generate.
-    #[arg(long, short = 'n', default_value_t = 512, value_name = "TOKENS")]
+    #[arg(long, help_heading = "Prompt and sampling", short = 'n', default_value_t = 512, value_name = "TOKENS")]
     max_tokens: usize,
     /// 0 is greedy; by default the model's own setting.
-    #[arg(long)]
+    #[arg(long, help_heading = "Prompt and sampling")]
     temperature: Option<f32>,
     /// Keep the smallest set of tokens whose probability reaches this.
-    #[arg(long)]
+    #[arg(long, help_heading = "Prompt and sampling")]
     top_p: Option<f32>,
     /// Keep this many most likely tokens.
-    #[arg(long)]
+    #[arg(long, help_heading = "Prompt and sampling")]
     top_k: Option<u32>,
     /// Stop before this text; repeat for several.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, help_heading = "Prompt and sampling", value_name = "TEXT")]
     stop: Vec<String>,
     /// Go on past the end-of-sequence token.
-    #[arg(long)]
+    #[arg(long, help_heading = "Prompt and sampling")]
     ignore_eos: bool,
     /// Print times and speed on stderr.
-    #[arg(long, short)]
+    #[arg(long, help_heading = "Prompt and sampling", short)]
     verbose: bool,
 }
 

@@ -9,7 +9,7 @@ mod inspect;
 mod progress;
 mod serve;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -49,8 +49,12 @@ impl Cli {
     /// Sends messages to stderr; stdout is for results.
     pub(crate) fn init_logging(&self) {
         let filter = EnvFilter::try_new(&self.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
-        let builder =
-            tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+        let builder = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            // Colours are for people; a file or a journal gets plain text.
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_target(false);
         if self.log_json {
             builder.json().init();
         } else {

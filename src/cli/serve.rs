@@ -18,19 +18,19 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Address to listen on; 0.0.0.0 for all.
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, help_heading = "Server", default_value = "127.0.0.1")]
     host: IpAddr,
     /// Port to listen on; 0 takes a free one and prints it.
-    #[arg(long, default_value_t = 8000)]
+    #[arg(long, help_heading = "Server", default_value_t = 8000)]
     port: u16,
     /// Keys that clients must send as `Authorization: Bearer KEY`; several may be given.
-    #[arg(long, env = "SPARK_API_KEY", value_name = "KEY", num_args = 1.., hide_env_values = true)]
+    #[arg(long, help_heading = "Server", env = "SPARK_API_KEY", value_name = "KEY", num_args = 1.., hide_env_values = true)]
     api_key: Vec<String>,
     /// Largest request body, in bytes.
-    #[arg(long, default_value_t = server::DEFAULT_MAX_BODY_BYTES, value_name = "BYTES")]
+    #[arg(long, help_heading = "Server", default_value_t = server::DEFAULT_MAX_BODY_BYTES, value_name = "BYTES")]
     max_body_bytes: usize,
     /// After SIGTERM: how long running requests may take to finish, in seconds.
-    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
     shutdown_timeout: u64,
 }
 

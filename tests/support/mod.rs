@@ -1,6 +1,7 @@
 //! Engines, chats and servers for the integration tests. No assertions about results.
 
 pub(crate) mod forward;
+pub(crate) mod server;
 
 use serde_json::{Value, json};
 use spark_engine::{Dtype, EngineBuilder, EngineOptions, SparkEngine, image_data_url};

@@ -57,7 +57,8 @@ impl Server {
     pub(crate) fn start(model: &str, arguments: &[&str]) -> Self {
         let folder = model_dir(model).display().to_string();
         let mut command = program(&["serve", &folder, "--port", "0"]);
-        let mut child = command.args(SMALL).args(arguments).stderr(Stdio::piped()).spawn().expect("the program starts");
+        let mut child =
+            command.args(SMALL).args(arguments).stderr(Stdio::piped()).spawn().expect("the program starts");
         let log = Arc::new(Log::default());
         let (stderr, shared) = (child.stderr.take().expect("stderr is piped"), log.clone());
         std::thread::spawn(move || shared.follow(BufReader::new(stderr)));
@@ -65,7 +66,8 @@ impl Server {
         let mut server = Self { child, address: SocketAddr::from(([127, 0, 0, 1], 0)), log };
         let text = server.log.wait_for("/v1/models)");
         let address = text.split("listening on http://").nth(1).and_then(|rest| rest.split(' ').next());
-        server.address = address.and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("no address in {text}"));
+        server.address =
+            address.and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("no address in {text}"));
         server
     }
 
@@ -108,7 +110,8 @@ impl Server {
     pub(crate) fn stream(&self, path: &str, body: &Value) -> Events {
         let mut body = body.clone();
         body["stream"] = Value::Bool(true);
-        let mut connection = self.open("POST", path, &[("Content-Type", "application/json")], body.to_string().as_bytes());
+        let mut connection =
+            self.open("POST", path, &[("Content-Type", "application/json")], body.to_string().as_bytes());
         let status = read_head(connection.as_mut().expect("the server accepts")).expect("the server answers");
         assert_eq!(status, 200, "{path}");
         Events(connection.expect("checked above"))
@@ -141,7 +144,11 @@ impl Server {
     ) -> std::io::Result<BufReader<TcpStream>> {
         let mut stream = TcpStream::connect(self.address)?;
         stream.set_read_timeout(Some(DEADLINE))?;
-        let mut head = format!("{method} {path} HTTP/1.0\r\nHost: {}\r\nContent-Length: {}\r\n", self.address, body.len());
+        let mut head = format!(
+            "{method} {path} HTTP/1.0\r\nHost: {}\r\nContent-Length: {}\r\n",
+            self.address,
+            body.len()
+        );
         for (name, value) in headers {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
@@ -155,8 +162,9 @@ impl Server {
     pub(crate) fn metric(&self, name: &str) -> f64 {
         let page = String::from_utf8(self.get("/metrics").body).expect("metrics are text");
         let samples = page.lines().filter(|line| line.split(['{', ' ']).next() == Some(name));
-        let values: Vec<f64> =
-            samples.map(|line| line.rsplit(' ').next().and_then(|v| v.parse().ok()).expect("a number")).collect();
+        let values: Vec<f64> = samples
+            .map(|line| line.rsplit(' ').next().and_then(|v| v.parse().ok()).expect("a number"))
+            .collect();
         assert!(!values.is_empty(), "/metrics has no {name}");
         values.iter().sum()
     }

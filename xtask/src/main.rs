@@ -6,6 +6,7 @@
     reason = "a command line program reports on the terminal"
 )]
 
+mod binary;
 mod ci;
 mod golden;
 mod process;
@@ -35,6 +36,12 @@ enum Task {
     },
     /// Everything that must pass before a change is merged.
     Ci,
+    /// Checks what a built program needs of a machine: nothing but glibc, and no newer one than DGX OS has.
+    Binary {
+        /// The program.
+        #[arg(default_value = "target/release/spark-engine")]
+        path: PathBuf,
+    },
     /// Makes the fixtures again and says which of them changed.
     Golden {
         /// Arguments for the fixture script.
@@ -47,6 +54,7 @@ fn main() -> ExitCode {
     let result = root().and_then(|root| match Cli::parse().task {
         Task::Tidy { notes } => tidy::run(&root, notes),
         Task::Ci => ci::run(&root),
+        Task::Binary { path } => binary::run(&path),
         Task::Golden { args } => golden::run(&root, &args),
     });
     match result {

@@ -27,6 +27,11 @@ fn line(command: &Command) -> String {
         .join(" ")
 }
 
+/// Cargo's target folder.
+pub(crate) fn target(root: &Path) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir))
+}
+
 /// A Python of its own under `target/`, with exactly the packages of `requirements`. Made once per content of that
 /// file; later calls return at once.
 ///
@@ -35,9 +40,7 @@ fn line(command: &Command) -> String {
 pub(crate) fn python(root: &Path, name: &str, requirements: &Path) -> anyhow::Result<PathBuf> {
     let wanted = std::fs::read_to_string(requirements)
         .with_context(|| format!("cannot read {}", requirements.display()))?;
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir));
-    let folder = target.join(name);
+    let folder = target(root).join(name);
     let (python, stamp) = (folder.join("bin/python"), folder.join("installed.txt"));
     if python.exists() && std::fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
         return Ok(python);

@@ -61,21 +61,29 @@ impl Checkpoint {
     /// # Errors
     /// When it is not there, or when a file lies about itself: the message names file, tensor and offset.
     pub fn open(model: &str, options: &OpenOptions) -> Result<Self> {
+        let mut checkpoint = Self::open_config(model, options)?;
+        checkpoint.read_catalogue()?;
+        Ok(checkpoint)
+    }
+
+    /// As [`Checkpoint::open`], but with the configuration files alone: for dummy weights. It has no tensors.
+    ///
+    /// # Errors
+    /// When it is not there, or a configuration is not JSON.
+    pub fn open_config(model: &str, options: &OpenOptions) -> Result<Self> {
         let dir = locate(model, options.revision.as_deref(), options.cache_dir.as_deref())?;
         let config = read_json(&dir.join("config.json"), MAX_CONFIG)?;
         let generation = dir.join("generation_config.json");
         let generation_config =
             if generation.exists() { Some(read_json(&generation, MAX_CONFIG)?) } else { None };
-        let mut checkpoint = Checkpoint {
+        Ok(Checkpoint {
             dir,
             config,
             generation_config,
             files: Vec::new(),
             tensors: Vec::new(),
             by_name: HashMap::new(),
-        };
-        checkpoint.read_catalogue()?;
-        Ok(checkpoint)
+        })
     }
 
     /// The folder (of a cached id: the snapshot).

@@ -1,0 +1,263 @@
+//! The program as a process: how it ends, what `generate` and `inspect` print, what it says about broken checkpoints.
+
+use std::{
+    io::Write,
+    net::TcpStream,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use spark_engine::Dtype;
+use spark_testing::{Oracle, media_path, model_dir, model_names};
+
+use crate::{
+    server::{COMPLETIONS, MODEL, case, endless},
+    support::{
+        self,
+        server::{DEADLINE, SMALL, Server, Streamed, program},
+    },
+};
+
+#[test]
+fn sigterm_lets_running_streams_finish() {
+    let mut server = Server::start(MODEL, &["--max-model-len", "4096"]);
+    let num_tokens = 2000;
+    let expected = server.ask(COMPLETIONS, &endless(num_tokens));
+    let mut events = server.stream(COMPLETIONS, &endless(num_tokens));
+    let first = events.next().expect("the stream has begun");
+    server.terminate();
+    server.wait_for_log("shutting down");
+    refuse_new_requests(&server);
+    let streamed = Streamed::read(std::iter::once(first).chain(events));
+    assert!(streamed.done, "the stream ends with [DONE]");
+    assert_eq!(streamed.token_ids, support::ids(&expected["choices"][0]["token_ids"]));
+    assert_eq!(server.wait_for_exit(DEADLINE).code(), Some(0));
+}
+
+/// Waits until no request is taken any more: the connection is refused, or the answer is 503.
+fn refuse_new_requests(server: &Server) {
+    let body = json!({"prompt": "x", "max_tokens": 1}).to_string();
+    let start = Instant::now();
+    loop {
+        let sent = server.send("POST", COMPLETIONS, &[("Content-Type", "application/json")], body.as_bytes());
+        match sent {
+            Err(_) => break,
+            Ok(response) if response.status == 503 => break,
+            Ok(response) => assert!(start.elapsed() < DEADLINE, "still answered: {response:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_server_without_requests_ends_at_once_on_sigterm() {
+    let mut server = Server::start(MODEL, &[]);
+    // A client that keeps its connection open must not hold up the end.
+    let mut idle = TcpStream::connect(server.address()).unwrap();
+    idle.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    assert_eq!(server.get("/health").status, 200);
+    server.terminate();
+    assert_eq!(server.wait_for_exit(Duration::from_secs(10)).code(), Some(0));
+}
+
+#[test]
+fn a_second_sigterm_ends_at_once() {
+    let mut server = Server::start(MODEL, &["--max-model-len", "4096"]);
+    let mut events: Vec<_> = (0..8).map(|_| server.stream(COMPLETIONS, &endless(4000))).collect();
+    assert!(events.iter_mut().all(|events| events.next().is_some()));
+    server.terminate();
+    server.wait_for_log("shutting down");
+    server.terminate();
+    assert_eq!(server.wait_for_exit(Duration::from_secs(10)).code(), Some(0));
+    for events in events {
+        let streamed = Streamed::read(events);
+        assert!(streamed.token_ids.len() < 4000, "the stream was cut short");
+        assert_ne!(streamed.finish_reason.as_deref(), Some("length"), "and does not pretend to be complete");
+    }
+}
+
+#[test]
+fn a_drain_ends_at_its_deadline() {
+    let mut server = Server::start(MODEL, &["--max-model-len", "4096", "--shutdown-timeout", "0"]);
+    let mut events: Vec<_> = (0..8).map(|_| server.stream(COMPLETIONS, &endless(4000))).collect();
+    assert!(events.iter_mut().all(|events| events.next().is_some()));
+    server.terminate();
+    assert_eq!(server.wait_for_exit(Duration::from_secs(10)).code(), Some(0));
+    server.wait_for_log("shutdown timeout has passed");
+}
+
+#[test]
+fn a_taken_port_is_an_error_before_anything_is_loaded() {
+    let server = Server::start(MODEL, &[]);
+    let port = server.address().port().to_string();
+    let message = failure(&["serve", &folder(MODEL), "--port", &port]);
+    assert!(message.contains(&port) && message.contains("cannot listen"), "{message}");
+    assert_eq!(server.get("/health").status, 200);
+}
+
+fn folder(model: &str) -> String {
+    model_dir(model).display().to_string()
+}
+
+/// Runs `generate` on the fixture, with `input` on standard input; returns what it prints.
+fn generate(arguments: &[&str], input: &str) -> String {
+    let folder = folder(MODEL);
+    let common = ["--temperature", "0", "--ignore-eos", "-n", "40", "--log-level", "warn"];
+    let mut command = program(&["generate", &folder]);
+    command.args(SMALL).args(common).args(arguments);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
+    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    String::from_utf8(stdout).unwrap()
+}
+
+/// The text of an oracle case, from the library; its ids are the oracle's.
+fn oracle_text(name: &str) -> String {
+    let case = case(name);
+    let engine = support::builder(MODEL, Dtype::F32).build().unwrap();
+    let answer = support::block_on(support::answer(&engine, support::chat_body(&case, 40)));
+    assert_eq!(support::prompt_and_output(&answer).1, case.greedy_ids);
+    answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn generate_prints_the_answer() {
+    let image = media_path("sky.png").display().to_string();
+    assert_eq!(generate(&["What?", "--image", &image], ""), oracle_text("image0") + "\n");
+    assert_eq!(generate(&["Hello!"], ""), oracle_text("text") + "\n");
+    assert_eq!(generate(&[], "Hello!"), oracle_text("text") + "\n", "from standard input");
+    assert_eq!(generate(&["-"], "Hello!"), oracle_text("text") + "\n", "from standard input, asked for");
+}
+
+#[test]
+fn generate_continues_a_raw_prompt() {
+    let engine = support::builder(MODEL, Dtype::F32).build().unwrap();
+    let body = json!({"prompt": "Once upon", "max_tokens": 40, "temperature": 0, "ignore_eos": true});
+    let answer: Value =
+        support::block_on(async { engine.completion(body).await.unwrap().into_response().await.unwrap() });
+    let text = answer["choices"][0]["text"].as_str().unwrap();
+    assert!(!text.is_empty());
+    assert_eq!(generate(&["--raw", "Once upon"], ""), format!("{text}\n"));
+    assert_eq!(generate(&["--raw"], "Once upon"), format!("{text}\n"));
+}
+
+#[test]
+fn inspect_describes_every_fixture() {
+    let models = model_names("").unwrap();
+    assert!(models.len() > 20);
+    for model in models {
+        let Output { status, stdout, stderr } =
+            program(&["inspect", &folder(&model), "--json", "--tp", "2"]).output().unwrap();
+        assert!(status.success(), "{model}: {}", String::from_utf8_lossy(&stderr));
+        let report: Value = serde_json::from_slice(&stdout).unwrap();
+        let family = Oracle::load(&model).unwrap().family;
+        assert_eq!(report["text"]["moe"].is_object(), family.contains("moe"), "{model}: {report}");
+        assert_eq!(report["vision"].is_object(), family.contains("vl"), "{model}: {report}");
+        let text = &report["text"];
+        let kv =
+            ["num_hidden_layers", "num_key_value_heads", "head_dim"].map(|key| text[key].as_u64().unwrap());
+        // Keys and values, two bytes each.
+        assert_eq!(report["kv_bytes_per_token"]["bf16"], kv.iter().product::<u64>() * 4, "{model}");
+        let weights = &report["weights"];
+        let parts = weights["parts"].as_array().unwrap().iter().map(|part| part["bytes"].as_u64().unwrap());
+        assert_eq!(parts.sum::<u64>(), weights["file_bytes"], "{model}");
+        assert_eq!(weights["rank_bytes"].as_array().unwrap().len(), 2, "{model}");
+        assert_eq!(report["tensor_parallel_size"], 2, "{model}");
+    }
+    let plain = program(&["inspect", &folder(MODEL)]).output().unwrap();
+    let plain = String::from_utf8(plain.stdout).unwrap();
+    assert!(plain.contains("qwen3_vl_moe") && plain.contains("awq-int4-g128"), "{plain}");
+}
+
+/// What the program says when it fails: exit code 1 and one error, no panic.
+fn failure(arguments: &[&str]) -> String {
+    let Output { status, stdout, stderr } = program(arguments).output().unwrap();
+    let message = String::from_utf8(stderr).unwrap();
+    assert_eq!(status.code(), Some(1), "{message}");
+    assert!(!message.contains("panicked"), "{message}");
+    assert_eq!(message.matches("error: ").count(), 1, "{message}");
+    assert!(stdout.is_empty());
+    message
+}
+
+/// A copy of the fixture that a test may break.
+fn copy(to: &Path) {
+    for entry in std::fs::read_dir(model_dir(MODEL)).unwrap() {
+        let from = entry.unwrap().path();
+        let name = from.file_name().unwrap();
+        if !name.to_string_lossy().starts_with("oracle") {
+            std::fs::copy(&from, to.join(name)).unwrap();
+        }
+    }
+}
+
+/// Replaces text of equal length in every file of a folder.
+fn rename(folder: &Path, from: &str, to: &str) {
+    assert_eq!(from.len(), to.len());
+    let mut num_found = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        let places: Vec<usize> = bytes
+            .windows(from.len())
+            .enumerate()
+            .filter(|(_, w)| *w == from.as_bytes())
+            .map(|(at, _)| at)
+            .collect();
+        for at in &places {
+            bytes[*at..*at + to.len()].copy_from_slice(to.as_bytes());
+        }
+        num_found += places.len();
+        std::fs::write(&path, bytes).unwrap();
+    }
+    assert_eq!(num_found, 2, "{from} is in one shard and in the index");
+}
+
+#[test]
+fn a_missing_model_is_named() {
+    let message = failure(&["serve", "/no/such/folder", "--port", "0"]);
+    assert!(message.contains("/no/such/folder"), "{message}");
+    let empty = tempfile::tempdir().unwrap();
+    let message = failure(&["serve", &empty.path().display().to_string(), "--port", "0"]);
+    assert!(message.contains("config.json"), "{message}");
+}
+
+#[test]
+fn a_truncated_shard_is_named_with_its_offset() {
+    for (strategy, num_kept) in
+        [("eager", 300_000), ("lazy", 300_000), ("eager", 1000), ("eager", 4), ("eager", 0)]
+    {
+        let broken = tempfile::tempdir().unwrap();
+        copy(broken.path());
+        let shard: PathBuf = broken.path().join("model-00001-of-00002.safetensors");
+        let bytes = std::fs::read(&shard).unwrap();
+        std::fs::write(&shard, &bytes[..num_kept]).unwrap();
+        let folder = broken.path().display().to_string();
+        let message = failure(&["serve", &folder, "--port", "0", "--safetensors-load-strategy", strategy]);
+        assert!(message.contains("model-00001-of-00002.safetensors"), "{message}");
+        assert!(
+            message.contains(&num_kept.to_string()),
+            "{strategy}: its {num_kept} bytes are named: {message}"
+        );
+        if num_kept == 300_000 {
+            assert!(
+                message.contains(&bytes.len().to_string()),
+                "the end that is promised is named: {message}"
+            );
+        }
+    }
+}
+
+#[test]
+fn unfilled_and_unused_tensors_are_named() {
+    let broken = tempfile::tempdir().unwrap();
+    copy(broken.path());
+    let (from, to) = ("model.language_model.norm.weight", "model.language_model.nrom.weight");
+    rename(broken.path(), from, to);
+    let message = failure(&["serve", &broken.path().display().to_string(), "--port", "0"]);
+    assert!(message.contains(from), "the parameter without a tensor: {message}");
+    assert!(message.contains(to), "the tensor without a parameter: {message}");
+}
