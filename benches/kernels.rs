@@ -254,7 +254,8 @@ impl WithSimd for MultiplyAdd {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> f32 {
         let (factor, offset) = (simd.splat_f32s(0.999), simd.splat_f32s(0.001));
-        let mut sums = [simd.splat_f32s(1.0); ACCUMULATORS];
+        // Values that the compiler does not know, so that it has to do the work.
+        let mut sums: [S::f32s; ACCUMULATORS] = std::array::from_fn(|i| simd.splat_f32s(black_box(i as f32)));
         for _ in 0..self.rounds {
             for sum in &mut sums {
                 *sum = simd.mul_add_f32s(*sum, factor, offset);

@@ -38,6 +38,8 @@ pub enum LoadFormat {
     Dummy,
 }
 
+type ChangeOptions = Box<dyn FnOnce(&mut Options) + Send>;
+
 /// Builds a [`SparkEngine`]. Every setting has a default; names follow vLLM's flags.
 #[must_use]
 pub struct EngineBuilder {
@@ -54,7 +56,7 @@ pub struct EngineBuilder {
     served_names: Vec<String>,
     chat_template: Option<PathBuf>,
     tokenizer: Option<PathBuf>,
-    front_end: Option<Box<dyn FnOnce(&mut Options) + Send>>,
+    front_end: Option<ChangeOptions>,
     progress: Option<ProgressFn>,
     seed: u64,
 }

@@ -6,21 +6,12 @@ use serde_json::{Value, json};
 use spark_testing::tolerance::FLOAT32;
 
 use crate::{
-    server::{CHAT, COMPLETIONS, MODEL, case, endless},
+    server::{CHAT, COMPLETIONS, MODEL, case, endless, with},
     support::{
         chat_body, ids,
         server::{Server, Streamed},
     },
 };
-
-/// `body` with more fields.
-fn with(mut body: Value, fields: Value) -> Value {
-    let Value::Object(fields) = fields else { panic!("fields are an object") };
-    for (name, value) in fields {
-        body[name] = value;
-    }
-    body
-}
 
 fn texts(answer: &Value) -> Vec<&str> {
     answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap()).collect()
@@ -74,6 +65,30 @@ fn log_probabilities_are_those_of_the_oracle() {
     let entry = &named["choices"][0]["logprobs"]["content"][0];
     assert_eq!(entry["top_logprobs"], json!([]));
     assert!(!entry["token"].as_str().unwrap().starts_with("token_id:"));
+}
+
+#[test]
+fn streamed_log_probabilities_are_those_of_the_whole_answer() {
+    let server = Server::start(MODEL, &[]);
+    let chat = with(chat_body(&case("text"), 12), json!({"logprobs": true, "top_logprobs": 2}));
+    let completion = with(endless(12), json!({"logprobs": 2, "echo": true}));
+    for (path, body, lists) in [
+        (CHAT, chat, &["content"][..]),
+        (COMPLETIONS, completion, &["tokens", "token_logprobs", "top_logprobs", "text_offset"]),
+    ] {
+        let whole = server.ask(path, &body)["choices"][0]["logprobs"].clone();
+        let events: Vec<String> = server.stream(path, &body).filter(|data| data != "[DONE]").collect();
+        let chunks: Vec<Value> = events.iter().map(|data| serde_json::from_str(data).unwrap()).collect();
+        for list in lists {
+            let joined =
+                chunks.iter().filter_map(|chunk| chunk["choices"][0]["logprobs"][list].as_array()).flatten();
+            assert_eq!(
+                &joined.cloned().collect::<Vec<_>>(),
+                whole[list].as_array().unwrap(),
+                "{path}: {list}"
+            );
+        }
+    }
 }
 
 #[test]

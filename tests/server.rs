@@ -32,6 +32,15 @@ pub(crate) fn endless(max_tokens: usize) -> Value {
     json!({"prompt": "Count:", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true, "return_token_ids": true})
 }
 
+/// `body` with more fields.
+pub(crate) fn with(mut body: Value, fields: Value) -> Value {
+    let Value::Object(fields) = fields else { panic!("fields are an object") };
+    for (name, value) in fields {
+        body[name] = value;
+    }
+    body
+}
+
 /// The oracle's answers, with and without an image: what a healthy server gives at any time.
 pub(crate) fn check_canaries(server: &Server) {
     for name in ["text", "image0"] {
@@ -63,12 +72,10 @@ fn mixed_body(i: usize) -> (&'static str, Value) {
     let mut body = match i % 4 {
         0 => chat_body(&case(["image0", "image1", "images"][i / 4 % 3]), max_tokens),
         1 => chat_body(&case("chat"), max_tokens),
-        _ => {
-            json!({"prompt": format!("Request {i} says:"), "max_tokens": max_tokens, "return_token_ids": true})
-        }
+        _ => with(endless(max_tokens), json!({"prompt": format!("Request {i} says:"), "ignore_eos": false})),
     };
     if i % 4 == 3 {
-        // Unicode cut in the middle and stop tokens: what a stream must not show differently.
+        // Sampled bytes are rarely whole characters, and some are stop tokens: a stream must not show that differently.
         (body["temperature"], body["top_k"], body["seed"]) = (json!(1.5), json!(0), json!(i));
     }
     (if i % 4 < 2 { CHAT } else { COMPLETIONS }, body)
@@ -105,6 +112,47 @@ fn sixty_four_streams_lose_nothing() {
     assert!(num_sampled > 64 * 5, "{num_sampled} tokens");
     assert_eq!(server.metric("vllm:generation_tokens_total"), 2.0 * num_sampled as f64);
     server.wait_until_idle();
+}
+
+/// Blocks for about a quarter of what the sequences need: they push each other out and are computed again.
+#[test]
+fn streams_survive_preemption() {
+    let plenty = Server::start(MODEL, &["--max-model-len", "512"]);
+    let body = |i: usize| with(endless(200), json!({"prompt": format!("Sequence number {i}")}));
+    let expected: Vec<_> =
+        (0..16).map(|i| plenty.ask(COMPLETIONS, &body(i))["choices"][0]["token_ids"].clone()).collect();
+    assert_eq!(plenty.metric("vllm:num_preemptions_total"), 0.0);
+    drop(plenty);
+    // 1 KiB a token in float32, so 1024 tokens for 16 x 220.
+    let server = Server::start(MODEL, &["--max-model-len", "512", "--kv-cache-memory-bytes", "1048576"]);
+    std::thread::scope(|scope| {
+        for (i, expected) in expected.iter().enumerate() {
+            let server = &server;
+            scope.spawn(move || {
+                let streamed = Streamed::read(server.stream(COMPLETIONS, &body(i)));
+                assert!(streamed.done, "stream {i}");
+                assert_eq!(streamed.token_ids, support::ids(expected), "stream {i}");
+            });
+        }
+    });
+    assert!(server.metric("vllm:num_preemptions_total") > 0.0, "the cache was large enough for all");
+    server.wait_until_idle();
+}
+
+#[test]
+fn a_full_queue_is_a_503_that_says_when_to_come_back() {
+    let arguments = ["--max-num-seqs", "1", "--max-num-queued-reqs", "2", "--max-model-len", "4096"];
+    let server = Server::start(MODEL, &arguments);
+    let mut running = server.stream(COMPLETIONS, &endless(4000));
+    assert!(running.next().is_some());
+    let waiting = [hang_up_later(&server, &endless(5)), hang_up_later(&server, &endless(5))];
+    server.wait_for_metric("vllm:num_requests_waiting", |waiting| waiting == 2.0);
+    let refused = server.post(COMPLETIONS, &endless(5));
+    assert_eq!((refused.status, &refused.json()["error"]["code"]), (503, &json!(503)));
+    assert!(refused.head.to_lowercase().contains("retry-after: 1"), "{}", refused.head);
+    drop((running, waiting));
+    server.wait_until_idle();
+    check_canaries(&server);
 }
 
 /// Processor time of all threads of the server so far, in clock ticks (proc_pid_stat(5): fields 14 and 15).
@@ -237,7 +285,6 @@ fn hostile_client(server: &Server, client: usize) {
         }
         1 => {
             // Not streamed: there is nothing to read before the end, so this goes away blindly.
-            body["n"] = json!(3);
             drop(hang_up_later(
                 server,
                 &json!({"prompt": "x", "max_tokens": 1500, "ignore_eos": true, "n": 3}),
@@ -266,11 +313,7 @@ fn the_priority_policy_prefers_lower_numbers() {
         let server = Server::start(MODEL, &arguments);
         let mut running = server.stream(COMPLETIONS, &endless(4000));
         assert!(running.next().is_some());
-        let with_priority = |priority: i32| {
-            let mut body = endless(20);
-            body["priority"] = json!(priority);
-            body
-        };
+        let with_priority = |priority: i32| with(endless(20), json!({"priority": priority}));
         let (patient, urgent) = std::thread::scope(|scope| {
             let patient = scope.spawn(|| times(&server, &with_priority(5)));
             server.wait_for_metric("vllm:num_requests_waiting", |waiting| waiting == 1.0);
@@ -303,11 +346,7 @@ fn a_repeated_prompt_is_found_in_the_prefix_cache() {
     );
     assert_eq!(server.metric("vllm:prefix_cache_hits_total"), cached as f64);
     assert_eq!(first["choices"][0]["token_ids"], second["choices"][0]["token_ids"]);
-    let salted = {
-        let mut body = body.clone();
-        body["cache_salt"] = json!("other");
-        server.ask(CHAT, &body)
-    };
+    let salted = server.ask(CHAT, &with(body.clone(), json!({"cache_salt": "other"})));
     assert_eq!(salted["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "a salt separates caches");
     let without = Server::start(MODEL, &["--no-enable-prefix-caching"]);
     without.ask(CHAT, &body);

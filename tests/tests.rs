@@ -1,4 +1,5 @@
 //! Integration tests of the whole engine; one module a property. Shared helpers are in `support/`.
+#![allow(clippy::unwrap_used, reason = "all of this is test code: a panic is a failed test")]
 
 mod bad_input;
 mod batch;

@@ -19,6 +19,7 @@ use super::{
 /// output line {"id", "custom_id", "response", "error"}, in the order of the input. A run that was stopped goes on after
 /// its last whole line when it is started again.
 #[derive(Args)]
+#[command(args_override_self = true)]
 pub(crate) struct BatchArgs {
     #[command(flatten)]
     model: ModelArgs,

@@ -15,6 +15,7 @@ use super::args::ModelArgs;
 
 /// Answer one prompt on the terminal.
 #[derive(Args)]
+#[command(args_override_self = true)]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -30,7 +31,13 @@ pub(crate) struct GenerateArgs {
     #[arg(long, help_heading = "Prompt and sampling", conflicts_with_all = ["image", "system"])]
     raw: bool,
     /// Most tokens to generate.
-    #[arg(long, help_heading = "Prompt and sampling", short = 'n', default_value_t = 512, value_name = "TOKENS")]
+    #[arg(
+        long,
+        help_heading = "Prompt and sampling",
+        short = 'n',
+        default_value_t = 512,
+        value_name = "TOKENS"
+    )]
     max_tokens: usize,
     /// 0 is greedy; by default the model's own setting.
     #[arg(long, help_heading = "Prompt and sampling")]

@@ -8,6 +8,7 @@ use spark_engine::{Dtype, EngineOptions, HostMemory, KvCacheDtype, MemoryPlan, M
 
 /// Show architecture, quantisation and sizes.
 #[derive(Args)]
+#[command(args_override_self = true)]
 pub(crate) struct InspectArgs {
     /// A checkpoint folder, or a Hugging Face id in the local cache.
     #[arg(value_name = "MODEL")]

@@ -7,6 +7,7 @@ mod compat;
 mod generate;
 mod inspect;
 mod progress;
+mod pull;
 mod serve;
 
 use std::io::{IsTerminal, Write};
@@ -21,7 +22,8 @@ use tracing_subscriber::EnvFilter;
     spark-engine serve Qwen/Qwen3-VL-30B-A3B-Instruct-AWQ --port 8000\n  \
     spark-engine generate ./model --image photo.jpg \"What is in the picture?\"\n  \
     spark-engine batch ./model -i prompts.jsonl -o answers.jsonl\n  \
-    spark-engine inspect ./model --tp 2")]
+    spark-engine inspect ./model --tp 2\n  \
+    spark-engine pull Qwen/Qwen3-VL-30B-A3B-Instruct")]
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -43,6 +45,8 @@ enum Command {
     Batch(batch::BatchArgs),
     /// Show architecture, quantisation, sizes and what each rank would hold.
     Inspect(inspect::InspectArgs),
+    /// Download a checkpoint from Hugging Face; continues where an earlier download was stopped.
+    Pull(pull::PullArgs),
 }
 
 impl Cli {
@@ -68,6 +72,7 @@ impl Cli {
             Command::Generate(args) => generate::run(args),
             Command::Batch(args) => batch::run(args),
             Command::Inspect(args) => inspect::run(&args),
+            Command::Pull(args) => pull::run(args),
         }
     }
 }

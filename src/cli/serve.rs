@@ -14,6 +14,7 @@ use super::args::ModelArgs;
 
 /// Serve an OpenAI-compatible HTTP API.
 #[derive(Args)]
+#[command(args_override_self = true)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     model: ModelArgs,

@@ -75,8 +75,7 @@ impl Forward {
         let runs = placeholder_runs(&case.prompt_ids, self.model.config().image_token_id);
         assert_eq!(runs.len(), encoded.len());
         let inputs = self.inputs(case, &runs, &encoded);
-        let params = SlotParams { logprobs: None, ..greedy_slot() };
-        self.backend.admit(0, params).unwrap();
+        self.backend.admit(0, SlotParams::greedy()).unwrap();
         let visual: Vec<_> = runs
             .iter()
             .zip(&encoded)
@@ -130,25 +129,6 @@ impl Forward {
             prompt_targets: vec![None; n],
             masks: Vec::new(),
         }
-    }
-}
-
-fn greedy_slot() -> SlotParams {
-    SlotParams {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        logit_bias: Vec::new(),
-        seed: 0,
-        stop_token_ids: Vec::new(),
-        min_tokens: 0,
-        logprobs: None,
-        prompt: Vec::new(),
-        output: Vec::new(),
     }
 }
 

@@ -29,6 +29,11 @@ pub(crate) fn program(arguments: &[&str]) -> Command {
 pub(crate) const SMALL: [&str; 6] =
     ["--dtype", "float32", "--threads", "2", "--kv-cache-memory-bytes", "67108864"];
 
+/// [`SMALL`] without the flags that `arguments` has too.
+fn small_but(arguments: &[&str]) -> Vec<&'static str> {
+    SMALL.chunks(2).filter(|pair| !arguments.contains(&pair[0])).flatten().copied().collect()
+}
+
 /// A running `serve`; killed when dropped.
 pub(crate) struct Server {
     child: Child,
@@ -38,7 +43,8 @@ pub(crate) struct Server {
 
 #[derive(Default)]
 struct Log {
-    text: Mutex<String>,
+    /// The text so far, and whether there will be no more.
+    text: Mutex<(String, bool)>,
     grown: Condvar,
 }
 
@@ -46,6 +52,8 @@ struct Log {
 #[derive(Debug)]
 pub(crate) struct Response {
     pub(crate) status: u16,
+    /// Status line and headers.
+    pub(crate) head: String,
     pub(crate) body: Vec<u8>,
 }
 
@@ -57,8 +65,12 @@ impl Server {
     pub(crate) fn start(model: &str, arguments: &[&str]) -> Self {
         let folder = model_dir(model).display().to_string();
         let mut command = program(&["serve", &folder, "--port", "0"]);
-        let mut child =
-            command.args(SMALL).args(arguments).stderr(Stdio::piped()).spawn().expect("the program starts");
+        let mut child = command
+            .args(small_but(arguments))
+            .args(arguments)
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
         let log = Arc::new(Log::default());
         let (stderr, shared) = (child.stderr.take().expect("stderr is piped"), log.clone());
         std::thread::spawn(move || shared.follow(BufReader::new(stderr)));
@@ -110,11 +122,12 @@ impl Server {
     pub(crate) fn stream(&self, path: &str, body: &Value) -> Events {
         let mut body = body.clone();
         body["stream"] = Value::Bool(true);
+        let json = [("Content-Type", "application/json")];
         let mut connection =
-            self.open("POST", path, &[("Content-Type", "application/json")], body.to_string().as_bytes());
-        let status = read_head(connection.as_mut().expect("the server accepts")).expect("the server answers");
-        assert_eq!(status, 200, "{path}");
-        Events(connection.expect("checked above"))
+            self.open("POST", path, &json, body.to_string().as_bytes()).expect("the server accepts");
+        let (status, head) = read_head(&mut connection).expect("the server answers");
+        assert_eq!(status, 200, "{path}: {head}");
+        Events(connection)
     }
 
     /// One request.
@@ -129,10 +142,10 @@ impl Server {
         body: &[u8],
     ) -> std::io::Result<Response> {
         let mut connection = self.open(method, path, headers, body)?;
-        let status = read_head(&mut connection)?;
+        let (status, head) = read_head(&mut connection)?;
         let mut body = Vec::new();
         connection.read_to_end(&mut body)?;
-        Ok(Response { status, body })
+        Ok(Response { status, head, body })
     }
 
     fn open(
@@ -232,31 +245,41 @@ impl Drop for Server {
 impl Log {
     fn follow(&self, lines: impl BufRead) {
         for line in lines.lines().map_while(Result::ok) {
-            let mut text = self.text.lock().expect("no reader panics");
-            text.push_str(&line);
-            text.push('\n');
+            let mut log = self.text.lock().expect("no reader panics while it holds the lock");
+            log.0 += &line;
+            log.0.push('\n');
             self.grown.notify_all();
         }
+        self.text.lock().expect("no reader panics while it holds the lock").1 = true;
+        self.grown.notify_all();
     }
 
     fn wait_for(&self, needle: &str) -> String {
         let start = Instant::now();
-        let mut text = self.text.lock().expect("no writer panics");
-        while !text.contains(needle) {
-            let left = DEADLINE.checked_sub(start.elapsed());
-            let left = left.unwrap_or_else(|| panic!("no {needle:?} after {DEADLINE:?} in:\n{text}"));
-            text = self.grown.wait_timeout(text, left).expect("no writer panics").0;
+        let mut log = self.text.lock().expect("the writer does not panic");
+        while !log.0.contains(needle) {
+            let (text, ended) = log.clone();
+            let left = DEADLINE.checked_sub(start.elapsed()).filter(|_| !ended);
+            let Some(left) = left else {
+                // Panicking with the lock would hide this message behind another panic.
+                drop(log);
+                panic!("no {needle:?} after {:?} in:\n{text}", start.elapsed());
+            };
+            log = self.grown.wait_timeout(log, left).expect("the writer does not panic").0;
         }
-        text.clone()
+        log.0.clone()
     }
 }
 
-/// Reads up to the empty line; returns the status.
-fn read_head(connection: &mut impl BufRead) -> std::io::Result<u16> {
+/// Reads up to the empty line; returns the status and what was read.
+fn read_head(connection: &mut impl BufRead) -> std::io::Result<(u16, String)> {
     let mut head = String::new();
     while connection.read_line(&mut head)? > 2 {}
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    status.ok_or_else(|| std::io::Error::other(format!("not an HTTP response: {head:?}")))
+    match status {
+        Some(status) => Ok((status, head)),
+        None => Err(std::io::Error::other(format!("not an HTTP response: {head:?}"))),
+    }
 }
 
 impl Response {

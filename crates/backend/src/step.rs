@@ -130,6 +130,28 @@ pub struct SlotParams {
     pub output: Vec<u32>,
 }
 
+impl SlotParams {
+    /// Greedy sampling with everything else off, for a sequence without history.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            stop_token_ids: Vec::new(),
+            min_tokens: 0,
+            logprobs: None,
+            prompt: Vec::new(),
+            output: Vec::new(),
+        }
+    }
+}
+
 /// What a step gives back, in the order of `logit_rows`.
 #[derive(Debug, Clone, Default)]
 pub struct StepOutput {

@@ -245,22 +245,7 @@ mod tests {
     use crate::testing::{Random, assert_close};
 
     fn params() -> SlotParams {
-        SlotParams {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: vec![],
-            seed: 7,
-            stop_token_ids: vec![],
-            min_tokens: 0,
-            logprobs: None,
-            prompt: vec![],
-            output: vec![],
-        }
+        SlotParams { seed: 7, ..SlotParams::greedy() }
     }
 
     fn kept(params: SlotParams, logits: &[f32]) -> Vec<u32> {

@@ -228,22 +228,7 @@ fn bad_attention_inputs_are_errors() {
 }
 
 fn params() -> SlotParams {
-    SlotParams {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        logit_bias: vec![],
-        seed: 1,
-        stop_token_ids: vec![],
-        min_tokens: 0,
-        logprobs: Some(2),
-        prompt: vec![1],
-        output: vec![],
-    }
+    SlotParams { seed: 1, logprobs: Some(2), prompt: vec![1], ..SlotParams::greedy() }
 }
 
 /// A table that is the identity: token `t` embeds as unit vector `t`. Six rows, the last one padding of the vocabulary.

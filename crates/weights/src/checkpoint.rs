@@ -20,8 +20,8 @@ use crate::summary::{Summary, summarise};
 const MAX_CONFIG: u64 = 16 << 20;
 /// Largest index: a 4-bit 235B checkpoint has some 100,000 entries of about 130 bytes.
 const MAX_INDEX: u64 = 256 << 20;
-const INDEX: &str = "model.safetensors.index.json";
-const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
 
 /// How to find a model.
 #[derive(Debug, Clone, Default)]
@@ -233,7 +233,7 @@ fn parking_slot() -> std::sync::Mutex<Option<Param>> {
 }
 
 /// The `weight_map` of an index: tensor name and shard, no name twice.
-fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
+pub(crate) fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: UniqueMap<String>,

@@ -10,7 +10,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// MODEL is neither a folder nor a downloaded Hugging Face id.
-    #[error("model `{model}` is neither a folder nor in the Hugging Face cache (looked in {}); give a folder, or download it first",
+    #[error("model `{model}` is neither a folder nor in the Hugging Face cache (looked in {}); give a folder, or download it with `spark-engine pull`",
         list(tried.iter().map(|path| path.display().to_string())))]
     NotFound {
         /// What was asked for.
@@ -158,6 +158,63 @@ pub enum Error {
         name: String,
         /// The rule and the value.
         reason: String,
+    },
+    /// A hub that refuses, or answers with what cannot be used.
+    #[error("{url}: {reason}")]
+    Hub {
+        /// What was asked, without its query.
+        url: String,
+        /// What came and what to do.
+        reason: String,
+    },
+    /// A hub that cannot be reached.
+    #[error("{url}: no answer: {source}")]
+    Unreachable {
+        /// What was asked, without its query.
+        url: String,
+        /// The reason.
+        source: Box<ureq::Error>,
+    },
+    /// A download that does not go on.
+    #[error(
+        "`{file}`: {got} of {size} bytes are here, then {attempts} attempts brought nothing more: {reason}; \
+        pull again to continue from there"
+    )]
+    Interrupted {
+        /// The file, as the hub names it.
+        file: String,
+        /// Bytes that are kept for the next attempt.
+        got: u64,
+        /// Bytes it should have.
+        size: u64,
+        /// Attempts in a row without a new byte.
+        attempts: u32,
+        /// Why the last one ended.
+        reason: String,
+    },
+    /// A downloaded file of the wrong content.
+    #[error(
+        "`{file}`: the hub announced the {kind} {expected}, what came has {got}; the file was deleted, pull again"
+    )]
+    Digest {
+        /// The file, as the hub names it.
+        file: String,
+        /// The kind of digest.
+        kind: &'static str,
+        /// The hub's.
+        expected: String,
+        /// That of the bytes.
+        got: String,
+    },
+    /// A file system that is too full for a download.
+    #[error("{}: the download needs {needed} more bytes, {free} are free; make room or set HF_HOME to another disk", path.display())]
+    NoRoom {
+        /// Where the files go.
+        path: PathBuf,
+        /// Bytes that have to come.
+        needed: u64,
+        /// Bytes that fit.
+        free: u64,
     },
     /// Options outside their range.
     #[error("{option}: {reason}")]

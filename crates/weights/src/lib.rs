@@ -5,7 +5,8 @@
 //! shard's header strictly (`header`, `checkpoint`) and brings names into one form (`names`). A model states its
 //! parameters as [`ParamSpec`]s; `plan` finds the tensors behind each, deciding the scheme from what is there
 //! (`scheme`), and turns them into byte ranges; `read` fetches the ranges (direct IO or mmap), `convert` brings them
-//! into canonical form, `shard` cuts a rank's part, and [`Params`] hands the result out.
+//! into canonical form, `shard` cuts a rank's part, and [`Params`] hands the result out. [`pull()`] brings a checkpoint
+//! from a Hugging Face hub to where `locate` looks.
 //!
 //! ```no_run
 //! use spark_weights::{Checkpoint, LoadOptions, OpenOptions, ParamSpec, Shard};
@@ -33,6 +34,7 @@ mod locate;
 mod names;
 mod params;
 mod plan;
+mod pull;
 mod read;
 mod scheme;
 mod shard;
@@ -49,5 +51,6 @@ pub use header::{DiskType, TensorInfo};
 pub use load::{LoadOptions, LoadProgress, LoadStrategy, ProgressFn};
 pub use names::normalise;
 pub use params::{Param, Params};
+pub use pull::{PullOptions, PullProgress, PullProgressFn, Pulled, pull};
 pub use spec::{ParamKind, ParamSpec, Shard};
 pub use summary::{PartSummary, SchemeSummary, Summary};

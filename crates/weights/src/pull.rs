@@ -157,15 +157,16 @@ pub fn pull(model: &str, options: &PullOptions) -> Result<Pulled> {
     check_revision(revision)?;
     let cache = options.cache_dir.clone().or_else(default_cache).ok_or_else(|| Error::Option {
         option: "HF_HOME",
-        reason: "no cache folder is known: neither HF_HUB_CACHE nor HF_HOME nor a home folder is set".to_owned(),
+        reason: "no cache folder is known: neither HF_HUB_CACHE nor HF_HOME nor a home folder is set"
+            .to_owned(),
     })?;
     let hub = Hub::new(&options.endpoint, options.token.as_deref())?;
     let remote = hub.model(model, revision)?;
     let repository = Repository::create(&cache, model)?;
-    let run = Run { hub: &hub, remote: &remote, repository: &repository, options, meter: Meter::new(options) };
+    let run =
+        Run { hub: &hub, remote: &remote, repository: &repository, options, meter: Meter::new(options) };
 
-    let mut files: Vec<&RemoteFile> =
-        SIDE_FILES.iter().filter_map(|name| remote.files.get(*name)).collect();
+    let mut files: Vec<&RemoteFile> = SIDE_FILES.iter().filter_map(|name| remote.files.get(*name)).collect();
     run.fetch(&files)?;
     let weights = run.weights()?;
     run.fetch(&weights)?;
@@ -197,10 +198,8 @@ impl<'a> Run<'a> {
     /// The safetensors files that [`crate::Checkpoint::open`] will read: those of the index, else the single one.
     fn weights(&self) -> Result<Vec<&'a RemoteFile>> {
         let missing = |reason: String| Error::Hub { url: self.remote.url.clone(), reason };
-        for name in ["config.json", "tokenizer.json"] {
-            if !self.remote.files.contains_key(name) {
-                return Err(missing(format!("the repository has no `{name}`; it is not a checkpoint to serve")));
-            }
+        if !self.remote.files.contains_key("config.json") {
+            return Err(missing("there is no `config.json`, so this is not a checkpoint".to_owned()));
         }
         let Some(index) = self.remote.files.get(INDEX) else {
             let single = self.remote.files.get(SINGLE).ok_or_else(|| {
@@ -217,7 +216,9 @@ impl<'a> Run<'a> {
         let mut weights = Vec::with_capacity(shards.len());
         for shard in &shards {
             if !is_inside(shard) || !shard.ends_with(".safetensors") {
-                return Err(wrong(format!("`{shard}` is not the name of a safetensors file inside the folder")));
+                return Err(wrong(format!(
+                    "`{shard}` is not the name of a safetensors file inside the folder"
+                )));
             }
             let file = self.remote.files.get(shard);
             weights.push(file.ok_or_else(|| wrong(format!("shard `{shard}` is not in the repository")))?);
@@ -239,7 +240,9 @@ impl<'a> Run<'a> {
         let mut seen = BTreeSet::new();
         let (mut wanted, mut bytes) = (Vec::new(), 0);
         for &file in files {
-            if self.repository.present(&self.remote.commit, file).is_some() || !seen.insert(file.digest.hex()) {
+            let known = self.repository.present(&self.remote.commit, file).is_some()
+                || !seen.insert((file.digest.hex(), file.size));
+            if known {
                 self.meter.add(file.size);
             } else {
                 bytes += file.size.saturating_sub(self.repository.part_len(file));

@@ -4,5 +4,7 @@
 mod dequantize;
 mod files;
 mod hostile;
+mod hub;
+mod pull;
 mod schemes;
 mod shards;

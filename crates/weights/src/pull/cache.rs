@@ -62,9 +62,10 @@ impl Repository {
             .map_err(|source| io("cannot create the lock", source))?;
         match lock.try_lock() {
             Ok(()) => Ok(lock),
-            Err(std::fs::TryLockError::WouldBlock) => {
-                Err(io("another process is downloading this file; wait until it is done", ErrorKind::WouldBlock.into()))
-            }
+            Err(std::fs::TryLockError::WouldBlock) => Err(io(
+                "another process is downloading this file; wait until it is done",
+                ErrorKind::WouldBlock.into(),
+            )),
             Err(std::fs::TryLockError::Error(source)) => Err(io("cannot lock", source)),
         }
     }

@@ -45,8 +45,8 @@ struct Spread {
 }
 
 impl Spread {
-    /// The buffer of a scrap. The whole is allocated with the first, in ordinary pages: asking for huge ones made
-    /// loading two to three times slower where memory had to be compacted for them.
+    /// The buffer of a scrap. The whole is allocated with the first, in ordinary pages: the kernel may have to compact
+    /// memory before it can give huge ones.
     fn take(&mut self, number: usize) -> BytesMut {
         if self.buffers.is_empty() {
             let mut rest = BytesMut::zeroed(self.lens.iter().sum());
