@@ -6,10 +6,10 @@
 #[path = "support/measure.rs"]
 mod measure;
 
-use std::{hint::black_box, thread};
+use std::{hint::black_box, thread, time::Instant};
 
 use anyhow::Result;
-use measure::{head, median, row, seconds};
+use measure::{head, median, row, sorted};
 use pulp::{Simd, WithSimd};
 use spark_backend::{
     Backend, Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, Result as BackendResult,
@@ -192,6 +192,15 @@ fn copy(matrix: &Matrix) -> Matrix {
         }
     };
     Matrix { n: matrix.n, k: matrix.k, data }
+}
+
+/// Seconds of `repeats` calls of `work`, sorted.
+fn seconds(repeats: usize, mut work: impl FnMut()) -> Vec<f64> {
+    sorted((0..repeats.max(1)).map(|_| {
+        let start = Instant::now();
+        work();
+        start.elapsed().as_secs_f64()
+    }))
 }
 
 /// GB/s that all threads together read from memory.

@@ -1,7 +1,7 @@
 //! What a model consists of on disk: checkpoint, configuration, tokenizer, template, image processor. No weights yet.
 
 use spark_backend::Dtype;
-use spark_models::ModelConfig;
+use spark_models::{ModelConfig, published};
 use spark_server::SamplingDefaults;
 use spark_weights::{Checkpoint, OpenOptions, ParamSpec};
 
@@ -31,11 +31,16 @@ impl ModelFiles {
         Self::new(Checkpoint::open(model, &OpenOptions { revision, ..OpenOptions::default() })?)
     }
 
-    /// Opens the configuration alone, for dummy weights: the folder needs no safetensors files.
+    /// Opens the configuration alone, for dummy weights: the folder needs no safetensors files. `model` may also name
+    /// a published shape (`qwen3-vl-30b-a3b`), which needs no folder at all.
     ///
     /// # Errors
     /// As for [`ModelFiles::open`].
     pub fn open_config(model: &str, revision: Option<String>) -> Result<Self> {
+        if let Some(text) = published(model) {
+            let config = serde_json::from_str(text).map_err(|e| Error::option("MODEL", e.to_string()))?;
+            return Self::new(Checkpoint::of_config(config, model.into()));
+        }
         Self::new(Checkpoint::open_config(model, &OpenOptions { revision, ..OpenOptions::default() })?)
     }
 

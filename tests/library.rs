@@ -134,3 +134,11 @@ fn a_constraint_that_fails_ends_its_request_alone() {
         assert_eq!(got, [9], "the engine goes on");
     });
 }
+
+#[test]
+fn a_published_shape_needs_no_files() {
+    let files = spark_engine::ModelFiles::open_config("qwen3-vl-30b-a3b", None).unwrap();
+    assert!(files.has_lm_head && files.config.text.num_hidden_layers == 48);
+    let error = spark_engine::ModelFiles::open_config("qwen3-vl-31b", None).err().unwrap().to_string();
+    assert!(error.contains("qwen3-vl-31b"), "{error}");
+}

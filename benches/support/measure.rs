@@ -1,15 +1,4 @@
-//! Repeating, timing and printing, the same for every benchmark. Knows nothing of what is measured.
-
-use std::time::Instant;
-
-/// Seconds of `repeats` calls of `work`, sorted.
-pub(crate) fn seconds(repeats: usize, mut work: impl FnMut()) -> Vec<f64> {
-    sorted((0..repeats.max(1)).map(|_| {
-        let start = Instant::now();
-        work();
-        start.elapsed().as_secs_f64()
-    }))
-}
+//! Medians and tables, the same for every benchmark. Knows nothing of what is measured.
 
 /// The values in rising order.
 pub(crate) fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {

@@ -1,4 +1,4 @@
-//! Configurations of the published models, for `--config NAME --load-format dummy`: real shapes without weights.
+//! Configurations of the published models: real shapes without weights, for `--load-format dummy`.
 
 /// Name and `config.json` of each published shape.
 pub const PUBLISHED: &[(&str, &str)] = &[

@@ -60,7 +60,9 @@ pub(crate) struct ModelArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Loading")]
 struct LoadingArgs {
-    /// Weights: the checkpoint's (`auto`), or random ones of the right shapes (`dummy`, for measuring speed).
+    /// Weights: the checkpoint's (`auto`), or random ones of the right shapes (`dummy`, for measuring speed; needs only
+    /// config.json and a tokenizer, and MODEL may name a published shape: qwen3-vl-235b-a22b, qwen3-vl-30b-a3b,
+    /// qwen3-vl-8b or qwen3-30b-a3b).
     #[arg(long, value_enum, default_value = "auto")]
     load_format: LoadFormatArg,
     /// Read files with large direct reads (`eager`) or map them (`lazy`).

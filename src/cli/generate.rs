@@ -68,6 +68,7 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
         let start = Instant::now();
         let mut answer = if raw { engine.completion(body).await } else { engine.chat(body).await }?;
         let mut stdout = std::io::stdout();
+        let to_terminal = stdout.is_terminal();
         let (mut first, mut num_tokens) = (None, 0);
         loop {
             let piece = tokio::select! {
@@ -80,7 +81,8 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
             if !piece.tokens.is_empty() {
                 first.get_or_insert_with(Instant::now);
             }
-            stdout.write_all(piece.text.as_bytes())?;
+            let text = if to_terminal { printable(&piece.text) } else { piece.text };
+            stdout.write_all(text.as_bytes())?;
             stdout.flush()?;
         }
         writeln!(stdout)?;
@@ -89,6 +91,11 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
         }
         Ok(())
     })
+}
+
+/// Without control characters: what a model writes must not move the cursor or reprogram the terminal.
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect()
 }
 
 fn report(
@@ -154,5 +161,15 @@ impl GenerateArgs {
         messages.push(json!({"role": "user", "content": parts}));
         body["messages"] = messages.into();
         Ok(body)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_do_not_reach_a_terminal() {
+        assert_eq!(printable("a\u{1b}[31mb\tc\n\u{9b}d"), "a[31mb\tc\nd");
     }
 }

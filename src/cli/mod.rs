@@ -19,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 #[derive(Parser)]
 #[command(name = "spark-engine", version, about, long_about = None, max_term_width = 110)]
 #[command(after_help = "Examples:\n  \
-    spark-engine serve Qwen/Qwen3-VL-30B-A3B-Instruct-AWQ --port 8000\n  \
+    spark-engine serve QuantTrio/Qwen3-VL-30B-A3B-Instruct-AWQ --port 8000\n  \
     spark-engine generate ./model --image photo.jpg \"What is in the picture?\"\n  \
     spark-engine batch ./model -i prompts.jsonl -o answers.jsonl\n  \
     spark-engine inspect ./model --tp 2\n  \

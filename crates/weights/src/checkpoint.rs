@@ -76,14 +76,20 @@ impl Checkpoint {
         let generation = dir.join("generation_config.json");
         let generation_config =
             if generation.exists() { Some(read_json(&generation, MAX_CONFIG)?) } else { None };
-        Ok(Checkpoint {
+        Ok(Checkpoint { generation_config, ..Self::of_config(config, dir) })
+    }
+
+    /// A checkpoint that is a configuration and nothing else: for dummy weights. Its folder is `dir`, which need not
+    /// hold anything.
+    pub fn of_config(config: Value, dir: PathBuf) -> Self {
+        Checkpoint {
             dir,
             config,
-            generation_config,
+            generation_config: None,
             files: Vec::new(),
             tensors: Vec::new(),
             by_name: HashMap::new(),
-        })
+        }
     }
 
     /// The folder (of a cached id: the snapshot).

@@ -51,7 +51,7 @@ const RESTRICTED: &[(&str, &[&str], &str)] = &[
     ("axum", &["spark-server"], "only spark-server knows HTTP"),
     ("tower", &["spark-server"], "only spark-server knows HTTP"),
     ("tower-http", &["spark-server"], "only spark-server knows HTTP"),
-    ("hf-hub", &["spark-engine", "spark-weights"], "only `pull` downloads"),
+    ("ureq", &["spark-engine", "spark-weights"], "only `pull` downloads"),
     ("candle-core", &[], "its results depend on how a batch is cut; see ARCHITECTURE.md"),
     ("candle-nn", &[], "its results depend on how a batch is cut; see ARCHITECTURE.md"),
     ("pyo3", &[], "no Python in the program"),
