@@ -7,7 +7,7 @@ use std::{
 
 use spark_backend::{Backend, Dtype};
 use spark_cpu::CpuBackend;
-use spark_models::Qwen3Vl;
+use spark_models::{Qwen3Vl, VisionConfig};
 use spark_runtime::{EngineHandle, EngineOptions, HostMemory, MemoryPlan};
 use spark_server::{FrontEnd, Options, SamplingDefaults};
 use spark_text::{ChatTemplate, TextError, Tokenizer};
@@ -192,12 +192,13 @@ impl EngineBuilder {
                 ));
             }
         }
+        self.options.check(&files.config)?;
         let dtype = self.dtype.unwrap_or_else(|| files.auto_dtype());
         let dir = self.tokenizer.clone().unwrap_or_else(|| files.checkpoint.dir().to_owned());
         let tokenizer = Arc::new(Tokenizer::from_dir(&dir)?);
         let template = self.open_template(&dir, &tokenizer)?;
         let processor = match files.config.vision {
-            Some(_) => Some(self.open_processor(&dir)?),
+            Some(ref vision) => Some(self.open_processor(&dir, vision)?),
             None => None,
         };
         let mut options = Options::new(&self.model);
@@ -236,12 +237,24 @@ impl EngineBuilder {
         }
     }
 
-    fn open_processor(&mut self, dir: &Path) -> Result<Arc<ImageProcessor>> {
+    fn open_processor(&mut self, dir: &Path, vision: &VisionConfig) -> Result<Arc<ImageProcessor>> {
         let mut hash_key = [0; 32];
         getrandom::fill(&mut hash_key)
             .map_err(|e| Error::option("random numbers", format!("the system gave none: {e}")))?;
         let decode = DecodeOptions::new(Alpha::OverWhite);
         let processor = ImageProcessor::from_folder(dir, &self.processor, decode, hash_key)?;
+        let config = processor.config();
+        for (name, ours, models) in [
+            ("patch_size", config.patch_size, vision.patch_size),
+            ("temporal_patch_size", config.temporal_patch_size, vision.temporal_patch_size),
+            ("merge_size", config.merge_size, vision.spatial_merge_size),
+        ] {
+            if ours != models {
+                let problem =
+                    format!("{name} is {ours} in {}, but the model was made for {models}", dir.display());
+                return Err(Error::option("image processor", problem));
+            }
+        }
         self.options.image_mean_std = (processor.config().image_mean, processor.config().image_std);
         Ok(Arc::new(processor))
     }

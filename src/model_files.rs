@@ -86,6 +86,10 @@ pub fn generation_defaults(checkpoint: &Checkpoint) -> Result<SamplingDefaults> 
             }),
         }
     };
+    if let Some(value) = number("repetition_penalty")? {
+        defaults.repetition_penalty = value as f32;
+    }
+    defaults.max_tokens = number("max_new_tokens")?.map(|n| n.max(1.0) as usize);
     // transformers ignores the sampling values of a greedy configuration; so do we.
     if file.get("do_sample").and_then(serde_json::Value::as_bool) == Some(false) {
         defaults.temperature = 0.0;
@@ -103,9 +107,5 @@ pub fn generation_defaults(checkpoint: &Checkpoint) -> Result<SamplingDefaults> 
     if let Some(value) = number("min_p")? {
         defaults.min_p = value as f32;
     }
-    if let Some(value) = number("repetition_penalty")? {
-        defaults.repetition_penalty = value as f32;
-    }
-    defaults.max_tokens = number("max_new_tokens")?.map(|n| n.max(1.0) as usize);
     Ok(defaults)
 }

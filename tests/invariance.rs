@@ -23,10 +23,15 @@ fn engine(model: &str, kv: KvCacheDtype, change: impl FnOnce(&mut EngineOptions)
 
 /// Chats of different lengths: greedy ones from the oracle and sampled ones with a seed.
 fn bodies(model: &str) -> Vec<Value> {
+    bodies_of(model, 12)
+}
+
+/// The shortest answer has `shortest` tokens, each further one 4 more.
+fn bodies_of(model: &str, shortest: usize) -> Vec<Value> {
     let oracle = Oracle::load(model).unwrap();
     let mut bodies = Vec::new();
     for (i, case) in oracle.cases.values().cycle().take(8).enumerate() {
-        let mut body = support::chat_body(case, 12 + 4 * i);
+        let mut body = support::chat_body(case, shortest + 4 * i);
         body["logprobs"] = true.into();
         body["top_logprobs"] = 2.into();
         if i >= oracle.cases.len() {
@@ -167,14 +172,16 @@ fn a_prefix_hit_does_not_change_answers() {
 fn preemption_does_not_change_answers() {
     for kv in [KvCacheDtype::Auto, KvCacheDtype::Fp8] {
         for model in MODELS {
-            let bodies = bodies(model);
+            // Long answers, so that several are surely at work at once and outgrow the pool.
+            let shortest = 150;
+            let bodies = bodies_of(model, shortest);
             let expected = reference(model, kv, &bodies);
-            let longest = longest_sequence(model);
+            let longest = longest_sequence(model, shortest);
             let tight = engine(model, kv, |options| {
                 options.block_size = 4;
-                // Room for one and a half of the longest sequences.
+                // Room for one and a quarter of the longest sequences.
                 options.max_model_len = Some(longest);
-                options.kv_cache_memory_bytes = Some(kv_bytes(model, kv, longest + longest / 2));
+                options.kv_cache_memory_bytes = Some(kv_bytes(model, kv, longest + longest / 4));
             });
             assert_eq!(all_at_once(&tight, &bodies), expected, "{model}");
             assert!(tight.stats().num_preemptions > 0, "{model}: the pool was not tight enough to preempt");
@@ -182,10 +189,10 @@ fn preemption_does_not_change_answers() {
     }
 }
 
-fn longest_sequence(model: &str) -> usize {
+fn longest_sequence(model: &str, shortest: usize) -> usize {
     let oracle = Oracle::load(model).unwrap();
     let prompt = oracle.cases.values().map(|case| case.prompt_ids.len()).max().unwrap();
-    (prompt + 12 + 4 * 8).next_multiple_of(4)
+    (prompt + shortest + 4 * 8).next_multiple_of(4)
 }
 
 fn kv_bytes(model: &str, kv: KvCacheDtype, num_tokens: usize) -> u64 {

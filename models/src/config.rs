@@ -158,10 +158,17 @@ impl ModelConfig {
     }
 }
 
+/// Bounds on what is built one by one; several times those of any published model.
+const MAX_LAYERS: usize = 1024;
+const MAX_EXPERTS: usize = 8192;
+
 fn parse_text(f: &Fields<'_>, moe: bool, always_renormalize: bool) -> Result<TextConfig> {
     f.expect_str("hidden_act", "silu")?;
     if f.flag("attention_bias", false)? {
         return Err(f.error("attention_bias", "biases in attention are not supported"));
+    }
+    if f.flag("use_sliding_window", false)? {
+        return Err(f.error("use_sliding_window", "sliding windows are not supported"));
     }
     let num_attention_heads = f.size("num_attention_heads")?;
     let hidden_size = f.size("hidden_size")?;
@@ -170,7 +177,7 @@ fn parse_text(f: &Fields<'_>, moe: bool, always_renormalize: bool) -> Result<Tex
         vocab_size: f.size("vocab_size")?,
         hidden_size,
         intermediate_size: f.size_or("intermediate_size", 0)?,
-        num_hidden_layers: f.size("num_hidden_layers")?,
+        num_hidden_layers: f.small_size("num_hidden_layers", MAX_LAYERS)?,
         num_attention_heads,
         num_key_value_heads: f.size_or("num_key_value_heads", num_attention_heads)?,
         head_dim,
@@ -196,8 +203,8 @@ fn parse_text(f: &Fields<'_>, moe: bool, always_renormalize: bool) -> Result<Tex
 
 fn parse_moe(f: &Fields<'_>, always_renormalize: bool) -> Result<MoeConfig> {
     let num_experts = match f.get("num_experts") {
-        Some(_) => f.size("num_experts")?,
-        None => f.size("num_local_experts")?,
+        Some(_) => f.small_size("num_experts", MAX_EXPERTS)?,
+        None => f.small_size("num_local_experts", MAX_EXPERTS)?,
     };
     let moe = MoeConfig {
         num_experts,
@@ -207,13 +214,10 @@ fn parse_moe(f: &Fields<'_>, always_renormalize: bool) -> Result<MoeConfig> {
         decoder_sparse_step: f.size_or("decoder_sparse_step", 1)?,
         mlp_only_layers: f.sizes("mlp_only_layers")?,
     };
-    if moe.num_experts_per_tok == 0 || moe.num_experts_per_tok > num_experts {
+    if moe.num_experts_per_tok > num_experts {
         return Err(
             f.error("num_experts_per_tok", format!("must be between 1 and num_experts ({num_experts})"))
         );
-    }
-    if moe.decoder_sparse_step == 0 {
-        return Err(f.error("decoder_sparse_step", "must be at least 1"));
     }
     Ok(moe)
 }
@@ -221,19 +225,19 @@ fn parse_moe(f: &Fields<'_>, always_renormalize: bool) -> Result<MoeConfig> {
 fn parse_vision(f: &Fields<'_>, text: &TextConfig) -> Result<VisionConfig> {
     f.expect_str("hidden_act", "gelu_pytorch_tanh")?;
     let vision = VisionConfig {
-        depth: f.size("depth")?,
+        depth: f.small_size("depth", MAX_LAYERS)?,
         hidden_size: f.size("hidden_size")?,
         intermediate_size: f.size("intermediate_size")?,
         num_heads: f.size("num_heads")?,
         out_hidden_size: f.size("out_hidden_size")?,
-        patch_size: f.size("patch_size")?,
-        temporal_patch_size: f.size("temporal_patch_size")?,
-        spatial_merge_size: f.size("spatial_merge_size")?,
+        patch_size: f.small_size("patch_size", 256)?,
+        temporal_patch_size: f.small_size("temporal_patch_size", 16)?,
+        spatial_merge_size: f.small_size("spatial_merge_size", 16)?,
         in_channels: f.size_or("in_channels", 3)?,
         num_position_embeddings: f.size("num_position_embeddings")?,
         deepstack_visual_indexes: f.sizes("deepstack_visual_indexes")?,
     };
-    if vision.num_heads == 0 || !vision.hidden_size.is_multiple_of(4 * vision.num_heads) {
+    if !vision.hidden_size.is_multiple_of(4 * vision.num_heads) {
         return Err(f.error(
             "num_heads",
             "hidden_size must be a multiple of 4 * num_heads for the 2-D rotary embedding",
@@ -252,11 +256,10 @@ fn parse_vision(f: &Fields<'_>, text: &TextConfig) -> Result<VisionConfig> {
         return Err(f.error("num_position_embeddings", "must be a square number"));
     }
     let levels = &vision.deepstack_visual_indexes;
-    if levels.len() > text.num_hidden_layers || levels.iter().any(|&i| i >= vision.depth) {
-        return Err(f.error(
-            "deepstack_visual_indexes",
-            "must name blocks of the encoder, at most one per decoder layer",
-        ));
+    let in_order = levels.is_sorted_by(|a, b| a < b) && levels.iter().all(|&i| i < vision.depth);
+    if levels.len() > text.num_hidden_layers || !in_order {
+        let problem = "must name blocks of the encoder in order, at most one per decoder layer";
+        return Err(f.error("deepstack_visual_indexes", problem));
     }
     Ok(vision)
 }

@@ -30,11 +30,20 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A size; 0 is none.
     pub(crate) fn size(&self, field: &str) -> Result<usize> {
         let value = self.get(field).ok_or_else(|| self.error(field, "missing"))?;
         match value.as_u64() {
-            Some(n) if n <= MAX_SIZE => Ok(n as usize),
-            _ => Err(self.error(field, format!("{value} is not a whole number between 0 and {MAX_SIZE}"))),
+            Some(n) if (1..=MAX_SIZE).contains(&n) => Ok(n as usize),
+            _ => Err(self.error(field, format!("{value} is not a whole number between 1 and {MAX_SIZE}"))),
+        }
+    }
+
+    /// A size below a tighter bound, for what is counted one by one or multiplied several times.
+    pub(crate) fn small_size(&self, field: &str, most: usize) -> Result<usize> {
+        match self.size(field)? {
+            n if n <= most => Ok(n),
+            n => Err(self.error(field, format!("{n} is over {most}"))),
         }
     }
 

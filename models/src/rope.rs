@@ -34,6 +34,11 @@ pub(crate) fn parse_rope(f: &Fields<'_>, head_dim: usize) -> Result<RopeConfig> 
     if theta <= 0.0 {
         return Err(f.error("rope_theta", "must be above 0"));
     }
+    for fields in rope.iter().chain([f]) {
+        if fields.float_or("partial_rotary_factor", 1.0)? != 1.0 {
+            return Err(fields.error("partial_rotary_factor", "only whole heads can be rotated (1.0)"));
+        }
+    }
     let half = head_dim / 2;
     let kind = match rope {
         Some(rope) => {

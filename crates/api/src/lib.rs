@@ -16,7 +16,7 @@ mod sampling;
 pub use constraint::{ConstraintError, TokenConstraint};
 pub use engine::{Engine, EngineInfo, EngineStats, EventStream, Health, StepHistogram, SubmitError};
 pub use event::{Event, FinishReason, Finished, RankedToken, RequestTimings, TokenEvent, TokenLogprobs};
-pub use limits::Limits;
+pub use limits::{Limits, MediaGeometry};
 pub use media::{GridThw, MediaHash, MediaItem};
 pub use request::{Request, RequestError};
 pub use sampling::SamplingParams;

@@ -1,6 +1,6 @@
 //! A request: one prompt, one sequence of output tokens. Validated at construction.
 
-use crate::{Limits, MediaItem, SamplingParams, TokenConstraint, TokenId};
+use crate::{Limits, MediaGeometry, MediaItem, SamplingParams, TokenConstraint, TokenId};
 
 /// One sequence to generate. Front ends turn `n` choices into `n` requests.
 #[non_exhaustive]
@@ -119,6 +119,11 @@ fn check_media(prompt: &[TokenId], media: &[MediaItem], limits: &Limits) -> Resu
                 ),
             );
         }
+        if !fits_geometry(item, limits) {
+            let problem =
+                format!("medium {i}: its pixels, its grid and its number of tokens do not fit together");
+            return refuse("messages", problem);
+        }
         let run = prompt.get(item.offset..).and_then(|rest| rest.get(..item.num_tokens));
         let fits = item.offset >= end && item.num_tokens > 0;
         if !fits || !run.is_some_and(|ids| ids.iter().all(is_placeholder)) {
@@ -139,6 +144,24 @@ fn check_media(prompt: &[TokenId], media: &[MediaItem], limits: &Limits) -> Resu
         );
     }
     Ok(())
+}
+
+/// Whole merge blocks, as many tokens as there are of them, and pixels for every patch: of one frame for an image, of
+/// all frames of a patch for a video.
+fn fits_geometry(item: &MediaItem, limits: &Limits) -> bool {
+    let Some(MediaGeometry { patch_size, temporal_patch_size, merge_size }) = limits.media_geometry else {
+        return false;
+    };
+    let grid = item.grid;
+    let num_patches = grid.t.checked_mul(grid.h).and_then(|n| n.checked_mul(grid.w));
+    let pixels = num_patches.and_then(|n| n.checked_mul(3 * patch_size * patch_size));
+    let (Some(num_patches), Some(pixels)) = (num_patches, pixels) else { return false };
+    grid.h.is_multiple_of(merge_size)
+        && grid.w.is_multiple_of(merge_size)
+        && num_patches > 0
+        && item.num_tokens == num_patches / (merge_size * merge_size)
+        && (item.patches.len() == pixels
+            || Some(item.patches.len()) == pixels.checked_mul(temporal_patch_size))
 }
 
 fn check_sampling(sampling: &SamplingParams, limits: &Limits) -> Result<(), RequestError> {

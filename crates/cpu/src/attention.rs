@@ -119,17 +119,20 @@ pub(crate) fn attend(
     let mut rotated = qkv.values.clone();
     let work = 16 * rotated.len();
     compute.for_chunks(&mut rotated, columns, work, |row, values| {
-        compute.arch.dispatch(|| {
-            let (q, rest) = values.split_at_mut(heads * head_dim);
-            let k = &mut rest[..kv_heads * head_dim];
-            for (part, weight) in [(q, spec.q_norm), (k, spec.k_norm)] {
-                for head in part.chunks_exact_mut(head_dim) {
-                    rms_norm_row(compute, head, &weight.values, spec.eps);
-                    angles.rotate(row, head);
-                    head.iter_mut().for_each(|x| *x = compute.rounded(*x));
+        compute.arch.dispatch(
+            #[inline(always)]
+            || {
+                let (q, rest) = values.split_at_mut(heads * head_dim);
+                let k = &mut rest[..kv_heads * head_dim];
+                for (part, weight) in [(q, spec.q_norm), (k, spec.k_norm)] {
+                    for head in part.chunks_exact_mut(head_dim) {
+                        rms_norm_row(compute, head, &weight.values, spec.eps);
+                        angles.rotate(row, head);
+                        head.iter_mut().for_each(|x| *x = compute.rounded(*x));
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     for (row, &slot) in rotated.chunks_exact(columns).zip(&inputs.slot_mapping) {
         let kv = row[heads * head_dim..].chunks_exact(head_dim).enumerate();

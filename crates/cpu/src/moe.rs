@@ -129,12 +129,15 @@ pub(crate) fn moe_mlp(
     }
     let mut out = vec![0.0; rows * hidden];
     compute.for_chunks(&mut out, hidden, rows * hidden * routing.top_k, |row, out| {
-        compute.arch.dispatch(|| {
-            for &(values, weight) in &sources[row] {
-                out.iter_mut().zip(values).for_each(|(out, value)| *out = value.mul_add(weight, *out));
-            }
-            out.iter_mut().for_each(|value| *value = compute.rounded(*value));
-        });
+        compute.arch.dispatch(
+            #[inline(always)]
+            || {
+                for &(values, weight) in &sources[row] {
+                    out.iter_mut().zip(values).for_each(|(out, value)| *out = value.mul_add(weight, *out));
+                }
+                out.iter_mut().for_each(|value| *value = compute.rounded(*value));
+            },
+        );
     });
     Ok(CpuTensor::new(out, [rows, hidden]))
 }
@@ -148,9 +151,10 @@ fn mlp(compute: &Compute, x: &CpuTensor, group: &Group<'_>, intermediate: usize)
     compute.round(&mut gated);
     let mut inner = vec![0.0; m * intermediate];
     compute.for_chunks(&mut inner, intermediate, 16 * m * intermediate, |i, out| {
-        compute
-            .arch
-            .dispatch(|| swiglu_row(compute, &gated[2 * i * intermediate..][..2 * intermediate], out));
+        compute.arch.dispatch(
+            #[inline(always)]
+            || swiglu_row(compute, &gated[2 * i * intermediate..][..2 * intermediate], out),
+        );
     });
     transposed(compute, product(compute, down, &inner, m), m, None)
 }

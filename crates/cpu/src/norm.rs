@@ -33,18 +33,24 @@ pub(crate) fn reduce_norm(
     let mut out = residual.values.clone();
     let work = 4 * out.len();
     compute.for_chunks(&mut out, columns, work, |_, row| {
-        compute.arch.dispatch(|| rms_norm_row(compute, row, &weight.values, eps));
+        compute.arch.dispatch(
+            #[inline(always)]
+            || rms_norm_row(compute, row, &weight.values, eps),
+        );
     });
     Ok(CpuTensor::new(out, residual.shape))
 }
 
 /// `x += y`, rounded to the compute dtype.
 pub(crate) fn add_into(compute: &Compute, x: &mut [f32], y: &[f32]) {
-    compute.arch.dispatch(|| {
-        for (x, y) in x.iter_mut().zip(y) {
-            *x = compute.rounded(*x + y);
-        }
-    });
+    compute.arch.dispatch(
+        #[inline(always)]
+        || {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x = compute.rounded(*x + y);
+            }
+        },
+    );
 }
 
 /// LayerNorm over columns: mean, then variance around it, in float32; rounded once.
@@ -61,14 +67,17 @@ pub(crate) fn layer_norm(
     let mut out = x.values.clone();
     let work = 4 * out.len();
     compute.for_chunks(&mut out, columns, work, |_, row| {
-        compute.arch.dispatch(|| {
-            let mean = sum_by(row, |x| x) / columns as f32;
-            let variance = sum_by(row, |x| (x - mean) * (x - mean)) / columns as f32;
-            let factor = 1.0 / (variance + eps).sqrt();
-            for ((x, w), b) in row.iter_mut().zip(&weight.values).zip(&bias.values) {
-                *x = compute.rounded(((*x - mean) * factor).mul_add(*w, *b));
-            }
-        });
+        compute.arch.dispatch(
+            #[inline(always)]
+            || {
+                let mean = sum_by(row, |x| x) / columns as f32;
+                let variance = sum_by(row, |x| (x - mean) * (x - mean)) / columns as f32;
+                let factor = 1.0 / (variance + eps).sqrt();
+                for ((x, w), b) in row.iter_mut().zip(&weight.values).zip(&bias.values) {
+                    *x = compute.rounded(((*x - mean) * factor).mul_add(*w, *b));
+                }
+            },
+        );
     });
     Ok(CpuTensor::new(out, x.shape))
 }
@@ -91,7 +100,10 @@ pub(crate) fn swiglu(compute: &Compute, gate_up: &CpuTensor) -> Result<CpuTensor
     let mut out = vec![0.0; rows * columns / 2];
     let work = 16 * out.len();
     compute.for_chunks(&mut out, columns / 2, work, |i, out| {
-        compute.arch.dispatch(|| swiglu_row(compute, gate_up.row(i), out));
+        compute.arch.dispatch(
+            #[inline(always)]
+            || swiglu_row(compute, gate_up.row(i), out),
+        );
     });
     Ok(CpuTensor::new(out, [rows, columns / 2]))
 }
@@ -101,11 +113,14 @@ pub(crate) fn activate(compute: &Compute, x: &mut CpuTensor, activation: Activat
     let columns = x.columns();
     let work = 16 * x.values.len();
     compute.for_chunks(&mut x.values, columns, work, |_, row| {
-        compute.arch.dispatch(|| match activation {
-            Activation::GeluTanh => row.iter_mut().for_each(|x| *x = compute.rounded(gelu_tanh(*x))),
-            Activation::GeluErf => row.iter_mut().for_each(|x| *x = compute.rounded(gelu_erf(*x))),
-            Activation::Silu => row.iter_mut().for_each(|x| *x = compute.rounded(silu(*x))),
-        });
+        compute.arch.dispatch(
+            #[inline(always)]
+            || match activation {
+                Activation::GeluTanh => row.iter_mut().for_each(|x| *x = compute.rounded(gelu_tanh(*x))),
+                Activation::GeluErf => row.iter_mut().for_each(|x| *x = compute.rounded(gelu_erf(*x))),
+                Activation::Silu => row.iter_mut().for_each(|x| *x = compute.rounded(silu(*x))),
+            },
+        );
     });
 }
 

@@ -85,7 +85,10 @@ impl Compute {
     /// Rounds all values to the compute dtype.
     pub(crate) fn round(&self, values: &mut [f32]) {
         if self.dtype == Dtype::Bf16 {
-            self.arch.dispatch(|| values.iter_mut().for_each(|x| *x = round_bf16(*x)));
+            self.arch.dispatch(
+                #[inline(always)]
+                || values.iter_mut().for_each(|x| *x = round_bf16(*x)),
+            );
         }
     }
 

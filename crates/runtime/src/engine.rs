@@ -3,6 +3,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -11,7 +12,9 @@ use std::{
     thread,
 };
 
-use spark_api::{EngineInfo, EngineStats, FinishReason, Health, Limits, TokenId};
+use spark_api::{
+    ConstraintError, EngineInfo, EngineStats, FinishReason, Health, Limits, MediaGeometry, TokenId,
+};
 use spark_backend::{Backend, SampledToken, StateSpec};
 use spark_models::Qwen3Vl;
 use spark_scheduler::{Finish, Scheduler, SchedulerConfig, SeqId, SeqUpdate, StepPlan};
@@ -74,6 +77,11 @@ pub fn start<B: Backend>(
             vocab_size,
             max_logprobs: options.max_logprobs,
             max_media_tokens: if config.vision.is_some() { options.encoder_cache_tokens } else { 0 },
+            media_geometry: config.vision.as_ref().map(|vision| MediaGeometry {
+                patch_size: vision.patch_size,
+                temporal_patch_size: vision.temporal_patch_size,
+                merge_size: vision.spatial_merge_size,
+            }),
             max_media: if config.vision.is_some() { options.limit_mm_per_prompt } else { 0 },
             image_token_id: config.image_token_id,
             video_token_id: config.video_token_id,
@@ -90,43 +98,37 @@ pub fn start<B: Backend>(
     });
     let (commands, command_queue) = channel();
     let (eos_token_ids, depth) = (config.eos_token_ids, if options.async_scheduling { 2 } else { 1 });
-    let engine_shared = shared.clone();
+    let (work, work_queue) = channel();
+    let (results, result_queue) = channel();
+    let runner = spawn("spark-runner", move || run_steps(runner, &work_queue, &results))?;
+    let engine = Engine {
+        scheduler,
+        sequences: HashMap::new(),
+        in_flight: VecDeque::new(),
+        depth,
+        commands: command_queue,
+        work,
+        results: result_queue,
+        shared: shared.clone(),
+        eos_token_ids,
+        merge_size,
+        mask_words: vocab_size.div_ceil(32),
+        draining: false,
+    };
     let thread = spawn("spark-engine", move || {
-        let (work, work_queue) = channel();
-        let (results, result_queue) = channel();
-        let runner = spawn("spark-runner", move || run_steps(runner, &work_queue, &results))?;
-        let engine = Engine {
-            scheduler,
-            sequences: HashMap::new(),
-            in_flight: VecDeque::new(),
-            depth,
-            commands: command_queue,
-            work,
-            results: result_queue,
-            shared: engine_shared,
-            eos_token_ids,
-            merge_size,
-            mask_words: vocab_size.div_ceil(32),
-            draining: false,
-        };
         engine.run();
-        // The work channel is closed now, so the runner ends after the step it is in.
+        // The work channel is closed now, so the runner ends after the step it is in. If it has panicked, the engine
+        // has said so.
         let _ = runner.join();
-        Ok(())
     })?;
     let queue = (options.max_num_seqs, options.max_num_queued_reqs);
     Ok(EngineHandle::new(commands, shared, info, queue, thread))
 }
 
-fn spawn(name: &str, body: impl FnOnce() -> Result<()> + Send + 'static) -> Result<thread::JoinHandle<()>> {
-    let run = move || {
-        if let Err(error) = body() {
-            tracing::error!("{error}");
-        }
-    };
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
     thread::Builder::new()
         .name(name.into())
-        .spawn(run)
+        .spawn(body)
         .map_err(|source| Error::Io { what: "starting a thread", source })
 }
 
@@ -135,13 +137,12 @@ fn run_steps<B: Backend>(
     mut runner: ModelRunner<B>,
     work: &Receiver<StepWork>,
     results: &Sender<spark_backend::Result<StepResult>>,
-) -> Result<()> {
+) {
     while let Ok(step) = work.recv() {
         if results.send(runner.run(step)).is_err() {
             break;
         }
     }
-    Ok(())
 }
 
 struct Engine {
@@ -165,7 +166,7 @@ impl Engine {
     fn run(mut self) {
         loop {
             if !self.take_commands() {
-                return self.end_all(|| FinishReason::Cancelled);
+                return;
             }
             self.drop_cancelled();
             while self.in_flight.len() < self.depth && self.schedule() {}
@@ -233,7 +234,7 @@ impl Engine {
             }
             if let (true, Some(constraint)) = (planned.samples, &mut sequence.constraint) {
                 let mut allowed = vec![u32::MAX; self.mask_words];
-                match constraint.mask(&mut allowed) {
+                match guarded(|| constraint.mask(&mut allowed)) {
                     Ok(()) => masks.push((planned.slot, allowed)),
                     Err(error) => failed.push((planned.seq, error)),
                 }
@@ -286,7 +287,7 @@ impl Engine {
         for &token in &update.tokens {
             sequence.send_token(token, sampled.and_then(|s| s.logprobs.as_ref()));
             let Some(constraint) = &mut sequence.constraint else { continue };
-            let ended = match constraint.commit(token) {
+            let ended = match guarded(|| constraint.commit(token)) {
                 Ok(false) => continue,
                 Ok(true) => FinishReason::ConstraintComplete,
                 Err(error) => FinishReason::ConstraintFailed(error),
@@ -314,16 +315,9 @@ impl Engine {
         sequence.send_finished(reason);
     }
 
-    fn end_all(&mut self, reason: impl Fn() -> FinishReason) {
-        for (_, sequence) in std::mem::take(&mut self.sequences) {
-            self.end(sequence, reason());
-        }
-    }
-
     fn fail(&mut self, message: &str) -> std::result::Result<(), ()> {
         tracing::error!("the engine has failed: {message}");
         *lock(&self.shared.health) = Health::Failed(message.to_owned());
-        self.end_all(|| FinishReason::EngineFailed(message.to_owned()));
         Err(())
     }
 
@@ -345,4 +339,36 @@ impl Engine {
             tokens_per_step: s.tokens_per_step,
         };
     }
+}
+
+/// However the engine thread ends, every stream gets its end, and gauges and health tell the truth.
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let _ = self.fail("the engine thread has panicked");
+        }
+        let reason = match &*lock(&self.shared.health) {
+            Health::Failed(message) => FinishReason::EngineFailed(message.clone()),
+            Health::Ready | Health::Stopping => FinishReason::Cancelled,
+        };
+        for (_, sequence) in std::mem::take(&mut self.sequences) {
+            self.end(sequence, reason.clone());
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Add { request, events, arrived } = command {
+                let (_, sequence) = Sequence::new(*request, events, &[], self.merge_size, arrived);
+                self.end(sequence, reason.clone());
+            }
+        }
+        let mut stats = lock(&self.shared.stats);
+        (stats.num_running, stats.num_waiting, stats.kv_cache_usage) = (0, 0, 0.0);
+    }
+}
+
+/// Calls into a constraint, which is code of the embedding program: a panic there ends one request, not the engine.
+fn guarded<T>(
+    call: impl FnOnce() -> std::result::Result<T, ConstraintError>,
+) -> std::result::Result<T, ConstraintError> {
+    catch_unwind(AssertUnwindSafe(call))
+        .unwrap_or_else(|_| Err(ConstraintError("the constraint has panicked".into())))
 }

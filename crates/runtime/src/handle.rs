@@ -90,7 +90,7 @@ impl Inner {
 
     fn join(&self) {
         if let Some(thread) = lock(&self.thread).take() {
-            // A panic of the engine thread was reported through `health` already.
+            // If the engine thread panicked, it has set `health` on its way out.
             let _ = thread.join();
         }
     }

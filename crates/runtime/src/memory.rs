@@ -70,7 +70,11 @@ impl MemoryPlan {
         };
         let activation_bytes = activation_bytes(model, options, compute);
         let budget = match options.kv_cache_memory_bytes {
-            Some(bytes) => bytes,
+            Some(bytes) if bytes <= memory.available => bytes,
+            Some(bytes) => {
+                let problem = format!("{bytes} bytes are asked for, {} are available", memory.available);
+                return Err(Error::option("--kv-cache-memory-bytes", problem));
+            }
             None => {
                 let used = memory.total - memory.available.min(memory.total);
                 let allowed = (memory.total as f64 * options.gpu_memory_utilization) as u64;

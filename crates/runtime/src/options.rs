@@ -95,9 +95,33 @@ impl KvCacheDtype {
     }
 }
 
+/// No size of an engine comes near this; it keeps products of a few of them inside 64 bits.
+const MAX_SIZE: usize = 1 << 24;
+
 impl EngineOptions {
-    /// Checks what does not depend on memory.
-    pub(crate) fn check(&self, model: &ModelConfig) -> Result<()> {
+    /// Checks what does not depend on memory: cheap, so that it can be done before anything is loaded.
+    ///
+    /// # Errors
+    /// Names the flag, its value and the rule.
+    pub fn check(&self, model: &ModelConfig) -> Result<()> {
+        let sizes = [
+            ("--max-num-seqs", self.max_num_seqs),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens),
+            ("--long-prefill-token-threshold", self.long_prefill_token_threshold.unwrap_or(1)),
+            ("--encoder-cache-tokens", self.encoder_cache_tokens),
+            ("--max-encoder-tokens-per-step", self.max_encoder_tokens_per_step),
+            ("--block-size", self.block_size),
+        ];
+        if let Some((option, size)) = sizes.into_iter().find(|(_, size)| !(1..=MAX_SIZE).contains(size)) {
+            return Err(Error::option(option, format!("{size} is not between 1 and {MAX_SIZE}")));
+        }
+        if self.max_num_batched_tokens < self.max_num_seqs {
+            let (tokens, seqs) = (self.max_num_batched_tokens, self.max_num_seqs);
+            let problem = format!(
+                "{tokens} is below --max-num-seqs ({seqs}): every sequence must be able to decode in every step"
+            );
+            return Err(Error::option("--max-num-batched-tokens", problem));
+        }
         if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
             let value = self.gpu_memory_utilization;
             return Err(Error::option(
@@ -105,15 +129,17 @@ impl EngineOptions {
                 format!("{value} is not above 0 and at most 1"),
             ));
         }
-        if let Some(len) = self.max_model_len
-            && len > model.text.max_position_embeddings
-        {
-            let most = model.text.max_position_embeddings;
-            return Err(Error::option(
+        let most = model.text.max_position_embeddings;
+        match self.max_model_len {
+            Some(len) if len > most => Err(Error::option(
                 "--max-model-len",
                 format!("{len} is over the model's own limit of {most} tokens"),
-            ));
+            )),
+            Some(len) if len < 2 => Err(Error::option(
+                "--max-model-len",
+                format!("{len} leaves no room for a prompt and an answer"),
+            )),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }

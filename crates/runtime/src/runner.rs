@@ -67,6 +67,7 @@ impl<B: Backend> ModelRunner<B> {
         let (model, visual) = (&self.model, visual.as_slice());
         self.backend.step(&inputs, &mut |b| model.forward(b, visual, &mut |_, _| {}))?;
         let output = self.backend.output()?;
+        self.drop_pixels(&plan);
         let by_slot: HashMap<usize, SeqId> = plan.seqs.iter().map(|p| (p.slot, p.seq)).collect();
         let sampled = output.sampled.into_iter().map(|token| (by_slot[&token.slot], token)).collect();
         let prompt_logprobs = output.prompt_logprobs.into_iter().map(|(row, target, top)| {
@@ -103,6 +104,21 @@ impl<B: Backend> ModelRunner<B> {
             self.encoder_cache.insert(encode.hash, encoded);
         }
         Ok(())
+    }
+
+    /// Pixels are needed until the last row of the last medium is computed; a sequence that comes back after a
+    /// preemption brings them again.
+    fn drop_pixels(&mut self, plan: &StepPlan) {
+        for planned in &plan.seqs {
+            if let Some(occupant) = &mut self.slots[planned.slot]
+                && occupant
+                    .media
+                    .last()
+                    .is_some_and(|last| last.offset + last.num_tokens <= planned.context_len)
+            {
+                occupant.media = Arc::new([]);
+            }
+        }
     }
 
     fn inputs(&self, plan: &StepPlan) -> StepInputs {

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use spark_api::{
-    Engine, EngineInfo, EngineStats, Event, EventStream, FinishReason, Finished, Health, Limits, RankedToken,
-    Request, RequestTimings, SubmitError, TokenEvent, TokenId, TokenLogprobs,
+    Engine, EngineInfo, EngineStats, Event, EventStream, FinishReason, Finished, Health, Limits,
+    MediaGeometry, RankedToken, Request, RequestTimings, SubmitError, TokenEvent, TokenId, TokenLogprobs,
 };
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
@@ -45,6 +45,7 @@ impl Fake {
             vocab_size: 282,
             max_logprobs: 20,
             max_media_tokens: 64,
+            media_geometry: Some(MediaGeometry { patch_size: 16, temporal_patch_size: 2, merge_size: 2 }),
             max_media: 2,
             image_token_id: Some(IMAGE),
             video_token_id: Some(269),
