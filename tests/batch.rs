@@ -120,7 +120,7 @@ fn a_killed_batch_goes_on_where_it_was() {
     // What a kill in the middle of a write leaves.
     let mut torn = std::fs::read(&killed).unwrap();
     assert!(num_newlines(&killed) < NUM_LINES);
-    torn.extend(b"{\"id\": \"batch_req_");
+    torn.extend(b"{\"id\":\"batch_req_");
     std::fs::write(&killed, torn).unwrap();
     succeed(&run(&input, &killed));
     let resumed = answers(&killed);
@@ -166,10 +166,97 @@ fn check_uninterrupted(answers: &[Value]) {
 fn refuse_another_batch(input: &Path, output: &Path) {
     let other = input.with_file_name("other.jsonl");
     std::fs::write(&other, requests().replace("request-3\"", "another-3\"")).unwrap();
+    refuse(&other, output, &["line 4", "another batch"]);
+}
+
+/// Runs a batch that must fail, say `needles` and leave the file `output` as it is.
+fn refuse(input: &Path, output: &Path, needles: &[&str]) {
     let before = std::fs::read(output).unwrap();
-    let refused = run(&other, output);
+    let refused = run(input, output);
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1), "{message}");
-    assert!(message.contains("line 4") && message.contains("another batch"), "{message}");
-    assert_eq!(std::fs::read(output).unwrap(), before, "the other batch's answers are untouched");
+    for needle in needles {
+        assert!(message.contains(needle), "{needle:?} is missing in {message}");
+    }
+    assert!(std::fs::read(output).unwrap() == before, "{} was changed", output.display());
+}
+
+/// Two completions with these ids.
+fn two_requests() -> String {
+    let body = json!({"prompt": "x", "max_tokens": 2});
+    let line = |id| json!({"custom_id": id, "url": COMPLETIONS, "body": body}).to_string() + "\n";
+    line("a") + &line("b")
+}
+
+#[test]
+fn a_batch_does_not_write_over_its_input() {
+    let folder = tempfile::tempdir().unwrap();
+    let [input, symbolic, hard] = ["in.jsonl", "symbolic", "hard"].map(|name| folder.path().join(name));
+    std::fs::write(&input, two_requests()).unwrap();
+    std::os::unix::fs::symlink(&input, &symbolic).unwrap();
+    std::fs::hard_link(&input, &hard).unwrap();
+    for output in [&input, &symbolic, &hard] {
+        refuse(&input, output, &["it is the input file"]);
+    }
+}
+
+#[test]
+fn a_batch_does_not_write_over_other_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let [input, output] = ["in.jsonl", "notes.txt"].map(|name| folder.path().join(name));
+    std::fs::write(&input, two_requests()).unwrap();
+    let answer = |line: usize, id: &str| {
+        format!("{{\"id\":\"batch_req_{line}\",\"custom_id\":\"{id}\",\"response\":{{}},\"error\":null}}\n")
+    };
+    let [a, b, x] = [answer(1, "a"), answer(2, "b"), answer(1, "x")];
+    for (foreign, needles) in [
+        ("milk\neggs\n", ["line 1", "is not an answer"]),
+        ("milk", ["line 1", "has no end"]),
+        ("\n", ["line 1", "is not an answer"]),
+        ("7\n", ["line 1", "is not an answer"]),
+        ("{\"custom_id\": \"a\"}\n", ["line 1", "is not an answer"]),
+        (&two_requests(), ["line 1", "is not an answer"]),
+        (&x, ["line 1", "another batch"]),
+        (x.trim_end(), ["line 1", "has no end"]),
+        (&(a.clone() + "milk"), ["line 2", "has no end"]),
+        (&(a.clone() + "{\"id\": 5"), ["line 2", "has no end"]),
+        (&(a.clone() + "{\"id\":\"batch_req_1"), ["line 2", "has no end"]),
+        (&(a.clone() + &b + "{"), ["line 3", "after the answer to the last line"]),
+        (&(a.clone() + &b + &b), ["line 3", "after the answer to the last line"]),
+    ] {
+        std::fs::write(&output, foreign).unwrap();
+        refuse(&input, &output, &needles);
+    }
+    refuse(&input, Path::new("/dev/null"), &["not a regular file"]);
+}
+
+#[test]
+fn two_batches_do_not_write_into_one_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let [input, output] = ["in.jsonl", "out.jsonl"].map(|name| folder.path().join(name));
+    std::fs::write(&input, two_requests()).unwrap();
+    let other = std::fs::File::create(&output).unwrap();
+    other.lock().unwrap();
+    refuse(&input, &output, &["another process"]);
+}
+
+/// Lines as editors and other systems write them, and more at work than the queue would take.
+#[test]
+fn wrong_bytes_are_the_error_of_their_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let [input, output] = ["in.jsonl", "out.jsonl"].map(|name| folder.path().join(name));
+    let two = two_requests().replace('\n', "\r\n");
+    let bytes =
+        [b"\xef\xbb\xbf", two.as_bytes(), b"\r\n{\"custom_id\": \"\xff\"}\n", two.as_bytes()].concat();
+    std::fs::write(&input, bytes).unwrap();
+    let mut arguments = arguments(&input, &output);
+    arguments.extend(["--max-num-seqs", "1", "--max-num-queued-reqs", "0"].map(String::from));
+    succeed(&program(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).output().unwrap());
+    let answers = answers(&output);
+    let statuses: Vec<_> = answers.iter().map(|answer| &answer["response"]["status_code"]).collect();
+    assert_eq!(statuses, [200, 200, 400, 200, 200], "{answers:?}");
+    let message = answers[2]["error"]["message"].as_str().unwrap();
+    assert!(message.starts_with("line 4: not UTF-8"), "the empty line counts: {message}");
+    let ids = answers.iter().map(|answer| &answer["custom_id"]);
+    assert_eq!(json!(ids.collect::<Vec<_>>()), json!(["a", "b", null, "a", "b"]));
 }

@@ -1,13 +1,14 @@
 //! The program as a process: how it ends, what `generate` and `inspect` print, what it says about broken checkpoints.
 
 use std::{
-    io::Write,
+    io::{Read, Write},
     net::TcpStream,
     path::Path,
     process::{Output, Stdio},
     time::{Duration, Instant},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use spark_engine::Dtype;
 use spark_testing::{Oracle, media_path, model_dir, model_names};
@@ -16,7 +17,7 @@ use crate::{
     server::{COMPLETIONS, MODEL, case, endless},
     support::{
         self,
-        server::{DEADLINE, SMALL, Server, Streamed, program},
+        server::{DEADLINE, SMALL, Server, Streamed, program, wait_for_exit},
     },
 };
 
@@ -62,6 +63,24 @@ fn a_server_without_requests_ends_at_once_on_sigterm() {
 }
 
 #[test]
+fn half_a_request_does_not_hold_up_the_end() {
+    let mut server = Server::start(MODEL, &["--max-model-len", "4096"]);
+    let mut silent: Vec<_> = (0..2).map(|_| TcpStream::connect(server.address()).unwrap()).collect();
+    silent[0].write_all(b"GET /health HT").unwrap();
+    let head = format!("POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n");
+    silent[1].write_all(format!("{head}Content-Length: 100\r\n\r\n{{\"prompt\"").as_bytes()).unwrap();
+    let mut events = server.stream(COMPLETIONS, &endless(1000));
+    let first = events.next().expect("the stream has begun");
+    server.terminate();
+    server.wait_for_log("shutting down");
+    let streamed = Streamed::read(std::iter::once(first).chain(events));
+    assert!(streamed.done, "the whole request is answered to its end");
+    assert_eq!(streamed.token_ids.len(), 1000);
+    // Far below the shutdown timeout of 30 s.
+    assert_eq!(server.wait_for_exit(Duration::from_secs(10)).code(), Some(0));
+}
+
+#[test]
 fn a_second_sigterm_ends_at_once() {
     let mut server = Server::start(MODEL, &["--max-model-len", "4096"]);
     let mut events: Vec<_> = (0..8).map(|_| server.stream(COMPLETIONS, &endless(4000))).collect();
@@ -98,6 +117,39 @@ fn a_taken_port_is_an_error_before_anything_is_loaded() {
 
 fn folder(model: &str) -> String {
     model_dir(model).display().to_string()
+}
+
+/// Without `--max-tokens` an answer has what fits: the context, or 512 tokens of a raw prompt.
+#[test]
+fn generate_fits_into_any_context() {
+    for (raw, max_model_len, expected) in [(false, 128, 128), (true, 128, 128), (true, 1024, 512)] {
+        let length = max_model_len.to_string();
+        let mut command = program(&["generate", &folder(MODEL), "Hello!", "--ignore-eos", "--verbose"]);
+        command.args(SMALL).args(["--log-level", "warn", "--max-model-len", &length]);
+        let Output { status, stderr, .. } = command.args(raw.then_some("--raw")).output().unwrap();
+        let report = String::from_utf8(stderr).unwrap();
+        assert!(status.success(), "{report}");
+        let numbers: Vec<usize> =
+            report.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect();
+        // Prompt tokens, milliseconds, output tokens, speed.
+        let [prompt, _, output, ..] = numbers[..] else { panic!("{report}") };
+        assert_eq!(if expected == 512 { output } else { prompt + output }, expected, "{report}");
+    }
+}
+
+#[test]
+fn ctrl_c_ends_generate() {
+    let mut command = program(&["generate", &folder(MODEL), "Hello!", "--ignore-eos", "-n", "4000"]);
+    command.args(SMALL).args(["--max-model-len", "4096"]).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut first = [0];
+    stdout.read_exact(&mut first).unwrap();
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let mut rest = Vec::new();
+    stdout.read_to_end(&mut rest).unwrap();
+    assert_eq!(wait_for_exit(&mut child, DEADLINE).code(), Some(130));
+    assert_eq!(rest.last(), Some(&b'\n'), "the shell's prompt gets a line of its own");
 }
 
 /// Runs `generate` on the fixture, with `input` on standard input; returns what it prints.

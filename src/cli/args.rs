@@ -188,6 +188,16 @@ enum PolicyArg {
 }
 
 impl ModelArgs {
+    /// For a command that bounds its requests itself.
+    pub(crate) fn without_queue_limit(mut self) -> Self {
+        if self.sizes.max_num_queued_reqs.take().is_some() {
+            tracing::warn!(
+                "no effect: --max-num-queued-reqs: this command waits instead of refusing requests"
+            );
+        }
+        self
+    }
+
     /// Loads the model with a progress bar and starts the engine.
     pub(crate) fn build(self) -> anyhow::Result<SparkEngine> {
         self.compat.warn();

@@ -1,15 +1,16 @@
 //! `spark-engine batch`: a file of OpenAI batch requests through the engine, in order, resumable.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use futures_util::StreamExt;
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use spark_engine::server::FrontEnd;
+use spark_engine::{api::Health, server::FrontEnd};
 
 use super::{
     args::ModelArgs,
-    batch_file::{Line, Output, count_lines, lines},
+    batch_file::{Line, Output, answer_id, count_lines, lines},
     progress,
 };
 
@@ -45,26 +46,13 @@ pub(crate) fn run(args: BatchArgs) -> anyhow::Result<()> {
     if done == total {
         return Ok(());
     }
-    let engine = args.model.build()?;
-    let front_end = engine.front_end().clone();
+    // A line has no client that could come back later.
+    let engine = args.model.without_queue_limit().build()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let bar = progress::request_bar(total as u64, done as u64);
-    let mut num_failed = 0usize;
-    runtime.block_on(async {
-        let requests = lines(&args.input_file)?.skip(done);
-        let answers = futures_util::stream::iter(requests).map(|line| {
-            let front_end = front_end.clone();
-            async move { anyhow::Ok(answer(&front_end, line?).await) }
-        });
-        let mut answers = std::pin::pin!(answers.buffered(args.max_inflight));
-        while let Some(line) = answers.next().await {
-            let line = line?;
-            num_failed += usize::from(!line["error"].is_null());
-            output.append(&line)?;
-            bar.inc(1);
-        }
-        anyhow::Ok(())
-    })?;
+    let front_end = engine.front_end();
+    let num_failed =
+        runtime.block_on(answer_all(front_end, &args.input_file, &mut output, args.max_inflight, &bar))?;
     bar.finish_and_clear();
     output.sync()?;
     tracing::info!(
@@ -74,8 +62,47 @@ pub(crate) fn run(args: BatchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Answers what `output` does not have yet; returns how many of these answers are errors.
+///
+/// An engine that stops is no answer: its line and those after it are left for the next run.
+async fn answer_all(
+    front_end: &FrontEnd,
+    input: &Path,
+    output: &mut Output,
+    max_inflight: usize,
+    bar: &ProgressBar,
+) -> anyhow::Result<usize> {
+    let requests = lines(input)?.skip(output.num_done());
+    let answers = futures_util::stream::iter(requests)
+        .map(|line| async move { anyhow::Ok(answer(front_end, line?).await) });
+    let mut answers = std::pin::pin!(answers.buffered(max_inflight));
+    let mut num_failed = 0;
+    while let Some(line) = answers.next().await {
+        let line = line?;
+        if let Some(problem) = engine_stopped(&line, &front_end.health()) {
+            let done = output.num_done();
+            anyhow::bail!("{problem}; {done} lines are done, start the same command again for the others");
+        }
+        num_failed += usize::from(!line["error"].is_null());
+        output.append(&line)?;
+        bar.inc(1);
+    }
+    Ok(num_failed)
+}
+
+/// Whether an answer says nothing about its line, because the engine could not work on it.
+fn engine_stopped(answer: &Value, health: &Health) -> Option<String> {
+    match (answer["response"]["status_code"].as_u64()?, health) {
+        (500.., Health::Failed(reason)) => Some(format!("the engine has failed: {reason}")),
+        (500.., Health::Stopping) => Some("the engine was stopped".into()),
+        // Refused, by an engine that is gone or full.
+        (503, Health::Ready) => Some(format!("the engine takes no requests: {}", answer["error"]["message"])),
+        _ => None,
+    }
+}
+
 async fn answer(front_end: &FrontEnd, line: Line) -> Value {
-    let id = format!("batch_req_{}", line.number);
+    let id = answer_id(line.number);
     let (custom_id, status, body) = match line.request {
         Ok(request) => {
             let (status, body) = front_end.handle(&request.url, request.body).await;
@@ -96,4 +123,78 @@ async fn answer(front_end: &FrontEnd, line: Line) -> Value {
     let error = body.get("error").cloned().unwrap_or(body.clone());
     let response = json!({"status_code": status, "request_id": request_id, "body": body});
     json!({"id": id, "custom_id": custom_id, "response": response, "error": error})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use spark_engine::{EngineBuilder, SparkEngine};
+
+    const NUM_LINES: usize = 24;
+
+    fn engine() -> SparkEngine {
+        let folder = spark_testing::model_dir("text_moe_bf16").display().to_string();
+        let small = |options: &mut spark_engine::EngineOptions| {
+            options.max_model_len = Some(1024);
+            options.kv_cache_memory_bytes = Some(16 << 20);
+        };
+        EngineBuilder::new(folder).threads(1).engine(small).build().unwrap()
+    }
+
+    fn requests() -> String {
+        let line = |i| {
+            let body = json!({"prompt": "x", "max_tokens": 300, "ignore_eos": true});
+            json!({"custom_id": format!("r{i}"), "url": "/v1/completions", "body": body}).to_string()
+        };
+        (0..NUM_LINES).map(line).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn an_engine_that_stops_is_no_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let [input, path] = ["in.jsonl", "out.jsonl"].map(|name| folder.path().join(name));
+        std::fs::write(&input, requests()).unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let run = |engine: &SparkEngine| {
+            let mut output = Output::open(&path, &input).unwrap();
+            let bar = ProgressBar::hidden();
+            runtime.block_on(answer_all(engine.front_end(), &input, &mut output, 2, &bar))
+        };
+        let written = || std::fs::read_to_string(&path).unwrap();
+
+        let stopped = engine();
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| run(&stopped));
+            while !path.exists() || written().lines().count() < 2 {
+                assert!(!running.is_finished(), "it ended before it was stopped");
+                std::thread::yield_now();
+            }
+            stopped.abort();
+            let message = running.join().unwrap().unwrap_err().to_string();
+            assert!(message.contains("the engine was stopped"), "{message}");
+        });
+        let before = written();
+        assert!((2..NUM_LINES).contains(&before.lines().count()), "{before}");
+        assert_eq!(before.matches("\"error\":null").count(), before.lines().count(), "{before}");
+
+        assert!(run(&stopped).is_err());
+        assert_eq!(written(), before, "an engine that takes nothing answers nothing");
+
+        assert_eq!(run(&engine()).unwrap(), 0);
+        assert!(written().starts_with(&before), "what was done is kept");
+        assert_eq!(written().lines().count(), NUM_LINES);
+    }
+
+    #[test]
+    fn only_an_engine_that_cannot_work_ends_a_batch() {
+        let answer = |status| json!({"response": {"status_code": status}, "error": {"message": "m"}});
+        let failed = Health::Failed("no memory".into());
+        assert!(engine_stopped(&answer(500), &failed).is_some_and(|text| text.contains("no memory")));
+        assert!(engine_stopped(&answer(503), &Health::Ready).is_some());
+        for health in [Health::Ready, Health::Stopping, failed] {
+            assert_eq!(engine_stopped(&answer(200), &health), None, "it was made before the engine stopped");
+            assert_eq!(engine_stopped(&answer(400), &health), None);
+        }
+        assert_eq!(engine_stopped(&answer(500), &Health::Ready), None, "a defect that this line meets");
+    }
 }

@@ -9,9 +9,15 @@ use std::{
 use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
-use spark_engine::image_data_url;
+use spark_engine::{Generation, SparkEngine, image_data_url};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::ModelArgs;
+
+/// Most tokens with `--raw` unless said: what continues a text without a template seldom ends by itself.
+const DEFAULT_RAW_TOKENS: usize = 512;
+/// Exit code after Ctrl-C, as shells give it: 128 + SIGINT.
+const INTERRUPTED: i32 = 130;
 
 /// Answer one prompt on the terminal.
 #[derive(Args)]
@@ -30,15 +36,9 @@ pub(crate) struct GenerateArgs {
     /// Continue the prompt as it is, without the chat template.
     #[arg(long, help_heading = "Prompt and sampling", conflicts_with_all = ["image", "system"])]
     raw: bool,
-    /// Most tokens to generate.
-    #[arg(
-        long,
-        help_heading = "Prompt and sampling",
-        short = 'n',
-        default_value_t = 512,
-        value_name = "TOKENS"
-    )]
-    max_tokens: usize,
+    /// Most tokens to generate; by default what the context has room for, with --raw at most 512.
+    #[arg(long, help_heading = "Prompt and sampling", short = 'n', value_name = "TOKENS")]
+    max_tokens: Option<usize>,
     /// 0 is greedy; by default the model's own setting.
     #[arg(long, help_heading = "Prompt and sampling")]
     temperature: Option<f32>,
@@ -60,37 +60,65 @@ pub(crate) struct GenerateArgs {
 }
 
 pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
-    let body = args.body()?;
+    let mut body = args.body()?;
     let (raw, verbose) = (args.raw, args.verbose);
     let engine = args.model.build()?;
+    if raw && body.get("max_tokens").is_none() {
+        body["max_tokens"] = default_raw_tokens(&engine, body["prompt"].as_str().unwrap_or_default())?.into();
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let start = Instant::now();
-        let mut answer = if raw { engine.completion(body).await } else { engine.chat(body).await }?;
-        let mut stdout = std::io::stdout();
-        let to_terminal = stdout.is_terminal();
-        let (mut first, mut num_tokens) = (None, 0);
-        loop {
-            let piece = tokio::select! {
-                piece = answer.next() => piece,
-                _ = tokio::signal::ctrl_c() => None,
-            };
-            let Some(piece) = piece else { break };
-            let piece = piece?;
-            num_tokens += piece.tokens.len();
-            if !piece.tokens.is_empty() {
-                first.get_or_insert_with(Instant::now);
+    let interrupted = runtime.block_on(async {
+        // One listener for all of it: a signal between two pieces is not lost.
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let whole = async {
+            let start = Instant::now();
+            let answer = if raw { engine.completion(body).await } else { engine.chat(body).await }?;
+            print(answer, start, verbose).await
+        };
+        // The answer is dropped on a signal, which cancels it.
+        tokio::select! {
+            result = whole => result.map(|()| false),
+            _ = interrupt.recv() => {
+                writeln!(std::io::stdout())?;
+                Ok(true)
             }
-            let text = if to_terminal { printable(&piece.text) } else { piece.text };
-            stdout.write_all(text.as_bytes())?;
-            stdout.flush()?;
         }
-        writeln!(stdout)?;
-        if verbose {
-            report(start, first, answer.num_prompt_tokens(), num_tokens)?;
+    })?;
+    if interrupted {
+        // Threads end before the process does.
+        drop((runtime, engine));
+        std::process::exit(INTERRUPTED);
+    }
+    Ok(())
+}
+
+fn default_raw_tokens(engine: &SparkEngine, prompt: &str) -> anyhow::Result<usize> {
+    let num_prompt_tokens = engine.tokenizer().encode_trusted(prompt)?.len();
+    let room = engine.info().limits.max_model_len.saturating_sub(num_prompt_tokens);
+    // Without room the request is refused, with the numbers.
+    Ok(DEFAULT_RAW_TOKENS.min(room).max(1))
+}
+
+/// Streams an answer to stdout.
+async fn print(mut answer: Generation, start: Instant, verbose: bool) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout();
+    let to_terminal = stdout.is_terminal();
+    let (mut first, mut num_tokens) = (None, 0);
+    while let Some(piece) = answer.next().await {
+        let piece = piece?;
+        num_tokens += piece.tokens.len();
+        if !piece.tokens.is_empty() {
+            first.get_or_insert_with(Instant::now);
         }
-        Ok(())
-    })
+        let text = if to_terminal { printable(&piece.text) } else { piece.text };
+        stdout.write_all(text.as_bytes())?;
+        stdout.flush()?;
+    }
+    writeln!(stdout)?;
+    if verbose {
+        report(start, first, answer.num_prompt_tokens(), num_tokens)?;
+    }
+    Ok(())
 }
 
 /// Without control characters: what a model writes must not move the cursor or reprogram the terminal.
@@ -131,8 +159,9 @@ impl GenerateArgs {
                 text
             }
         };
-        let mut body = json!({"max_tokens": self.max_tokens, "stream": true});
+        let mut body = json!({"stream": true});
         let fields = [
+            ("max_tokens", self.max_tokens.map(Value::from)),
             ("temperature", self.temperature.map(Value::from)),
             ("top_p", self.top_p.map(Value::from)),
             ("top_k", self.top_k.map(Value::from)),

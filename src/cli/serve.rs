@@ -12,6 +12,9 @@ use tokio::{
 
 use super::args::ModelArgs;
 
+/// What clients have to read their last bytes once the engine has nothing left to do.
+const LAST_BYTES: Duration = Duration::from_secs(2);
+
 /// Serve an OpenAI-compatible HTTP API.
 #[derive(Args)]
 #[command(args_override_self = true)]
@@ -65,7 +68,8 @@ fn announce(engine: &SparkEngine, url: &str) {
     tracing::info!("listening on {url} (try: curl {url}/v1/models)");
 }
 
-/// Serves until the first SIGTERM or SIGINT, then drains; a second signal or the deadline ends what is left.
+/// Serves until the first SIGTERM or SIGINT, then drains; a second signal or the deadline ends what is left. A connection
+/// that waits for a request which never becomes whole holds nothing up: it is dropped soon after the last answer is made.
 async fn serve(
     engine: SparkEngine,
     listener: TcpListener,
@@ -88,8 +92,19 @@ async fn serve(
     tracing::info!("shutting down: running requests have {} s to finish", deadline.as_secs());
     engine.drain();
     let _ = stop.send(());
+    let draining = engine.clone();
+    let drained = tokio::task::spawn_blocking(move || draining.join());
+    let last_bytes = async {
+        // The engine has ended also when the task that waited for it has panicked.
+        let _ = drained.await;
+        tokio::time::sleep(LAST_BYTES).await;
+    };
     tokio::select! {
         result = &mut serving => result??,
+        () = last_bytes => {
+            tracing::info!("all requests are finished: dropping the connections that are left");
+            serving.abort();
+        }
         () = tokio::time::sleep(deadline) => {
             tracing::warn!("the shutdown timeout has passed: cancelling what is left");
             finish_now(&engine, serving).await;

@@ -185,7 +185,7 @@ pub(crate) fn add_echo_logprobs(logprobs: &mut CompletionLogprobs<'_>, shape: &S
 
 /// vLLM's `prompt_logprobs`: null, then one object per prompt token, by token id.
 fn prompt_logprobs(shape: &Shape, choice: &Delta) -> Option<Value> {
-    shape.output.prompt_logprobs?;
+    let count = shape.output.prompt_logprobs?;
     let report = choice.prompt.as_ref()?.logprobs.as_ref()?;
-    Some(shape.names().by_id(report))
+    Some(shape.names().by_id(report, count))
 }

@@ -6,10 +6,14 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use futures_util::Stream;
-use spark_api::{Event, EventStream, FinishReason, Finished, TokenEvent, TokenId, TokenLogprobs};
+use spark_api::{
+    Engine, Event, EventStream, FinishReason, Finished, Health, SubmitError, TokenEvent, TokenId,
+    TokenLogprobs,
+};
 use spark_text::{Detokenizer, StopMatcher, StopOutput, Tokenizer};
 
 use crate::ApiError;
+use crate::images::HeldImage;
 use crate::metrics::{Counts, Metrics, Outcome};
 use crate::params::OutputParams;
 
@@ -61,6 +65,10 @@ pub enum Stop {
 pub(crate) struct ChoiceSetup {
     pub(crate) index: usize,
     pub(crate) events: EventStream,
+    /// Asked for its health if the events break off.
+    pub(crate) engine: Arc<dyn Engine>,
+    /// Images of the prompt, kept until the sequence has ended.
+    pub(crate) images: Arc<[Arc<HeldImage>]>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) metrics: Arc<Metrics>,
     /// When its request arrived.
@@ -167,6 +175,7 @@ impl Choice {
             return;
         }
         self.setup.events.close();
+        self.setup.images = Arc::default();
         let counts = Counts {
             arrived: self.setup.arrived,
             num_prompt_tokens: self.setup.num_prompt_tokens,
@@ -188,7 +197,14 @@ impl Stream for Choice {
             Some(event) => this.on_event(event),
             None => {
                 this.end(Outcome::Error, None);
-                Err(ApiError::EngineFailed("it dropped the request without an answer".into()))
+                Err(match this.setup.engine.health() {
+                    // It took the request just before it stopped.
+                    Health::Stopping => SubmitError::Stopping.into(),
+                    Health::Failed(reason) => SubmitError::Failed(reason).into(),
+                    Health::Ready => {
+                        ApiError::EngineFailed("it dropped the request without an answer".into())
+                    }
+                })
             }
         };
         Poll::Ready(Some(item))

@@ -287,7 +287,7 @@ mod tests {
             let mut body = Body::new(body)?;
             check(endpoint, body.fields(), &UnknownFields::default())?;
             read_model(&mut body, &options)?;
-            Params::read(endpoint, &mut body, &options)?;
+            Params::read(endpoint, &mut body, &options, 20)?;
             match endpoint {
                 Endpoint::Chat => read_chat(&mut body, true).map(|_| ()),
                 Endpoint::Completions => read_prompts(&mut body).map(|_| ()),

@@ -13,7 +13,7 @@ use crate::chat_request::{read_chat, segment_text};
 use crate::completion_request::{PromptInput, read_prompts};
 use crate::fields::{self, Endpoint, UnknownFields};
 use crate::ids::{Seeds, unix_seconds};
-use crate::images::{Images, media_item};
+use crate::images::{HeldImage, ImageFile, Images, media_item};
 use crate::metrics::Metrics;
 use crate::params::{Params, read_model};
 use crate::pool::CpuPool;
@@ -37,10 +37,20 @@ pub struct FrontEnd {
     created: u64,
 }
 
+/// The tokens of a conversation, with room for its images, which are still to be decoded.
+pub(crate) struct ChatTokens {
+    pub(crate) tokens: Vec<TokenId>,
+    files: Vec<ImageFile>,
+    /// Of the first placeholder of each image.
+    offsets: Vec<usize>,
+}
+
 /// A prompt, ready for the engine.
 pub(crate) struct Prompt {
     pub(crate) tokens: Vec<TokenId>,
     pub(crate) media: Vec<MediaItem>,
+    /// What `media` are part of. Kept until all sequences have ended, for the bound on their memory.
+    pub(crate) images: Arc<[Arc<HeldImage>]>,
     /// What `echo` shows.
     pub(crate) echo: String,
 }
@@ -55,10 +65,8 @@ impl FrontEnd {
         options: Options,
     ) -> Self {
         let limits = &engine.info().limits;
-        let images = image_processor.map(|processor| {
-            let (cache, decoding) = (options.mm_processor_cache_bytes, options.max_decoding_bytes);
-            Images::new(processor, cache, decoding, limits.max_media_tokens)
-        });
+        let images =
+            image_processor.map(|processor| Images::new(processor, &options, limits.max_media_tokens));
         Self {
             metrics: Arc::new(Metrics::new(limits.max_model_len)),
             seeds: Seeds::new(options.seed),
@@ -80,7 +88,7 @@ impl FrontEnd {
     pub async fn chat(&self, body: Value) -> Result<Generation, ApiError> {
         let mut body = self.open(Endpoint::Chat, body)?;
         let model = read_model(&mut body, &self.options)?;
-        let params = Params::read(Endpoint::Chat, &mut body, &self.options)?;
+        let params = self.read_params(Endpoint::Chat, &mut body)?;
         let prompt = self.chat_prompt(&mut body).await?;
         self.submit(Endpoint::Chat, model, params, vec![prompt])
     }
@@ -92,7 +100,7 @@ impl FrontEnd {
     pub async fn completion(&self, body: Value) -> Result<Generation, ApiError> {
         let mut body = self.open(Endpoint::Completions, body)?;
         let model = read_model(&mut body, &self.options)?;
-        let params = Params::read(Endpoint::Completions, &mut body, &self.options)?;
+        let params = self.read_params(Endpoint::Completions, &mut body)?;
         let inputs = read_prompts(&mut body)?;
         if inputs.len() * params.n > MAX_CHOICES {
             let message = format!("{} prompts x n {} is over {MAX_CHOICES} choices", inputs.len(), params.n);
@@ -178,13 +186,37 @@ impl FrontEnd {
         Ok(body)
     }
 
+    fn read_params(&self, endpoint: Endpoint, body: &mut Body) -> Result<Params, ApiError> {
+        Params::read(endpoint, body, &self.options, self.engine.info().limits.max_logprobs)
+    }
+
+    /// The prompt of a chat. Its images are decoded last: a small file can hold many pixels, which are not worth their
+    /// time and memory if the prompt is refused.
+    async fn chat_prompt(&self, body: &mut Body) -> Result<Prompt, ApiError> {
+        let ChatTokens { tokens, files, offsets } = self.chat_tokens(body).await?;
+        let max_model_len = self.engine.info().limits.max_model_len;
+        if tokens.len() >= max_model_len {
+            let message = format!(
+                "the messages have {} tokens; with at least one output token that is over max_model_len ({max_model_len})",
+                tokens.len()
+            );
+            return Err(ApiError::field("messages", message));
+        }
+        let images: Arc<[_]> = match &self.images {
+            Some(images) if !files.is_empty() => images.load(&self.pool, files).await?.into(),
+            _ => Arc::default(),
+        };
+        let media = images.iter().zip(offsets).map(|(image, offset)| media_item(image, offset)).collect();
+        Ok(Prompt { tokens, media, images, echo: String::new() })
+    }
+
     /// Renders a conversation, tokenises it and makes room for its images.
-    pub(crate) async fn chat_prompt(&self, body: &mut Body) -> Result<Prompt, ApiError> {
+    pub(crate) async fn chat_tokens(&self, body: &mut Body) -> Result<ChatTokens, ApiError> {
         let Some(template) = self.template.clone() else {
             return Err(ApiError::field("messages", "this model has no chat template; use /v1/completions"));
         };
         let mut chat = read_chat(body, template.accepts_parts())?;
-        let images = self.load_images(std::mem::take(&mut chat.image_urls)).await?;
+        let files = self.inspect_images(std::mem::take(&mut chat.image_urls)).await?;
         let (tokenizer, max_bytes) = (self.tokenizer.clone(), self.max_text_bytes());
         let mut tokens = self
             .pool
@@ -198,21 +230,17 @@ impl FrontEnd {
                 tokenizer.encode(&segments).map_err(|error| refuse_text("messages", &error))
             })
             .await?;
-        let mut media = Vec::new();
+        let mut offsets = Vec::new();
         if let Some(placeholder) = self.engine.info().limits.image_token_id {
-            let counts: Vec<usize> = images.iter().map(|image| image.num_tokens).collect();
+            let counts: Vec<usize> = files.iter().map(|file| file.num_tokens).collect();
             let expanded = expand_placeholders(&tokens, placeholder, &counts);
-            let (expanded, offsets) = expanded.map_err(|error| refuse_text("messages", &error))?;
-            tokens = expanded;
-            media = images.iter().zip(offsets).map(|(image, offset)| media_item(image, offset)).collect();
+            (tokens, offsets) = expanded.map_err(|error| refuse_text("messages", &error))?;
         }
-        Ok(Prompt { tokens, media, echo: String::new() })
+        Ok(ChatTokens { tokens, files, offsets })
     }
 
-    async fn load_images(
-        &self,
-        urls: Vec<String>,
-    ) -> Result<Vec<Arc<spark_vision::ProcessedImage>>, ApiError> {
+    /// Judges images by their headers, one by one and together.
+    async fn inspect_images(&self, urls: Vec<String>) -> Result<Vec<ImageFile>, ApiError> {
         if urls.is_empty() {
             return Ok(Vec::new());
         }
@@ -224,7 +252,17 @@ impl FrontEnd {
             let message = format!("{} images in one prompt; the limit is {}", urls.len(), limits.max_media);
             return Err(ApiError::field("messages", message));
         }
-        try_join_all(urls.into_iter().map(|url| images.load(&self.pool, url))).await
+        let files = try_join_all(urls.into_iter().map(|url| images.inspect(&self.pool, url))).await?;
+        let num_tokens = files.iter().map(|file| file.num_tokens).fold(0, usize::saturating_add);
+        if num_tokens >= limits.max_model_len {
+            let message = format!(
+                "the images need {num_tokens} tokens together; with at least one output token that is over max_model_len \
+                 ({}): send fewer or smaller ones",
+                limits.max_model_len
+            );
+            return Err(ApiError::field("messages", message));
+        }
+        Ok(files)
     }
 
     /// Tokenises one prompt of a completion. It is written by whoever would write the template, so its special tokens
@@ -235,13 +273,14 @@ impl FrontEnd {
         let work = move || match input {
             PromptInput::Ids(tokens) => {
                 let echo = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
-                Ok(Prompt { tokens, media: Vec::new(), echo })
+                Ok(Prompt { tokens, media: Vec::new(), images: Arc::default(), echo })
             }
             PromptInput::Text(text) => {
                 check_length(text.len(), max_bytes, "prompt")?;
                 let tokens =
                     tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
-                Ok(Prompt { tokens, media: Vec::new(), echo: if echo { text } else { String::new() } })
+                let echo = if echo { text } else { String::new() };
+                Ok(Prompt { tokens, media: Vec::new(), images: Arc::default(), echo })
             }
         };
         self.pool.run(work).await

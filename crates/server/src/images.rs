@@ -1,83 +1,146 @@
-//! Images of requests: from data URLs to patches, once per content, within a bound of memory.
+//! Images of requests: from data URLs to patches, once per content, within bounds of memory.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
 
+use futures_util::future::try_join_all;
 use parking_lot::Mutex;
-use spark_api::{GridThw, MediaItem};
+use spark_api::{GridThw, MediaHash, MediaItem};
 use spark_vision::{Alpha, DecodeOptions, ImageProcessor, ProcessedImage, VisionError, read_size};
-use tokio::sync::Semaphore;
+use tokio::sync::OwnedSemaphorePermit;
 
+use crate::byte_bound::ByteBound;
 use crate::lru::ByteLru;
 use crate::pool::CpuPool;
-use crate::{ApiError, data_url};
+use crate::{ApiError, Options, data_url};
 
 /// Memory that an image takes while it is decoded, as the vision crate states it.
 const DECODING_BYTES_PER_PIXEL: usize = 9;
 const DECODING_BYTES: usize = 16 << 20;
-/// The semaphore counts in units of this many bytes.
-const UNIT_BYTES: usize = 1 << 16;
+/// Bytes of a pixel in patches.
+const PATCH_BYTES_PER_PIXEL: usize = 3;
 
-/// The image processor with its cache (`--mm-processor-cache-gb`) and its bound.
+/// The image processor with its cache (`--mm-processor-cache-gb`) and its bounds.
 pub(crate) struct Images {
     processor: Arc<ImageProcessor>,
-    cache: Mutex<ByteLru<[u8; 32], Arc<ProcessedImage>>>,
-    /// Bytes of pixels that may be in work, over all requests.
-    decoding: Semaphore,
-    num_units: usize,
+    cache: Mutex<ByteLru<MediaHash, Arc<ProcessedImage>>>,
+    /// What requests hold now: those with the same image share its patches and its memory.
+    held: Mutex<HashMap<MediaHash, Weak<HeldImage>>>,
+    /// Memory of images while they are decoded, over all requests.
+    decoding: ByteBound,
+    /// Memory of the patches that requests hold, over all of them. What the cache holds is not counted here.
+    holding: ByteBound,
     /// Most placeholder tokens of one image: what the engine's encoder was planned for.
     max_tokens: usize,
 }
 
+/// An image file of which only the header has been read.
+pub(crate) struct ImageFile {
+    bytes: Vec<u8>,
+    hash: MediaHash,
+    num_pixels: usize,
+    /// Of its patches.
+    num_patch_bytes: usize,
+    /// Placeholder tokens that it fills.
+    pub(crate) num_tokens: usize,
+}
+
+/// An image of requests whose sequences have not ended, with its share of the memory for that.
+pub(crate) struct HeldImage {
+    image: Arc<ProcessedImage>,
+    _memory: OwnedSemaphorePermit,
+}
+
 impl Images {
-    pub(crate) fn new(
-        processor: Arc<ImageProcessor>,
-        cache_bytes: usize,
-        max_decoding_bytes: usize,
-        max_tokens: usize,
-    ) -> Self {
-        let num_units =
-            (max_decoding_bytes / UNIT_BYTES).clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
+    /// Images with the bounds of `options`, and of at most `max_tokens` each.
+    pub(crate) fn new(processor: Arc<ImageProcessor>, options: &Options, max_tokens: usize) -> Self {
         Self {
             processor,
-            cache: Mutex::new(ByteLru::new(cache_bytes)),
-            decoding: Semaphore::new(num_units),
-            num_units,
+            cache: Mutex::new(ByteLru::new(options.mm_processor_cache_bytes)),
+            held: Mutex::default(),
+            decoding: ByteBound::new(options.max_decoding_bytes),
+            holding: ByteBound::new(options.max_media_bytes),
             max_tokens,
         }
     }
 
-    /// The patches of the image in a data URL.
+    /// The file in a data URL, judged by its header: no pixel is decoded.
     ///
     /// # Errors
-    /// When the URL or the image is refused, or the image needs more tokens than the engine has room for.
-    pub(crate) async fn load(&self, pool: &CpuPool, url: String) -> Result<Arc<ProcessedImage>, ApiError> {
+    /// When the URL or the header is refused, or the image needs more tokens than the engine has room for.
+    pub(crate) async fn inspect(&self, pool: &CpuPool, url: String) -> Result<ImageFile, ApiError> {
         let processor = self.processor.clone();
         let max_tokens = self.max_tokens;
-        let (bytes, hash, num_pixels) = pool.run(move || inspect(&processor, &url, max_tokens)).await?;
-        if let Some(image) = self.cache.lock().get(&hash) {
-            return Ok(image);
+        pool.run(move || inspect(&processor, &url, max_tokens)).await
+    }
+
+    /// All images of one request. Waits while the images of other requests leave no room.
+    ///
+    /// # Errors
+    /// When an image cannot be decoded.
+    pub(crate) async fn load(
+        &self,
+        pool: &CpuPool,
+        files: Vec<ImageFile>,
+    ) -> Result<Vec<Arc<HeldImage>>, ApiError> {
+        // For all at once, while nothing is held: two requests with half of theirs would wait for each other. What
+        // turns out to be held already gives its share back.
+        let mut memory = self.holding.acquire(files.iter().map(|file| file.num_patch_bytes)).await?;
+        let mut loads = Vec::with_capacity(files.len());
+        for file in files {
+            // A request over the whole bound has it alone; its last images get what is left.
+            let num_units = ByteBound::units(file.num_patch_bytes).min(memory.num_permits());
+            let share = memory.split(num_units);
+            let share = share.ok_or_else(|| ApiError::internal(&"no memory left to split"))?;
+            loads.push(self.load_one(pool, file, share));
         }
-        let units = (num_pixels.saturating_mul(DECODING_BYTES_PER_PIXEL).saturating_add(DECODING_BYTES)
-            / UNIT_BYTES)
-            // An image over the whole bound is decoded alone.
-            .clamp(1, self.num_units);
-        let units = u32::try_from(units).map_err(|error| ApiError::internal(&error))?;
-        let _memory = self.decoding.acquire_many(units).await.map_err(|error| ApiError::internal(&error))?;
+        try_join_all(loads).await
+    }
+
+    async fn load_one(
+        &self,
+        pool: &CpuPool,
+        file: ImageFile,
+        memory: OwnedSemaphorePermit,
+    ) -> Result<Arc<HeldImage>, ApiError> {
+        if let Some(held) = self.held.lock().get(&file.hash).and_then(Weak::upgrade) {
+            return Ok(held);
+        }
+        let hash = file.hash;
+        let cached = self.cache.lock().get(&hash);
+        let image = match cached {
+            Some(image) => image,
+            None => self.decode(pool, file).await?,
+        };
+        let mut held = self.held.lock();
+        // Another request may have been faster.
+        if let Some(other) = held.get(&hash).and_then(Weak::upgrade) {
+            return Ok(other);
+        }
+        held.retain(|_, image| image.strong_count() > 0);
+        let image = Arc::new(HeldImage { image, _memory: memory });
+        held.insert(hash, Arc::downgrade(&image));
+        Ok(image)
+    }
+
+    async fn decode(&self, pool: &CpuPool, file: ImageFile) -> Result<Arc<ProcessedImage>, ApiError> {
+        let num_bytes =
+            file.num_pixels.saturating_mul(DECODING_BYTES_PER_PIXEL).saturating_add(DECODING_BYTES);
+        let memory = self.decoding.acquire([num_bytes]).await?;
         let processor = self.processor.clone();
-        let image = pool
-            .run(move || Ok(Arc::new(processor.process(&bytes).map_err(|error| refuse(&error))?)))
-            .await?;
-        self.cache.lock().insert(hash, image.clone(), image.patches.len());
+        let work = move || {
+            // Held by the work, not by the caller: an abandoned image is still decoded.
+            let _memory = memory;
+            processor.process(&file.bytes).map(Arc::new).map_err(|error| refuse(&error))
+        };
+        let image = pool.run(work).await?;
+        self.cache.lock().insert(file.hash, image.clone(), image.patches.len());
         Ok(image)
     }
 }
 
-/// Bytes, identity and size of an image, before any pixel is decoded.
-fn inspect(
-    processor: &ImageProcessor,
-    url: &str,
-    max_tokens: usize,
-) -> Result<(Vec<u8>, [u8; 32], usize), ApiError> {
+/// Identity and size of an image, before any pixel is decoded.
+fn inspect(processor: &ImageProcessor, url: &str, max_tokens: usize) -> Result<ImageFile, ApiError> {
     let bytes = data_url::decode(url)?;
     let num_tokens = processor.num_tokens_of(&bytes).map_err(|error| refuse(&error))?;
     // The processor has just applied the limits; this only reads the size again.
@@ -91,8 +154,14 @@ fn inspect(
         );
         return Err(ApiError::field("image_url", message));
     }
-    let hash = processor.hash(&bytes);
-    Ok((bytes, hash, size.width.saturating_mul(size.height)))
+    let side = processor.config().factor();
+    Ok(ImageFile {
+        hash: processor.hash(&bytes),
+        bytes,
+        num_pixels: size.width.saturating_mul(size.height),
+        num_patch_bytes: num_tokens.saturating_mul(side * side * PATCH_BYTES_PER_PIXEL),
+        num_tokens,
+    })
 }
 
 /// The messages of the vision crate carry sizes and limits only, so the client may see them.
@@ -101,7 +170,8 @@ fn refuse(error: &VisionError) -> ApiError {
 }
 
 /// The engine's view of an image whose placeholders begin at `offset`.
-pub(crate) fn media_item(image: &ProcessedImage, offset: usize) -> MediaItem {
+pub(crate) fn media_item(held: &HeldImage, offset: usize) -> MediaItem {
+    let image = &held.image;
     let [t, h, w] = image.grid_thw;
     MediaItem {
         hash: image.hash,

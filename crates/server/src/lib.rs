@@ -7,6 +7,7 @@
 
 mod answer;
 mod body;
+mod byte_bound;
 mod chat_request;
 mod choice;
 mod chunks;

@@ -44,12 +44,12 @@ impl TokenNames<'_> {
         json!({"content": content.collect::<Vec<_>>()})
     }
 
-    /// `prompt_logprobs`: null for the first token, then objects by token id.
-    pub(crate) fn by_id(&self, tokens: &[Option<TokenLogprobs>]) -> Value {
+    /// `prompt_logprobs`: null for the first token, then objects by token id, with `count` alternatives per token.
+    pub(crate) fn by_id(&self, tokens: &[Option<TokenLogprobs>], count: usize) -> Value {
         let position = |at: &Option<TokenLogprobs>| match at {
             None => Value::Null,
             Some(at) => {
-                let named = std::iter::once(&at.token).chain(&at.top).map(|token| {
+                let named = std::iter::once(&at.token).chain(at.top.iter().take(count)).map(|token| {
                     let value = json!({"logprob": clamp(token.logprob), "rank": token.rank,
                         "decoded_token": TokenText::new(self.tokenizer, token.id, false).token});
                     (token.id.to_string(), value)

@@ -17,6 +17,9 @@ pub struct Options {
     pub mm_processor_cache_bytes: usize,
     /// Most bytes of decoded pixels in work at once, over all requests.
     pub max_decoding_bytes: usize,
+    /// Most bytes of image patches that requests hold until their sequences end, over all requests; an image that several
+    /// hold counts once, and what the cache holds does not count. Requests over it wait.
+    pub max_media_bytes: usize,
     /// First of the seeds for requests that bring none; `None` starts anywhere.
     pub seed: Option<u64>,
 }
@@ -33,6 +36,8 @@ impl Options {
             mm_processor_cache_bytes: 4 << 30,
             // vLLM's bound on the decoded bytes of one request; here it bounds all requests together.
             max_decoding_bytes: 715_827_880,
+            // Twice the images that fill a context of 262,144 tokens, at 3 KiB a token.
+            max_media_bytes: 2 << 30,
             seed: None,
         }
     }

@@ -19,8 +19,6 @@ const MAX_N: usize = 128;
 const MAX_TOKEN_ENTRIES: usize = 1024;
 /// Most bytes of `cache_salt`, `request_id` and of a model name.
 const MAX_LABEL_BYTES: usize = 1024;
-/// Most alternatives per token, in both dialects.
-pub(crate) const MAX_LOGPROBS: usize = 20;
 /// Temperatures below this are greedy, as in vLLM: the division would only add rounding.
 const MIN_TEMPERATURE: f32 = 1e-5;
 
@@ -70,13 +68,18 @@ pub(crate) struct StreamParams {
 }
 
 impl Params {
-    /// Reads all shared fields.
+    /// Reads all shared fields. `max_logprobs` is the engine's: most alternatives per token, in all dialects.
     ///
     /// # Errors
     /// Names the first field with a wrong type or value. What the engine checks (ranges of sampling parameters, ids
     /// in the vocabulary, lengths) is left to `Request::new`.
-    pub(crate) fn read(endpoint: Endpoint, body: &mut Body, options: &Options) -> Result<Self, ApiError> {
-        let output = read_output(endpoint, body, options)?;
+    pub(crate) fn read(
+        endpoint: Endpoint,
+        body: &mut Body,
+        options: &Options,
+        max_logprobs: usize,
+    ) -> Result<Self, ApiError> {
+        let output = read_output(endpoint, body, options, max_logprobs)?;
         let stream = read_stream(body)?;
         if stream.stream && output.prompt_logprobs.is_some() {
             let message = "prompt_logprobs are not available with stream: true; ask without stream";
@@ -87,8 +90,9 @@ impl Params {
         let mut sampling = read_sampling(body, &options.sampling_defaults)?;
         sampling.min_tokens = output.min_tokens;
         sampling.logprobs = output.logprobs;
-        // An echoed prompt shows the log-probabilities of its tokens too.
-        sampling.prompt_logprobs = output.prompt_logprobs.or(output.logprobs.filter(|_| output.echo));
+        // An echoed prompt shows the log-probabilities of its tokens too. Each list is cut to its own count later, and
+        // `None` is less than any count.
+        sampling.prompt_logprobs = output.prompt_logprobs.max(output.logprobs.filter(|_| output.echo));
         let max_tokens = body.count("max_tokens", 0, usize::MAX)?;
         let max_tokens = match endpoint {
             Endpoint::Chat => body.count("max_completion_tokens", 0, usize::MAX)?.or(max_tokens),
@@ -121,15 +125,20 @@ pub(crate) fn read_model(body: &mut Body, options: &Options) -> Result<String, A
     }
 }
 
-fn read_output(endpoint: Endpoint, body: &mut Body, options: &Options) -> Result<OutputParams, ApiError> {
+fn read_output(
+    endpoint: Endpoint,
+    body: &mut Body,
+    options: &Options,
+    max_logprobs: usize,
+) -> Result<OutputParams, ApiError> {
     Ok(OutputParams {
         stop: read_stop(body)?,
         include_stop: body.boolean("include_stop_str_in_output", false)?,
         skip_special_tokens: body.boolean("skip_special_tokens", true)?,
         return_token_ids: body.boolean("return_token_ids", false)?,
         tokens_as_ids: body.boolean("return_tokens_as_token_ids", options.tokens_as_token_ids)?,
-        logprobs: read_logprobs(endpoint, body)?,
-        prompt_logprobs: body.count("prompt_logprobs", 0, MAX_LOGPROBS)?,
+        logprobs: read_logprobs(endpoint, body, max_logprobs)?,
+        prompt_logprobs: body.count("prompt_logprobs", 0, max_logprobs)?,
         echo: endpoint == Endpoint::Completions && body.boolean("echo", false)?,
         min_tokens: body.count("min_tokens", 0, usize::MAX)?.unwrap_or(0),
     })
@@ -156,19 +165,23 @@ fn read_stream(body: &mut Body) -> Result<StreamParams, ApiError> {
 }
 
 /// Chat: a boolean and a count beside it. Completions: the count alone.
-fn read_logprobs(endpoint: Endpoint, body: &mut Body) -> Result<Option<usize>, ApiError> {
+fn read_logprobs(
+    endpoint: Endpoint,
+    body: &mut Body,
+    max_logprobs: usize,
+) -> Result<Option<usize>, ApiError> {
     if endpoint == Endpoint::Completions {
         return match body.take("logprobs") {
             // `false` is what OpenAI's own clients send to mean "none".
             None | Some(Value::Bool(false)) => Ok(None),
             Some(value) => {
                 let mut one = Body::new(serde_json::json!({"logprobs": value}))?;
-                one.count("logprobs", 0, MAX_LOGPROBS)
+                one.count("logprobs", 0, max_logprobs)
             }
         };
     }
     let wanted = body.boolean("logprobs", false)?;
-    match body.count("top_logprobs", 0, MAX_LOGPROBS)? {
+    match body.count("top_logprobs", 0, max_logprobs)? {
         Some(count) if !wanted && count > 0 => {
             Err(ApiError::field("top_logprobs", format!("top_logprobs is {count}, but logprobs is not true")))
         }

@@ -20,21 +20,21 @@ impl FrontEnd {
         read_model(&mut body, &self.options)?;
         body.boolean("add_special_tokens", true)?;
         let with_texts = body.boolean("return_token_strs", false)?;
-        let prompt = if body.fields().contains_key("messages") {
-            self.chat_prompt(&mut body).await?
+        let tokens = if body.fields().contains_key("messages") {
+            self.chat_tokens(&mut body).await?.tokens
         } else {
             let text = body.string("prompt", usize::MAX)?;
             let text = text.ok_or_else(|| ApiError::field("prompt", "prompt or messages is missing"))?;
-            self.completion_prompt(PromptInput::Text(text), false).await?
+            self.completion_prompt(PromptInput::Text(text), false).await?.tokens
         };
         let texts = with_texts.then(|| {
             let text = |id: &u32| TokenText::new(&self.tokenizer, *id, false).token;
-            prompt.tokens.iter().map(text).collect::<Vec<_>>()
+            tokens.iter().map(text).collect::<Vec<_>>()
         });
         Ok(json!({
-            "count": prompt.tokens.len(),
+            "count": tokens.len(),
             "max_model_len": self.engine.info().limits.max_model_len,
-            "tokens": prompt.tokens,
+            "tokens": tokens,
             "token_strs": texts,
         }))
     }

@@ -70,37 +70,52 @@ pub(crate) const AWQ_COLUMN: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
 /// AWQ `qweight` `[k, n / 8]` words, interleaved along the outputs -> codes `[n, k / 2]`, low nibble the even input.
 pub(crate) fn awq_codes(qweight: &[u8], k: usize, n: usize) -> Vec<u8> {
-    // Inputs at a time: half a cache line of output a row, and the words they come from stay in the cache.
-    const INPUTS: usize = 64;
-    let (row_bytes, row_words) = (n / 2, n / 8);
-    debug_assert_eq!(qweight.len(), k * row_bytes);
-    let word = |input: usize, column: usize| {
-        let at = input * row_bytes + 4 * column;
-        u32::from_le_bytes([qweight[at], qweight[at + 1], qweight[at + 2], qweight[at + 3]])
-    };
+    // Inputs at a time: a cache line of output a row, and the words they come from stay in the first-level cache.
+    const INPUTS: usize = 128;
+    debug_assert_eq!(qweight.len(), k * n / 2);
+    let words = qweight.as_chunks::<4>().0;
+    let word = |input: usize, column: usize| u32::from_le_bytes(words[input * (n / 8) + column]);
     let mut codes = vec![0; n * k / 2];
-    let mut rows = [[0_u8; INPUTS / 2]; 8];
     for input0 in (0..k).step_by(INPUTS) {
-        let pairs = INPUTS.min(k - input0) / 2;
-        for column in 0..row_words {
-            for input in (input0..input0 + 2 * pairs).step_by(2) {
-                let pair = (input - input0) / 2;
-                let (low, high) = (word(input, column), word(input + 1, column));
-                // Each byte of these is a finished pair: even nibbles of both words, then odd ones.
-                let even = ((low & 0x0f0f_0f0f) | ((high & 0x0f0f_0f0f) << 4)).to_le_bytes();
-                let odd = (((low >> 4) & 0x0f0f_0f0f) | (high & 0xf0f0_f0f0)).to_le_bytes();
-                for i in 0..4 {
-                    rows[AWQ_COLUMN[2 * i]][pair] = even[i];
-                    rows[AWQ_COLUMN[2 * i + 1]][pair] = odd[i];
+        let end = k.min(input0 + INPUTS);
+        for column in 0..n / 8 {
+            for input in (input0..end).step_by(16) {
+                let num_pairs = (end - input).min(16) / 2;
+                let mut pairs = [0; 8];
+                for (i, pair) in pairs[..num_pairs].iter_mut().enumerate() {
+                    *pair = awq_pair(word(input + 2 * i, column), word(input + 2 * i + 1, column));
                 }
-            }
-            for (output, row) in rows.iter().enumerate() {
-                let at = (8 * column + output) * (k / 2) + input0 / 2;
-                codes[at..at + pairs].copy_from_slice(&row[..pairs]);
+                for (nibble, bytes) in transpose_bytes(pairs).into_iter().enumerate() {
+                    let at = (8 * column + AWQ_PAIR_COLUMN[nibble]) * (k / 2) + input / 2;
+                    codes[at..at + num_pairs].copy_from_slice(&bytes.to_le_bytes()[..num_pairs]);
+                }
             }
         }
     }
     codes
+}
+
+/// Byte `i` of an [`awq_pair`] belongs to logical column `AWQ_PAIR_COLUMN[i]`: the even nibbles' columns, then the odd
+/// ones'.
+const AWQ_PAIR_COLUMN: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+/// The codes of two inputs for eight outputs: a byte an output, `low`'s nibble below `high`'s.
+fn awq_pair(low: u32, high: u32) -> u64 {
+    let even = (low & 0x0f0f_0f0f) | ((high & 0x0f0f_0f0f) << 4);
+    let odd = ((low >> 4) & 0x0f0f_0f0f) | (high & 0xf0f0_f0f0);
+    u64::from(even) | u64::from(odd) << 32
+}
+
+/// Byte `j` of word `i` becomes byte `i` of word `j`: blocks of 4 x 4 bytes change places, then of 2 x 2, then bytes.
+fn transpose_bytes(mut x: [u64; 8]) -> [u64; 8] {
+    for (step, mask) in [(4, 0xffff_ffff), (2, 0x0000_ffff_0000_ffff), (1, 0x00ff_00ff_00ff_00ff_u64)] {
+        for i in (0..8).filter(|i| i & step == 0) {
+            let changed = ((x[i] >> (8 * step)) ^ x[i + step]) & mask;
+            x[i] ^= changed << (8 * step);
+            x[i + step] ^= changed;
+        }
+    }
+    x
 }
 
 /// AWQ `qzeros` `[groups, n / 8]` words -> one zero point a byte, `[n, groups]`.
@@ -147,7 +162,11 @@ mod tests {
         for size in [1, 4] {
             let bytes: Vec<u8> = (0..rows * columns * size).map(|i| (i % 251) as u8).collect();
             let there = transpose(&bytes, rows, columns, size);
-            assert_eq!(there[size..2 * size], bytes[columns * size..][..size], "row 1 of column 0 comes second");
+            assert_eq!(
+                there[size..2 * size],
+                bytes[columns * size..][..size],
+                "row 1 of column 0 comes second"
+            );
             assert_eq!(transpose(&there, columns, rows, size), bytes);
         }
     }

@@ -164,3 +164,51 @@ async fn half_a_character_at_the_end_becomes_a_replacement() {
     let (_, answer) = complete(&server(&engine), json!({"prompt": "x"})).await;
     assert_eq!(answer["choices"][0]["text"], "\u{fffd}");
 }
+
+#[tokio::test]
+async fn without_a_seed_every_choice_of_every_prompt_is_drawn_on_its_own() {
+    let engine = Fake::says("x");
+    let server = server(&engine);
+    let prompts = json!(["same", "same", "same"]);
+    let seeds = |engine: &Fake| -> Vec<u64> {
+        engine.requests.lock().unwrap().drain(..).map(|request| request.sampling.seed).collect()
+    };
+    assert_eq!(complete(&server, json!({"prompt": prompts, "n": 2})).await.0, 200);
+    let distinct: std::collections::HashSet<u64> = seeds(&engine).into_iter().collect();
+    assert_eq!(distinct.len(), 6);
+    assert_eq!(complete(&server, json!({"prompt": prompts, "n": 2, "seed": 9})).await.0, 200);
+    assert_eq!(seeds(&engine), [9, 10, 9, 10, 9, 10]);
+}
+
+#[tokio::test]
+async fn an_echo_and_prompt_logprobs_each_show_as_many_alternatives_as_asked_for() {
+    let server = server(&Fake::says("z"));
+    for (echoed, prompt) in [(5, 1), (1, 5)] {
+        let body = json!({"prompt": "pq", "echo": true, "logprobs": echoed, "prompt_logprobs": prompt});
+        let choice = complete(&server, body).await.1["choices"][0].take();
+        // Position 1 is that of "q": of the echo, and of the prompt.
+        assert_eq!(choice["logprobs"]["top_logprobs"][1].as_object().unwrap().len(), echoed);
+        assert_eq!(choice["prompt_logprobs"][1].as_object().unwrap().len(), prompt);
+    }
+}
+
+#[tokio::test]
+async fn the_engine_says_how_many_logprobs_there_may_be() {
+    for limit in [3, 30] {
+        let engine = Fake::with_limits(Script::Tokens(ids("a"), FinishReason::Length), |limits| {
+            limits.max_logprobs = limit;
+        });
+        let server = server(&engine);
+        for field in ["logprobs", "prompt_logprobs"] {
+            assert_eq!(complete(&server, json!({"prompt": "x", field: limit})).await.0, 200, "{field}");
+            let (status, answer) = complete(&server, json!({"prompt": "x", field: limit + 1})).await;
+            assert_eq!((status, &answer["error"]["param"]), (400, &json!(field)));
+        }
+        engine.last(|request| assert_eq!(request.sampling.prompt_logprobs, Some(limit)));
+        let messages = json!([{"role": "user", "content": "x"}]);
+        for (count, code) in [(limit, 200), (limit + 1, 400)] {
+            let body = json!({"messages": messages, "logprobs": true, "top_logprobs": count});
+            assert_eq!(crate::chat(&server, body).await.0, code, "{count}");
+        }
+    }
+}

@@ -23,6 +23,8 @@ pub(crate) enum Script {
     Hang(Vec<TokenId>),
     /// Drops the request without a word.
     Drop,
+    /// Takes the request and drops it, since it has just come into this state.
+    Stop(Health),
     /// Takes nothing.
     Refuse(SubmitError),
     /// Has a defect.
@@ -40,7 +42,12 @@ pub(crate) struct Fake {
 
 impl Fake {
     pub(crate) fn new(script: Script) -> Arc<Self> {
-        let limits = Limits {
+        Self::with_limits(script, |_| {})
+    }
+
+    /// `change` edits the limits.
+    pub(crate) fn with_limits(script: Script, change: impl FnOnce(&mut Limits)) -> Arc<Self> {
+        let mut limits = Limits {
             max_model_len: MAX_MODEL_LEN,
             vocab_size: 282,
             max_logprobs: 20,
@@ -51,6 +58,7 @@ impl Fake {
             video_token_id: Some(269),
             eos_token_ids: vec![EOS, 256],
         };
+        change(&mut limits);
         let info = EngineInfo { architecture: "fake".into(), limits, num_kv_tokens: 3200, block_size: 32 };
         Arc::new(Self {
             info,
@@ -90,6 +98,10 @@ impl Engine for Fake {
             Script::Tokens(tokens, reason) => (tokens.clone(), Some(reason.clone())),
             Script::Hang(tokens) => (tokens.clone(), None),
             Script::Drop => (Vec::new(), None),
+            Script::Stop(health) => {
+                *self.health.lock().unwrap() = health.clone();
+                (Vec::new(), None)
+            }
             Script::Refuse(error) => return Err(error.clone()),
             Script::Panic => panic!("a defect"),
         };

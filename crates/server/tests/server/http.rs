@@ -128,6 +128,23 @@ async fn an_engine_that_fails_ends_the_answer_with_an_error() {
 }
 
 #[tokio::test]
+async fn an_engine_that_stops_with_the_request_in_its_queue_is_a_503_that_says_so() {
+    let failed = Health::Failed("device lost".into());
+    for (health, says) in [(Health::Stopping, "shutting down"), (failed, "device lost")] {
+        for stream in [false, true] {
+            let server = server(&Fake::new(Script::Stop(health.clone())));
+            let body = json!({"prompt": "x", "stream": stream});
+            let error = match stream {
+                true => chunks(&server, "/v1/completions", body).await.pop().unwrap()["error"].take(),
+                false => complete(&server, body).await.1["error"].take(),
+            };
+            assert_eq!(error["code"], 503, "{error}");
+            assert!(error["message"].as_str().unwrap().contains(says), "{error}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_panic_costs_one_request_and_says_nothing() {
     let server = server(&Fake::new(Script::Panic));
     let (status, answer) = complete(&server, json!({"prompt": "x"})).await;

@@ -6,6 +6,7 @@ mod chat;
 mod completions;
 mod fake;
 mod http;
+mod images;
 mod lifecycle;
 
 use std::path::Path;
