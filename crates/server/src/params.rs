@@ -32,7 +32,7 @@ pub(crate) struct Params {
     pub(crate) max_tokens: Option<usize>,
     /// Everything for the sampler; `max_tokens` and `seed` are set per choice.
     pub(crate) sampling: SamplingParams,
-    /// Choice `i` is drawn with `seed + i`; `None` draws differently each time.
+    /// Choice `i` of each prompt is drawn with `seed + i`; `None` draws every choice of every prompt differently.
     pub(crate) seed: Option<u64>,
     pub(crate) priority: i32,
     pub(crate) cache_salt: Option<String>,

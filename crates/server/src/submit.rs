@@ -33,7 +33,7 @@ impl FrontEnd {
         let id = format!("{prefix}-{}", params.request_id.clone().unwrap_or_else(random_id));
         let ending_tokens = self.ending_tokens(&params.sampling);
         let echo_alone = params.output.echo && params.max_tokens == Some(0);
-        let first_seed = self.seeds.next();
+        let first_seed = params.seed.unwrap_or_else(|| self.seeds.next());
         let mut choices = Vec::with_capacity(prompts.len() * params.n);
         let mut infos = Vec::with_capacity(prompts.len());
         for prompt in prompts {
@@ -41,10 +41,8 @@ impl FrontEnd {
                 if echo_alone { 1 } else { self.max_tokens(endpoint, &params, prompt.tokens.len()) };
             for i in 0..params.n {
                 // As vLLM: a seed that was asked for begins anew with each prompt; else no two choices share one.
-                let seed = match params.seed {
-                    Some(seed) => seed.wrapping_add(i as u64),
-                    None => first_seed.wrapping_add(choices.len() as u64),
-                };
+                let offset = if params.seed.is_some() { i } else { choices.len() };
+                let seed = first_seed.wrapping_add(offset as u64);
                 let sampling = SamplingParams { seed, max_tokens, ..params.sampling.clone() };
                 let request = self.request(endpoint, &prompt, &params, &id, sampling)?;
                 self.metrics.submitted(params.n, max_tokens);

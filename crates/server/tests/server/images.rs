@@ -1,11 +1,12 @@
 //! Images of requests: what is judged before pixels are decoded, and how much memory they may hold.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use serde_json::{Value, json};
 use spark_api::FinishReason;
-use spark_server::FrontEnd;
+use spark_server::{FrontEnd, Generation};
 
 use crate::chat::{png, with_image};
 use crate::fake::{Fake, Script};
@@ -88,10 +89,16 @@ fn bounded(engine: &Arc<Fake>, num_images: usize) -> Arc<FrontEnd> {
     })
 }
 
+/// Queues a chat that finds room, now or soon.
+async fn queue(front_end: &FrontEnd, body: Value) -> Generation {
+    let chat = tokio::time::timeout(Duration::from_secs(30), front_end.chat(body));
+    chat.await.expect("there is no room for its images").unwrap()
+}
+
 #[tokio::test]
 async fn an_image_waits_while_open_requests_hold_too_much() {
     let front_end = bounded(&Fake::new(Script::Hang(ids("a"))), 1);
-    let first = front_end.chat(with_image(&png(64, 96))).await.unwrap();
+    let first = queue(&front_end, with_image(&png(64, 96))).await;
     let mut second = Box::pin(front_end.chat(with_image(&png(96, 64))));
     for _ in 0..200 {
         // Text needs no such memory; it goes through the threads that the second request would use.
@@ -102,10 +109,10 @@ async fn an_image_waits_while_open_requests_hold_too_much() {
     drop(first);
     drop(second.await.unwrap());
     // More than there may be is served alone.
-    drop(front_end.chat(with_images(&[png(64, 96), png(96, 64)])).await.unwrap());
+    drop(queue(&front_end, with_images(&[png(64, 96), png(96, 64)])).await);
     // A refused request gives back what it had.
     assert!(front_end.chat(with_image(&broken_png(64, 96))).await.is_err());
-    drop(front_end.chat(with_image(&png(64, 96))).await.unwrap());
+    drop(queue(&front_end, with_image(&png(64, 96))).await);
 }
 
 #[tokio::test]
@@ -114,7 +121,7 @@ async fn requests_with_the_same_image_share_its_memory() {
     let front_end = bounded(&engine, 2);
     let mut open = Vec::new();
     for url in [png(64, 96), png(64, 96), png(96, 64)] {
-        open.push(front_end.chat(with_image(&url)).await.unwrap());
+        open.push(queue(&front_end, with_image(&url)).await);
     }
     let requests = engine.requests.lock().unwrap();
     let patches: Vec<_> = requests.iter().map(|request| &request.media[0].patches).collect();
@@ -124,8 +131,8 @@ async fn requests_with_the_same_image_share_its_memory() {
 #[tokio::test]
 async fn the_end_of_a_sequence_frees_its_images() {
     let front_end = bounded(&Fake::says("a"), 1);
-    let mut first = front_end.chat(with_image(&png(64, 96))).await.unwrap();
+    let mut first = queue(&front_end, with_image(&png(64, 96))).await;
     while first.next().await.is_some() {}
-    front_end.chat(with_image(&png(96, 64))).await.unwrap();
+    queue(&front_end, with_image(&png(96, 64))).await;
     drop(first);
 }
