@@ -174,8 +174,10 @@ fn apply_mask(logits: &mut [f32], mask: Option<&[u32]>) {
 /// needs.
 fn nucleus(candidates: &mut Vec<(f32, u32)>, top_p: f32, highest: f32) {
     let probability = |logit: f32| f64::from(exp(logit - highest));
-    let total: f64 = Arch::new()
-        .dispatch(#[inline(always)] || candidates.iter().map(|&(logit, _)| f64::from(exp(logit - highest))).sum());
+    let total: f64 = Arch::new().dispatch(
+        #[inline(always)]
+        || candidates.iter().map(|&(logit, _)| f64::from(exp(logit - highest))).sum(),
+    );
     let target = f64::from(top_p) * total;
     let (mut mass, mut sorted, mut size) = (0.0, 0, 64);
     while sorted < candidates.len() {
@@ -208,8 +210,10 @@ impl<'a> Logprobs<'a> {
     /// `row` is of the whole head, `[vocab + padding]`.
     pub(crate) fn new(row: &'a [f32], vocab: usize) -> Self {
         let (_, highest) = argmax(row);
-        let total: f64 = Arch::new()
-            .dispatch(#[inline(always)] || row.iter().map(|&logit| f64::from(exp(logit - highest))).sum());
+        let total: f64 = Arch::new().dispatch(
+            #[inline(always)]
+            || row.iter().map(|&logit| f64::from(exp(logit - highest))).sum(),
+        );
         Self { logits: &row[..vocab], normalizer: (f64::from(highest) + total.ln()) as f32 }
     }
 
