@@ -1,13 +1,13 @@
 //! Where the memory goes: computed before anything runs, never probed. Knows bytes, not tensors.
 
-use std::fs;
+use std::{fs, io};
 
 use spark_backend::{Dtype, KvDtype, KvSpec};
 use spark_models::ModelConfig;
 
 use crate::{EngineOptions, Error, Result, options::MAX_PROMPT_LOGPROB_TOKENS};
 
-/// The machine's memory, from `/proc/meminfo`. On a DGX Spark the GPU shares it.
+/// The machine's memory. On a DGX Spark the GPU shares it.
 #[derive(Debug, Clone, Copy)]
 pub struct HostMemory {
     /// All of it, in bytes.
@@ -17,13 +17,25 @@ pub struct HostMemory {
 }
 
 impl HostMemory {
-    /// Reads it.
+    /// Reads `/proc/meminfo`; where `/proc` is not mounted it asks the kernel, whose count of free memory leaves out the
+    /// page cache and so is on the low side.
     ///
     /// # Errors
-    /// `/proc/meminfo` is missing or has no such lines.
+    /// `/proc/meminfo` cannot be read, or has no such lines.
     pub fn read() -> Result<Self> {
-        let text = fs::read_to_string("/proc/meminfo")
-            .map_err(|source| Error::Io { what: "reading /proc/meminfo", source })?;
+        let text = match fs::read_to_string("/proc/meminfo") {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let info = rustix::system::sysinfo();
+                let unit = u64::from(info.mem_unit.max(1));
+                // The kernel's fields are as wide as a machine word.
+                return Ok(Self {
+                    total: info.totalram as u64 * unit,
+                    available: info.freeram as u64 * unit,
+                });
+            }
+            Err(source) => return Err(Error::Io { what: "reading /proc/meminfo", source }),
+        };
         let field = |name: &str| parse_meminfo(&text, name);
         match (field("MemTotal"), field("MemAvailable")) {
             (Some(total), Some(available)) => Ok(Self { total, available }),
