@@ -212,7 +212,7 @@ impl ModelArgs {
             None => ImageProcessorOverrides::default(),
         };
         let cache_bytes = (self.media.mm_processor_cache_gb.max(0.0) * f64::from(1 << 30)) as usize;
-        let bar = progress::LoadBar::new();
+        let bar = progress::ByteBar::new("loading");
         let mut builder = EngineBuilder::new(&self.model)
             .device(match self.device {
                 DeviceArg::Auto => Device::Auto,
@@ -234,7 +234,7 @@ impl ModelArgs {
             .front_end(move |options| options.mm_processor_cache_bytes = cache_bytes)
             .on_progress(Arc::new({
                 let bar = bar.clone();
-                move |progress| bar.update(progress)
+                move |progress| bar.update(progress.bytes_read, progress.bytes_total)
             }));
         builder = match self.dtype {
             DtypeArg::Auto => builder,

@@ -3,40 +3,19 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use spark_engine::LoadProgress;
-use spark_weights::PullProgress;
 
-/// The bar of a load: bytes and bytes per second.
+/// A bar of bytes and bytes per second.
 #[derive(Clone)]
-pub(crate) struct LoadBar(ProgressBar);
+pub(crate) struct ByteBar(ProgressBar);
 
-impl LoadBar {
-    pub(crate) fn new() -> Self {
-        Self(bar("{prefix} [{bar:40}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left", "loading"))
+impl ByteBar {
+    pub(crate) fn new(prefix: &'static str) -> Self {
+        Self(bar("{prefix} [{bar:40}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left", prefix))
     }
 
-    pub(crate) fn update(&self, progress: LoadProgress) {
-        self.0.set_length(progress.bytes_total);
-        self.0.set_position(progress.bytes_read);
-    }
-
-    pub(crate) fn finish(&self) {
-        self.0.finish_and_clear();
-    }
-}
-
-/// The bar of a download: bytes and bytes per second.
-#[derive(Clone)]
-pub(crate) struct PullBar(ProgressBar);
-
-impl PullBar {
-    pub(crate) fn new() -> Self {
-        Self(bar("{prefix} [{bar:40}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left", "downloading"))
-    }
-
-    pub(crate) fn update(&self, progress: PullProgress) {
-        self.0.set_length(progress.bytes_total);
-        self.0.set_position(progress.bytes_done);
+    pub(crate) fn update(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done);
     }
 
     pub(crate) fn finish(&self) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 use spark_weights::{PullOptions, pull};
 
-use super::progress::PullBar;
+use super::progress::ByteBar;
 
 /// Download a checkpoint; continues where an earlier download was stopped.
 #[derive(Args)]
@@ -27,12 +27,12 @@ pub(crate) struct PullArgs {
 }
 
 pub(crate) fn run(args: PullArgs) -> anyhow::Result<()> {
-    let bar = PullBar::new();
+    let bar = ByteBar::new("downloading");
     let progress = bar.clone();
     let options = PullOptions {
         revision: args.revision,
         connections: usize::from(args.connections),
-        progress: Some(Arc::new(move |now| progress.update(now))),
+        progress: Some(Arc::new(move |now| progress.update(now.bytes_done, now.bytes_total))),
         ..PullOptions::from_env()
     };
     let pulled = pull(&args.model, &options);

@@ -172,11 +172,10 @@ impl Engine {
             while self.in_flight.len() < self.depth && self.schedule() {}
             if self.in_flight.is_empty() && self.scheduler.has_work() {
                 // `add` refuses what can never fit, so this is a defect: stop loudly instead of spinning.
-                let _ = self.fail("the scheduler has work but no plan");
-                return;
+                return self.fail("the scheduler has work but no plan");
             }
-            if !self.in_flight.is_empty() && self.complete().is_err() {
-                return;
+            if let Err(message) = self.complete() {
+                return self.fail(&message);
             }
             self.publish_stats();
         }
@@ -251,13 +250,13 @@ impl Engine {
         true
     }
 
-    /// Waits for the oldest step in flight and passes its results on. `Err` means that the engine has failed.
-    fn complete(&mut self) -> std::result::Result<(), ()> {
+    /// Waits for the oldest step in flight and passes its results on. `Err` says how the engine has failed.
+    fn complete(&mut self) -> std::result::Result<(), String> {
         let Some(plan) = self.in_flight.pop_front() else { return Ok(()) };
         let result = match self.results.recv() {
             Ok(Ok(result)) => result,
-            Ok(Err(error)) => return self.fail(&error.to_string()),
-            Err(_) => return self.fail("the runner thread has panicked"),
+            Ok(Err(error)) => return Err(error.to_string()),
+            Err(_) => return Err("the runner thread has panicked".into()),
         };
         debug_assert_eq!(result.id, plan.id, "steps complete in the order of their plans");
         for (id, index, token, top) in &result.prompt_logprobs {
@@ -315,10 +314,10 @@ impl Engine {
         sequence.send_finished(reason);
     }
 
-    fn fail(&mut self, message: &str) -> std::result::Result<(), ()> {
+    /// Only says it; the streams get their ends when the engine is dropped.
+    fn fail(&self, message: &str) {
         tracing::error!("the engine has failed: {message}");
         *lock(&self.shared.health) = Health::Failed(message.to_owned());
-        Err(())
     }
 
     fn publish_stats(&self) {
@@ -345,7 +344,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         if thread::panicking() {
-            let _ = self.fail("the engine thread has panicked");
+            self.fail("the engine thread has panicked");
         }
         let reason = match &*lock(&self.shared.health) {
             Health::Failed(message) => FinishReason::EngineFailed(message.clone()),
