@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::patches::to_patches;
 use crate::{
-    Alpha, DecodeOptions, ImageProcessorConfig, ImageProcessorOverrides, VisionError, decode, read_size,
-    resize_bicubic, smart_resize,
+    Alpha, DecodeOptions, ImageProcessorConfig, ImageProcessorOverrides, RgbImage, VisionError, decode,
+    read_size, resize_bicubic, smart_resize,
 };
 
 /// An image, ready for the vision encoder.
@@ -109,18 +109,31 @@ impl ImageProcessor {
         // An impossible aspect ratio need not be decoded first.
         self.num_tokens_of(bytes)?;
         let image = decode(bytes, &self.options)?;
-        let (height, width) = self.resized(image.height(), image.width())?;
-        let resized = resize_bicubic(&image, height, width);
-        let patch = self.config.patch_size;
-        let patches = to_patches(&resized, patch, self.config.merge_size);
+        let (patches, grid_thw) = self.cut(&image)?;
         Ok(ProcessedImage {
+            num_tokens: patches.len() / self.bytes_per_token(),
             patches: patches.into(),
-            grid_thw: [1, height / patch, width / patch],
-            num_tokens: (height / self.config.factor()) * (width / self.config.factor()),
+            grid_thw,
             hash: self.hash(bytes),
             width: image.width(),
             height: image.height(),
         })
+    }
+
+    /// Resizes an image that is in memory and cuts it into patches: [`ProcessedImage::patches`] and
+    /// [`ProcessedImage::grid_thw`].
+    ///
+    /// # Errors
+    /// Those of [`smart_resize`].
+    pub fn cut(&self, image: &RgbImage) -> Result<(Vec<u8>, [usize; 3]), VisionError> {
+        let (height, width) = self.resized(image.height(), image.width())?;
+        let resized = resize_bicubic(image, height, width);
+        let patch = self.config.patch_size;
+        Ok((to_patches(&resized, patch, self.config.merge_size), [1, height / patch, width / patch]))
+    }
+
+    fn bytes_per_token(&self) -> usize {
+        3 * self.config.factor().pow(2)
     }
 
     /// `(height, width)` after resizing.
