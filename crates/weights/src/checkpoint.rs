@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -13,6 +14,7 @@ use crate::load::{LoadOptions, load};
 use crate::locate::{is_inside, locate};
 use crate::names::normalise;
 use crate::params::{Param, Params};
+use crate::plan::Plan;
 use crate::spec::ParamSpec;
 use crate::summary::{Summary, summarise};
 
@@ -130,8 +132,40 @@ impl Checkpoint {
     /// Loads the parameters of a model. Every tensor has to be consumed and every parameter filled, else the error
     /// lists them all; only scales of activations and of the KV cache may stay unused.
     pub fn load(&self, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
+        self.collect(&Plan::new(self, specs)?, specs, options)
+    }
+
+    /// Loads parameters as [`Checkpoint::load`] does, but leaves alone the tensors that `specs` do not name: for tools
+    /// that go through a model piece by piece.
+    ///
+    /// # Errors
+    /// When a parameter is not filled or cannot be read.
+    pub fn load_some(&self, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
+        self.collect(&Plan::of_some(self, specs)?, specs, options)
+    }
+
+    /// The bytes of one tensor as stored; its type and shape are in [`Checkpoint::tensors`].
+    ///
+    /// # Errors
+    /// When there is no tensor of this name, in any dialect, or it cannot be read.
+    pub fn read_tensor(&self, name: &str) -> Result<Vec<u8>> {
+        let Some(tensor) = self.find(&normalise(name)) else {
+            return Err(Error::Param {
+                name: name.to_owned(),
+                reason: "is not in the checkpoint".to_owned(),
+            });
+        };
+        let (path, info) = (self.path_of(tensor), &self.tensors[tensor].info);
+        let io = |action, offset| move |source| Error::Io { path: path.to_owned(), action, offset, source };
+        let file = std::fs::File::open(path).map_err(io("cannot open", None))?;
+        let mut bytes = vec![0; info.len];
+        file.read_exact_at(&mut bytes, info.offset).map_err(io("cannot read", Some(info.offset)))?;
+        Ok(bytes)
+    }
+
+    fn collect(&self, plan: &Plan, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
         let slots: Vec<_> = specs.iter().map(|_| parking_slot()).collect();
-        load(self, specs, options, &|index, param| {
+        load(self, plan, specs, options, &|index, param| {
             *slots[index].lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(param);
             Ok(())
         })?;
@@ -150,7 +184,7 @@ impl Checkpoint {
         options: &LoadOptions,
         sink: &(dyn Fn(usize, Param) -> Result<()> + Sync),
     ) -> Result<()> {
-        load(self, specs, options, sink)
+        load(self, &Plan::new(self, specs)?, specs, options, sink)
     }
 
     /// What [`Checkpoint::load`] would load: schemes and bytes of each part of the model, and what each of `world`

@@ -90,16 +90,16 @@ struct Assembly {
     missing: usize,
 }
 
-/// Loads `specs` and gives each parameter to `sink`.
+/// Loads what `plan` found for `specs` and gives each parameter to `sink`.
 pub(crate) fn load(
     checkpoint: &Checkpoint,
+    plan: &Plan,
     specs: &[ParamSpec],
     options: &LoadOptions,
     sink: &(dyn Fn(usize, Param) -> Result<()> + Sync),
 ) -> Result<()> {
     let rank = Rank::new(options.rank, options.world)?;
-    let plan = Plan::new(checkpoint, specs)?;
-    let assemblies: Vec<Mutex<Assembly>> = assemblies(&plan, specs);
+    let assemblies: Vec<Mutex<Assembly>> = assemblies(plan, specs);
     let arrivals: Vec<Mutex<Arrivals>> = plan
         .items
         .iter()

@@ -45,6 +45,17 @@ impl Plan {
     /// # Errors
     /// When a parameter is not filled, a tensor is not consumed, or shapes and companions do not fit.
     pub(crate) fn new(checkpoint: &Checkpoint, specs: &[ParamSpec]) -> Result<Self> {
+        Planner::plan(checkpoint, specs)?.finish(true)
+    }
+
+    /// As [`Plan::new`], for a part of the checkpoint: tensors may be left over.
+    pub(crate) fn of_some(checkpoint: &Checkpoint, specs: &[ParamSpec]) -> Result<Self> {
+        Planner::plan(checkpoint, specs)?.finish(false)
+    }
+}
+
+impl<'a> Planner<'a> {
+    fn plan(checkpoint: &'a Checkpoint, specs: &[ParamSpec]) -> Result<Self> {
         let mut planner = Planner {
             checkpoint,
             used: RefCell::new(vec![false; checkpoint.tensors.len()]),
@@ -63,7 +74,7 @@ impl Plan {
             }
             planner.spec(index, spec)?;
         }
-        planner.finish()
+        Ok(planner)
     }
 }
 
@@ -107,14 +118,15 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn finish(self) -> Result<Plan> {
+    /// The plan; an error when parameters are not filled, or `all` tensors had to be used and some are not.
+    fn finish(self, all: bool) -> Result<Plan> {
         let used = self.used.into_inner();
         let unused: Vec<String> = self
             .checkpoint
             .tensors
             .iter()
             .zip(&used)
-            .filter(|(tensor, used)| !**used && !may_be_unused(&tensor.normalised))
+            .filter(|(tensor, used)| all && !**used && !may_be_unused(&tensor.normalised))
             .map(|(tensor, _)| tensor.info.name.clone())
             .collect();
         if self.unfilled.is_empty() && unused.is_empty() {

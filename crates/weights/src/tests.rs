@@ -8,3 +8,4 @@ mod hub;
 mod pull;
 mod schemes;
 mod shards;
+mod some;
