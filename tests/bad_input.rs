@@ -140,7 +140,8 @@ fn wrong_prompts() -> Vec<Bad> {
     list.push(bad("a video", CHAT, &message(video), "video_url"));
     for (field, value) in [
         ("top_logprobs", json!(3)),
-        ("tools", json!([{"type": "function", "function": {"name": "f"}}])),
+        ("tools", json!([{"type": "function", "function": {"name": ""}}])),
+        ("thinking_token_budget", json!(7)),
         ("tool_choice", json!("required")),
         ("reasoning_effort", json!("high")),
         ("chat_template", json!("{{ 1 }}")),

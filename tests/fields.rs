@@ -290,3 +290,25 @@ fn penalties_and_filters_change_the_draw() {
     let fresh = ask(json!({"presence_penalty": 2, "frequency_penalty": 2, "repetition_penalty": 5}));
     assert!(distinct(&fresh) > distinct(&greedy), "{} against {}", distinct(&fresh), distinct(&greedy));
 }
+
+#[test]
+fn tools_reach_the_prompt_and_parsers_can_be_switched_off() {
+    let function = json!({"name": "get_weather", "parameters": {"type": "object"}});
+    let tools = json!([{"type": "function", "function": function}]);
+    let body = chat_body(&case("text"), 4);
+    let server = Server::start(MODEL, &[]);
+    let count = |extra: Value| {
+        let answer = server.ask(CHAT, &with(body.clone(), extra));
+        answer["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    let bare = count(json!({}));
+    assert!(count(json!({"tools": tools})) > bare);
+    assert_eq!(count(json!({"tools": tools, "tool_choice": "none"})), bare);
+    drop(server);
+
+    let server = Server::start(MODEL, &["--tool-call-parser", "none", "--reasoning-parser", "qwen3"]);
+    let refused = server.post(CHAT, &with(body.clone(), json!({"tools": tools})));
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("tools")));
+    let usage = server.ask(CHAT, &body)["usage"].clone();
+    assert_eq!(usage["completion_tokens_details"], json!({"reasoning_tokens": 0}));
+}

@@ -11,6 +11,7 @@ use crate::fields::Endpoint;
 use crate::generation::PromptInfo;
 use crate::logprobs::{CompletionLogprobs, TokenNames};
 use crate::params::{OutputParams, StreamParams};
+use crate::parts::ToolCallStart;
 
 /// What stays the same over an answer.
 pub(crate) struct Shape {
@@ -22,6 +23,8 @@ pub(crate) struct Shape {
     pub(crate) prompts: Vec<PromptInfo>,
     /// Choices per prompt.
     pub(crate) n: usize,
+    /// Whether reasoning is looked for, and its tokens counted.
+    pub(crate) reasons: bool,
     pub(crate) output: OutputParams,
     pub(crate) stream: StreamParams,
     pub(crate) tokenizer: Arc<Tokenizer>,
@@ -57,18 +60,64 @@ impl Shape {
     }
 }
 
-/// The `usage` object.
-pub(crate) fn usage(
-    num_prompt_tokens: usize,
-    num_completion_tokens: usize,
-    num_cached_tokens: usize,
-) -> Value {
-    json!({
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": num_prompt_tokens + num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
-    })
+/// What an answer has cost, in tokens.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Usage {
+    pub(crate) num_prompt: usize,
+    pub(crate) num_completion: usize,
+    pub(crate) num_cached: usize,
+    /// Of the completion's.
+    pub(crate) num_reasoning: usize,
+}
+
+impl Usage {
+    /// The `usage` object.
+    pub(crate) fn into_json(self, shape: &Shape) -> Value {
+        let mut usage = json!({
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_completion,
+            "total_tokens": self.num_prompt + self.num_completion,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached},
+        });
+        if shape.reasons {
+            usage["completion_tokens_details"] = json!({"reasoning_tokens": self.num_reasoning});
+        }
+        usage
+    }
+}
+
+/// One entry of `tool_calls`, whole or the beginning of a streamed one.
+pub(crate) fn tool_call(start: &ToolCallStart, arguments: &str) -> Value {
+    json!({"id": start.id, "type": "function", "function": {"name": start.name, "arguments": arguments}})
+}
+
+/// Reasoning under vLLM's name and under the one it had before, which most clients read.
+pub(crate) fn put_reasoning(message: &mut Value, reasoning: &str) {
+    message["reasoning"] = json!(reasoning);
+    message["reasoning_content"] = json!(reasoning);
+}
+
+/// The `message` of a choice.
+fn message(choice: &Delta) -> Value {
+    let has_parts = !choice.tool_calls.is_empty() || !choice.reasoning.is_empty();
+    let content = (!choice.text.is_empty() || !has_parts).then_some(&choice.text);
+    let mut message = json!({"role": "assistant", "content": content});
+    if !choice.reasoning.is_empty() {
+        put_reasoning(&mut message, &choice.reasoning);
+    }
+    let mut calls: Vec<(&ToolCallStart, String)> = Vec::new();
+    for delta in &choice.tool_calls {
+        if let Some(start) = &delta.start {
+            calls.push((start, String::new()));
+        }
+        if let Some((_, arguments)) = calls.last_mut() {
+            arguments.push_str(&delta.arguments);
+        }
+    }
+    if !calls.is_empty() {
+        message["tool_calls"] = calls.iter().map(|(start, arguments)| tool_call(start, arguments)).collect();
+    }
+    message
 }
 
 /// `finish_reason` and `stop_reason`, null until the end.
@@ -92,6 +141,9 @@ impl Answer {
     pub(crate) fn add(&mut self, delta: Delta) {
         let whole = &mut self.0[delta.choice];
         whole.text.push_str(&delta.text);
+        whole.reasoning.push_str(&delta.reasoning);
+        whole.tool_calls.extend(delta.tool_calls);
+        whole.num_reasoning_tokens += delta.num_reasoning_tokens;
         whole.tokens.extend(delta.tokens);
         whole.logprobs.extend(delta.logprobs);
         whole.prompt = whole.prompt.take().or(delta.prompt);
@@ -102,7 +154,13 @@ impl Answer {
         let num_tokens = self.0.iter().map(|choice| choice.tokens.len()).sum();
         let num_cached =
             cached_tokens(self.0.iter().step_by(shape.n).filter_map(|choice| choice.prompt.as_ref()));
-        let usage = usage(shape.num_prompt_tokens(), num_tokens, num_cached);
+        let usage = Usage {
+            num_prompt: shape.num_prompt_tokens(),
+            num_completion: num_tokens,
+            num_cached,
+            num_reasoning: self.0.iter().map(|choice| choice.num_reasoning_tokens).sum(),
+        };
+        let usage = usage.into_json(shape);
         let body = match shape.endpoint {
             Endpoint::Chat => self.into_chat(shape, usage),
             Endpoint::Completions => self.into_completion(shape, usage),
@@ -117,7 +175,7 @@ impl Answer {
         let choices = self.0.into_iter().map(|choice| {
             let mut json = json!({
                 "index": choice.choice,
-                "message": {"role": "assistant", "content": choice.text},
+                "message": message(&choice),
                 "logprobs": shape.output.logprobs.map(|count| names.chat(&choice.logprobs, count)),
             });
             put_finish(&mut json, choice.finish.as_ref());

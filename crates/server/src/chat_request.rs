@@ -1,27 +1,37 @@
-//! The conversation of a chat request: messages, images, template arguments. What templates do is `spark-text`'s.
+//! The conversation of a chat request: messages, images, tools, template arguments. What templates do is `spark-text`'s.
 
 use serde_json::{Map, Value};
-use spark_text::{ChatTemplate, Conversation, MediaKind, MediaPart, RenderInput, Segment, prepare_messages};
+use spark_text::{
+    ChatTemplate, Conversation, MediaKind, MediaPart, ReasoningStart, RenderInput, Segment, THINK_CLOSE,
+    THINK_OPEN, prepare_messages,
+};
 
 use crate::ApiError;
 use crate::body::{Body, kind};
 use crate::front_end::refuse_text;
+use crate::parts::AnswerPlan;
+use crate::tools::{AnswerForm, Formats};
 
 /// A conversation that can be rendered once its images are known.
 pub(crate) struct ChatPrompt {
     messages: Value,
     kwargs: Map<String, Value>,
+    form: AnswerForm,
     add_generation_prompt: bool,
     continue_final_message: bool,
     /// In the order of their placeholders.
     pub(crate) image_urls: Vec<String>,
 }
 
-/// Reads `messages` and the fields about their rendering.
+/// Reads `messages`, the fields about their rendering, and those about the form of the answer.
 ///
 /// # Errors
-/// Names the place in `messages` that is wrong.
-pub(crate) fn read_chat(body: &mut Body, accepts_parts: bool) -> Result<ChatPrompt, ApiError> {
+/// Names the field, and the place in `messages` or `tools`, that is wrong.
+pub(crate) fn read_chat(
+    body: &mut Body,
+    accepts_parts: bool,
+    formats: Formats,
+) -> Result<ChatPrompt, ApiError> {
     let continue_final_message = body.boolean("continue_final_message", false)?;
     let add_generation_prompt = body.boolean("add_generation_prompt", !continue_final_message)?;
     if continue_final_message && add_generation_prompt {
@@ -29,12 +39,13 @@ pub(crate) fn read_chat(body: &mut Body, accepts_parts: bool) -> Result<ChatProm
         return Err(ApiError::field("continue_final_message", message));
     }
     let kwargs = body.object("chat_template_kwargs")?.unwrap_or_default();
+    let form = AnswerForm::read(body, formats)?;
     let messages = body.take("messages").ok_or_else(|| ApiError::field("messages", "messages is missing"))?;
     let conversation =
         prepare_messages(messages, accepts_parts).map_err(|error| refuse_text("messages", &error))?;
     let Conversation { messages, media } = conversation;
     let image_urls = media.into_iter().map(image_url).collect::<Result<_, _>>()?;
-    Ok(ChatPrompt { messages, kwargs, add_generation_prompt, continue_final_message, image_urls })
+    Ok(ChatPrompt { messages, kwargs, form, add_generation_prompt, continue_final_message, image_urls })
 }
 
 /// The URL of an image part. Other media are refused by the name of their field.
@@ -71,7 +82,7 @@ impl ChatPrompt {
     pub(crate) fn render(&self, template: &ChatTemplate) -> Result<Vec<Segment>, ApiError> {
         let input = RenderInput {
             messages: &self.messages,
-            tools: None,
+            tools: Some(&*self.form.tools).filter(|tools| !tools.is_null()),
             kwargs: &self.kwargs,
             add_generation_prompt: self.add_generation_prompt,
         };
@@ -82,17 +93,42 @@ impl ChatPrompt {
         }
     }
 
+    /// How the outputs of the rendered prompt are taken apart.
+    pub(crate) fn answer_plan(&self, segments: &[Segment]) -> Option<AnswerPlan> {
+        let start = match self.begins_inside_reasoning(segments) {
+            true => ReasoningStart::Inside,
+            false => ReasoningStart::Outside,
+        };
+        let options = self.form.options(start)?;
+        Some(AnswerPlan { options, form: self.form.clone() })
+    }
+
+    /// Whether the prompt ends in an open thinking block. Templates end with its opening; a message that is continued
+    /// may have been cut inside one.
+    fn begins_inside_reasoning(&self, segments: &[Segment]) -> bool {
+        if self.continue_final_message {
+            let opened = self.final_text().and_then(|text| text.rsplit_once(THINK_OPEN));
+            return opened.is_some_and(|(_, rest)| !rest.contains(THINK_CLOSE));
+        }
+        let last = segments.iter().rev().map(|segment| segment_text(segment).trim_end());
+        let end = last.into_iter().find(|text| !text.is_empty());
+        self.add_generation_prompt && end.is_some_and(|text| text.ends_with(THINK_OPEN))
+    }
+
+    /// The text of the last message, or of its last part.
+    fn final_text(&self) -> Option<&str> {
+        match self.messages.as_array()?.last()?.get("content")? {
+            Value::String(text) => Some(text),
+            Value::Array(parts) => parts.iter().rev().find_map(|part| part.get("text")?.as_str()),
+            _ => None,
+        }
+    }
+
     /// Drops what the template writes after the last message, so that the model goes on with it. As transformers'
     /// `continue_final_message`: the template may have trimmed the text.
     fn cut_after_final_message(&self, segments: Vec<Segment>) -> Result<Vec<Segment>, ApiError> {
         let refuse = |message| Err(ApiError::field("continue_final_message", message));
-        let last = self.messages.as_array().and_then(|messages| messages.last());
-        let text = match last.and_then(|message| message.get("content")) {
-            Some(Value::String(text)) => Some(text.as_str()),
-            Some(Value::Array(parts)) => parts.iter().rev().find_map(|part| part.get("text")?.as_str()),
-            _ => None,
-        };
-        let Some(text) = text.map(str::trim_start).filter(|text| !text.is_empty()) else {
+        let Some(text) = self.final_text().map(str::trim_start).filter(|text| !text.is_empty()) else {
             return refuse("the last message has no text to continue");
         };
         let whole: String = segments.iter().map(segment_text).collect();
@@ -133,7 +169,7 @@ mod tests {
     use super::*;
 
     fn read(body: Value) -> Result<ChatPrompt, ApiError> {
-        read_chat(&mut Body::new(body)?, true)
+        read_chat(&mut Body::new(body)?, true, Formats { tools: None, reasoning: false })
     }
 
     fn image(part: &Value) -> Result<String, ApiError> {

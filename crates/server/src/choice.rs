@@ -16,16 +16,23 @@ use crate::ApiError;
 use crate::images::HeldImage;
 use crate::metrics::{Counts, Metrics, Outcome};
 use crate::params::OutputParams;
+use crate::parts::{AnswerPlan, Parts, ToolCallDelta};
 
 /// What one event adds to a choice.
 #[derive(Debug, Clone, Default)]
 pub struct Delta {
     /// Which choice: `prompt_idx * n + i`.
     pub choice: usize,
-    /// New text; may be empty while a character or a stop string is incomplete.
+    /// New text of the content; may be empty while a character, a stop string or a marker is incomplete.
     pub text: String,
+    /// New text of the reasoning.
+    pub reasoning: String,
+    /// What is new of tool calls, in order.
+    pub tool_calls: Vec<ToolCallDelta>,
     /// New tokens, the ending one included.
     pub tokens: Vec<TokenId>,
+    /// How many of the new tokens are inside the reasoning.
+    pub num_reasoning_tokens: usize,
     /// One per new token, if asked for.
     pub logprobs: Vec<TokenLogprobs>,
     /// Set once, before the first token.
@@ -46,7 +53,7 @@ pub struct PromptReport {
 /// How a choice ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finish {
-    /// `stop` or `length`.
+    /// `stop`, `length` or `tool_calls`.
     pub reason: &'static str,
     /// What stopped it, if that was one of the request's own stops.
     pub stop: Option<Stop>,
@@ -75,10 +82,20 @@ pub(crate) struct ChoiceSetup {
     pub(crate) arrived: Instant,
     pub(crate) output: OutputParams,
     pub(crate) num_prompt_tokens: usize,
+    /// `None`: all text is content.
+    pub(crate) answer: Option<AnswerPlan>,
     /// Tokens that end the sequence and do not show in its text.
     pub(crate) ending_tokens: Arc<[TokenId]>,
     /// Only the echo is wanted (`echo` with `max_tokens: 0`): the one token that the engine makes is dropped.
     pub(crate) discard_output: bool,
+}
+
+impl ChoiceSetup {
+    /// The tokens of the markers between the parts of the answer.
+    fn marker_tokens(&self) -> Arc<[TokenId]> {
+        let markers = self.answer.iter().flat_map(|plan| plan.options.markers());
+        markers.filter_map(|marker| self.tokenizer.token_to_id(marker)).collect()
+    }
 }
 
 /// The stream of deltas of one choice. Dropping it cancels the sequence.
@@ -86,6 +103,7 @@ pub(crate) struct Choice {
     setup: ChoiceSetup,
     detokenizer: Detokenizer,
     stops: StopMatcher,
+    parts: Parts,
     last_token: Option<Instant>,
     num_tokens: usize,
     ended: bool,
@@ -95,8 +113,10 @@ impl Choice {
     /// Starts to listen.
     pub(crate) fn new(setup: ChoiceSetup) -> Self {
         Self {
-            detokenizer: Detokenizer::new(setup.tokenizer.clone(), setup.output.skip_special_tokens),
+            detokenizer: Detokenizer::new(setup.tokenizer.clone(), setup.output.skip_special_tokens)
+                .keeping(setup.marker_tokens()),
             stops: StopMatcher::new(setup.output.stop.clone(), setup.output.include_stop),
+            parts: Parts::new(setup.answer.clone()),
             setup,
             last_token: None,
             num_tokens: 0,
@@ -139,10 +159,12 @@ impl Choice {
 
     /// A stop string ends the choice, and with it the sequence.
     fn add(&mut self, step: &StopOutput, delta: &mut Delta) {
-        delta.text.push_str(&step.text);
+        self.parts.push(&step.text, delta);
         if let Some(index) = step.stop {
             let text = self.setup.output.stop.get(index).unwrap_or_default();
-            delta.finish = Some(Finish { reason: "stop", stop: Some(Stop::Text(text.to_owned())) });
+            let stop = Some(Stop::Text(text.to_owned()));
+            self.parts.finish(delta);
+            delta.finish = Some(Finish { reason: self.stop_reason(), stop });
             self.end(Outcome::Stop, None);
         }
     }
@@ -151,12 +173,15 @@ impl Choice {
         if !self.setup.discard_output {
             // Half a character at the end ends no stop string.
             let rest = self.stops.push_unstoppable(self.detokenizer.finish());
-            delta.text.push_str(&rest.text);
-            delta.text.push_str(&self.stops.finish());
+            self.parts.push(&rest.text, delta);
+            self.parts.push(&self.stops.finish(), delta);
+            self.parts.finish(delta);
         }
         let (finish, outcome) = match &finished.reason {
-            FinishReason::Eos | FinishReason::ConstraintComplete => (Ok(("stop", None)), Outcome::Stop),
-            FinishReason::StopToken(id) => (Ok(("stop", Some(Stop::Token(*id)))), Outcome::Stop),
+            FinishReason::Eos | FinishReason::ConstraintComplete => {
+                (Ok((self.stop_reason(), None)), Outcome::Stop)
+            }
+            FinishReason::StopToken(id) => (Ok((self.stop_reason(), Some(Stop::Token(*id)))), Outcome::Stop),
             FinishReason::Length => (Ok(("length", None)), Outcome::Length),
             FinishReason::Cancelled => (Err(ApiError::Cancelled), Outcome::Abort),
             FinishReason::EngineFailed(text) => (Err(ApiError::EngineFailed(text.clone())), Outcome::Error),
@@ -168,6 +193,11 @@ impl Choice {
         let (reason, stop) = if self.setup.discard_output { ("length", None) } else { (reason, stop) };
         delta.finish = Some(Finish { reason, stop });
         Ok(())
+    }
+
+    /// Why an answer ends that was not cut.
+    fn stop_reason(&self) -> &'static str {
+        if self.parts.has_calls() { "tool_calls" } else { "stop" }
     }
 
     fn end(&mut self, outcome: Outcome, finished: Option<&Finished>) {

@@ -1,9 +1,10 @@
-//! Chunks of streamed answers. The words are vLLM's: role first, then text, then `finish_reason`, then usage.
+//! Chunks of streamed answers. The words are vLLM's: role first, then text, then `finish_reason`, then usage. A tool call
+//! is OpenAI's: its id and name first, then its arguments, piece by piece.
 
 use serde_json::{Map, Value, json};
 
 use crate::Delta;
-use crate::answer::{Shape, add_echo_logprobs, put_finish, usage};
+use crate::answer::{Shape, Usage, add_echo_logprobs, put_finish, put_reasoning, tool_call};
 use crate::fields::Endpoint;
 use crate::logprobs::CompletionLogprobs;
 
@@ -16,6 +17,7 @@ pub(crate) struct ChunkWriter {
 struct Written {
     started: bool,
     num_tokens: usize,
+    num_reasoning_tokens: usize,
     num_cached_tokens: usize,
     /// Characters of tokens, for `text_offset`.
     offset: usize,
@@ -30,6 +32,7 @@ impl ChunkWriter {
     pub(crate) fn write(&mut self, shape: &Shape, delta: &Delta) -> Vec<Value> {
         let written = &mut self.choices[delta.choice];
         written.num_tokens += delta.tokens.len();
+        written.num_reasoning_tokens += delta.num_reasoning_tokens;
         if let Some(prompt) = &delta.prompt {
             written.num_cached_tokens = prompt.num_cached_tokens;
         }
@@ -44,11 +47,15 @@ impl ChunkWriter {
         if !shape.stream.include_usage {
             return None;
         }
-        let num_tokens = self.choices.iter().map(|choice| choice.num_tokens).sum();
-        let num_cached = self.choices.iter().step_by(shape.n).map(|choice| choice.num_cached_tokens).sum();
+        let usage = Usage {
+            num_prompt: shape.num_prompt_tokens(),
+            num_completion: self.choices.iter().map(|choice| choice.num_tokens).sum(),
+            num_cached: self.choices.iter().step_by(shape.n).map(|choice| choice.num_cached_tokens).sum(),
+            num_reasoning: self.choices.iter().map(|choice| choice.num_reasoning_tokens).sum(),
+        };
         let mut chunk = shape.head(object(shape));
         chunk.insert("choices".into(), json!([]));
-        chunk.insert("usage".into(), usage(shape.num_prompt_tokens(), num_tokens, num_cached));
+        chunk.insert("usage".into(), usage.into_json(shape));
         Some(Value::Object(chunk))
     }
 }
@@ -64,7 +71,34 @@ fn object(shape: &Shape) -> &'static str {
 fn is_visible(shape: &Shape, delta: &Delta) -> bool {
     let tokens =
         !delta.tokens.is_empty() && (shape.output.return_token_ids || shape.output.logprobs.is_some());
-    !delta.text.is_empty() || delta.finish.is_some() || tokens
+    let parts = !delta.text.is_empty() || !delta.reasoning.is_empty() || !delta.tool_calls.is_empty();
+    parts || delta.finish.is_some() || tokens
+}
+
+/// The `delta` objects of one delta, one per part; at least one.
+fn parts(delta: &Delta) -> Vec<Value> {
+    let mut parts = Vec::new();
+    if !delta.reasoning.is_empty() {
+        let mut part = json!({});
+        put_reasoning(&mut part, &delta.reasoning);
+        parts.push(part);
+    }
+    if !delta.text.is_empty() {
+        parts.push(json!({"content": delta.text}));
+    }
+    for call in &delta.tool_calls {
+        let mut entry = match &call.start {
+            Some(start) => tool_call(start, &call.arguments),
+            None => json!({"function": {"arguments": call.arguments}}),
+        };
+        entry["index"] = json!(call.index);
+        parts.push(json!({"tool_calls": [entry]}));
+    }
+    if parts.is_empty() {
+        // A token without text says so; an ending without a token says nothing.
+        parts.push(if delta.tokens.is_empty() { json!({}) } else { json!({"content": ""}) });
+    }
+    parts
 }
 
 impl Written {
@@ -82,18 +116,19 @@ impl Written {
             }
             chunks.push(Value::Object(chunk));
         }
-        let content = match delta.text.is_empty() && delta.tokens.is_empty() {
-            true => json!({}),
-            false => json!({"content": delta.text}),
-        };
         let logprobs = shape.output.logprobs.filter(|_| !delta.logprobs.is_empty());
-        let logprobs = logprobs.map(|count| shape.names().chat(&delta.logprobs, count));
-        let mut choice = json!({"index": delta.choice, "delta": content, "logprobs": logprobs});
-        put_finish(&mut choice, delta.finish.as_ref());
-        if shape.output.return_token_ids {
-            choice["token_ids"] = json!(delta.tokens);
+        let mut logprobs = logprobs.map(|count| shape.names().chat(&delta.logprobs, count));
+        let mut tokens = &delta.tokens[..];
+        let mut parts = parts(delta).into_iter().peekable();
+        while let Some(part) = parts.next() {
+            // What is said about the tokens comes with the first part, the end with the last.
+            let mut choice = json!({"index": delta.choice, "delta": part, "logprobs": logprobs.take()});
+            put_finish(&mut choice, delta.finish.as_ref().filter(|_| parts.peek().is_none()));
+            if shape.output.return_token_ids {
+                choice["token_ids"] = json!(std::mem::take(&mut tokens));
+            }
+            chunks.push(Value::Object(self.chunk(shape, delta.choice, choice)));
         }
-        chunks.push(Value::Object(self.chunk(shape, delta.choice, choice)));
         chunks
     }
 
@@ -127,8 +162,13 @@ impl Written {
         let mut chunk = shape.head(object(shape));
         chunk.insert("choices".into(), Value::Array(vec![json]));
         if shape.stream.continuous_usage {
-            let num_prompt_tokens = shape.prompt(choice).tokens.len();
-            chunk.insert("usage".into(), usage(num_prompt_tokens, self.num_tokens, self.num_cached_tokens));
+            let usage = Usage {
+                num_prompt: shape.prompt(choice).tokens.len(),
+                num_completion: self.num_tokens,
+                num_cached: self.num_cached_tokens,
+                num_reasoning: self.num_reasoning_tokens,
+            };
+            chunk.insert("usage".into(), usage.into_json(shape));
         }
         chunk
     }

@@ -136,14 +136,14 @@ pub(crate) const CHAT: &[(&str, Support)] = &[
     ("add_generation_prompt", Works),
     ("continue_final_message", Works),
     ("chat_template_kwargs", Works),
-    // Tool calls would have to be parsed from the output; without tools there is nothing to choose.
-    ("tools", Refused(Neutral::Empty)),
-    ("tool_choice", Refused(Neutral::Words(&["none", "auto"]))),
-    ("parallel_tool_calls", NoEffect),
+    ("tools", Works),
+    ("tool_choice", Works),
+    ("parallel_tool_calls", Works),
+    // The names before tools, which OpenAI has retired.
     ("functions", Refused(Neutral::Empty)),
     ("function_call", Refused(Neutral::Words(&["none", "auto"]))),
     ("reasoning_effort", Refused(Neutral::Null)),
-    ("include_reasoning", Refused(Neutral::Bool(true))),
+    ("include_reasoning", Works),
     ("thinking_token_budget", Refused(Neutral::Null)),
     ("modalities", Refused(Neutral::ListText)),
     ("audio", Refused(Neutral::Null)),
@@ -238,6 +238,7 @@ mod tests {
     use crate::chat_request::read_chat;
     use crate::completion_request::read_prompts;
     use crate::params::{Params, read_model};
+    use crate::tools::Formats;
 
     fn check_chat(body: &Value) -> Result<(), ApiError> {
         check(Endpoint::Chat, body.as_object().unwrap(), &UnknownFields::default())
@@ -246,22 +247,23 @@ mod tests {
     #[test]
     fn refused_fields_are_named_and_neutral_values_pass() {
         for body in [
-            json!({"tools": [{"type": "function"}]}),
+            json!({"functions": [{"name": "f"}]}),
             json!({"response_format": {"type": "json_object"}}),
             json!({"guided_json": {}}),
             json!({"chat_template": "{{ 1 }}"}),
             json!({"modalities": ["text", "audio"]}),
             json!({"best_of": 2}),
             json!({"echo": true}),
-            json!({"tool_choice": "required"}),
+            json!({"function_call": {"name": "f"}}),
+            json!({"thinking_token_budget": 5}),
             json!({"spaces_between_special_tokens": false}),
         ] {
             let name = body.as_object().unwrap().keys().next().unwrap().clone();
             let error = check_chat(&body).expect_err(&name);
             assert_eq!(error.to_json()["error"]["param"], json!(name));
         }
-        let neutral = json!({"tools": [], "response_format": {"type": "text"}, "guided_json": null, "best_of": 1,
-            "modalities": ["text"], "echo": false, "tool_choice": "auto", "functions": null, "store": false,
+        let neutral = json!({"response_format": {"type": "text"}, "guided_json": null, "best_of": 1,
+            "modalities": ["text"], "echo": false, "function_call": "auto", "functions": null, "store": false,
             "spaces_between_special_tokens": true});
         check_chat(&neutral).unwrap();
     }
@@ -283,13 +285,14 @@ mod tests {
     #[test]
     fn every_field_that_works_is_read() {
         let options = Options::new("m");
+        let formats = Formats { tools: None, reasoning: false };
         let read = |endpoint, body: Value| -> Result<(), ApiError> {
             let mut body = Body::new(body)?;
             check(endpoint, body.fields(), &UnknownFields::default())?;
             read_model(&mut body, &options)?;
             Params::read(endpoint, &mut body, &options, 20)?;
             match endpoint {
-                Endpoint::Chat => read_chat(&mut body, true).map(|_| ()),
+                Endpoint::Chat => read_chat(&mut body, true, formats).map(|_| ()),
                 Endpoint::Completions => read_prompts(&mut body).map(|_| ()),
             }
         };

@@ -16,7 +16,9 @@ use crate::ids::{Seeds, unix_seconds};
 use crate::images::{HeldImage, ImageFile, Images, media_item};
 use crate::metrics::Metrics;
 use crate::params::{Params, read_model};
+use crate::parts::AnswerPlan;
 use crate::pool::CpuPool;
+use crate::tools::Formats;
 use crate::{ApiError, Generation, Options};
 
 /// Most choices of one request over all its prompts.
@@ -27,6 +29,7 @@ pub struct FrontEnd {
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) template: Option<Arc<ChatTemplate>>,
+    formats: Option<Formats>,
     images: Option<Images>,
     pub(crate) options: Options,
     pub(crate) metrics: Arc<Metrics>,
@@ -43,6 +46,7 @@ pub(crate) struct ChatTokens {
     files: Vec<ImageFile>,
     /// Of the first placeholder of each image.
     offsets: Vec<usize>,
+    answer: Option<AnswerPlan>,
 }
 
 /// A prompt, ready for the engine.
@@ -53,6 +57,8 @@ pub(crate) struct Prompt {
     pub(crate) images: Arc<[Arc<HeldImage>]>,
     /// What `echo` shows.
     pub(crate) echo: String,
+    /// How outputs are taken apart; `None`: not at all.
+    pub(crate) answer: Option<AnswerPlan>,
 }
 
 impl FrontEnd {
@@ -70,6 +76,7 @@ impl FrontEnd {
         Self {
             metrics: Arc::new(Metrics::new(limits.max_model_len)),
             seeds: Seeds::new(options.seed),
+            formats: template.as_ref().map(|template| Formats::new(&options, template)),
             engine,
             tokenizer,
             template,
@@ -193,7 +200,7 @@ impl FrontEnd {
     /// The prompt of a chat. Its images are decoded last: a small file can hold many pixels, which are not worth their
     /// time and memory if the prompt is refused.
     async fn chat_prompt(&self, body: &mut Body) -> Result<Prompt, ApiError> {
-        let ChatTokens { tokens, files, offsets } = self.chat_tokens(body).await?;
+        let ChatTokens { tokens, files, offsets, answer } = self.chat_tokens(body).await?;
         let max_model_len = self.engine.info().limits.max_model_len;
         if tokens.len() >= max_model_len {
             let message = format!(
@@ -207,18 +214,18 @@ impl FrontEnd {
             _ => Arc::default(),
         };
         let media = images.iter().zip(offsets).map(|(image, offset)| media_item(image, offset)).collect();
-        Ok(Prompt { tokens, media, images, echo: String::new() })
+        Ok(Prompt { tokens, media, images, echo: String::new(), answer })
     }
 
     /// Renders a conversation, tokenises it and makes room for its images.
     pub(crate) async fn chat_tokens(&self, body: &mut Body) -> Result<ChatTokens, ApiError> {
-        let Some(template) = self.template.clone() else {
+        let (Some(template), Some(formats)) = (self.template.clone(), self.formats) else {
             return Err(ApiError::field("messages", "this model has no chat template; use /v1/completions"));
         };
-        let mut chat = read_chat(body, template.accepts_parts())?;
+        let mut chat = read_chat(body, template.accepts_parts(), formats)?;
         let files = self.inspect_images(std::mem::take(&mut chat.image_urls)).await?;
         let (tokenizer, max_bytes) = (self.tokenizer.clone(), self.max_text_bytes());
-        let mut tokens = self
+        let (mut tokens, answer) = self
             .pool
             .run(move || {
                 let segments = chat.render(&template)?;
@@ -227,7 +234,8 @@ impl FrontEnd {
                     max_bytes,
                     "messages",
                 )?;
-                tokenizer.encode(&segments).map_err(|error| refuse_text("messages", &error))
+                let tokens = tokenizer.encode(&segments).map_err(|error| refuse_text("messages", &error))?;
+                Ok((tokens, chat.answer_plan(&segments)))
             })
             .await?;
         let mut offsets = Vec::new();
@@ -236,7 +244,7 @@ impl FrontEnd {
             let expanded = expand_placeholders(&tokens, placeholder, &counts);
             (tokens, offsets) = expanded.map_err(|error| refuse_text("messages", &error))?;
         }
-        Ok(ChatTokens { tokens, files, offsets })
+        Ok(ChatTokens { tokens, files, offsets, answer })
     }
 
     /// Judges images by their headers, one by one and together.
@@ -273,14 +281,14 @@ impl FrontEnd {
         let work = move || match input {
             PromptInput::Ids(tokens) => {
                 let echo = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
-                Ok(Prompt { tokens, media: Vec::new(), images: Arc::default(), echo })
+                Ok(Prompt { tokens, media: Vec::new(), images: Arc::default(), echo, answer: None })
             }
             PromptInput::Text(text) => {
                 check_length(text.len(), max_bytes, "prompt")?;
                 let tokens =
                     tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
                 let echo = if echo { text } else { String::new() };
-                Ok(Prompt { tokens, media: Vec::new(), images: Arc::default(), echo })
+                Ok(Prompt { tokens, media: Vec::new(), images: Arc::default(), echo, answer: None })
             }
         };
         self.pool.run(work).await

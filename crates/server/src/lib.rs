@@ -26,13 +26,16 @@ mod lru;
 mod metrics;
 mod options;
 mod params;
+mod parts;
 mod pool;
 mod submit;
 mod tokenize;
+mod tools;
 
 pub use choice::{Delta, Finish, PromptReport, Stop};
 pub use error::ApiError;
 pub use front_end::FrontEnd;
 pub use generation::Generation;
 pub use http::{ApiKeys, DEFAULT_MAX_BODY_BYTES, HttpState, router, serve};
-pub use options::{Options, SamplingDefaults};
+pub use options::{Options, ReasoningParser, SamplingDefaults, ToolCallParser};
+pub use parts::{ToolCallDelta, ToolCallStart};

@@ -1,6 +1,7 @@
 //! What the operator chose: served names, defaults of sampling, limits, keys. Read from flags by the program.
 
 use spark_api::SamplingParams;
+use spark_text::ToolFormat;
 
 /// Options of a [`FrontEnd`](crate::FrontEnd).
 #[derive(Debug, Clone)]
@@ -20,6 +21,10 @@ pub struct Options {
     /// Most bytes of image patches that requests hold until their sequences end, over all requests; an image that several
     /// hold counts once, and what the cache holds does not count. Requests over it wait.
     pub max_media_bytes: usize,
+    /// `--tool-call-parser`: how tool calls are found in an output.
+    pub tool_call_parser: ToolCallParser,
+    /// `--reasoning-parser`: how reasoning is found in an output.
+    pub reasoning_parser: ReasoningParser,
     /// First of the seeds for requests that bring none; `None` starts anywhere.
     pub seed: Option<u64>,
 }
@@ -38,6 +43,8 @@ impl Options {
             max_decoding_bytes: 715_827_880,
             // Twice the images that fill a context of 262,144 tokens, at 3 KiB a token.
             max_media_bytes: 2 << 30,
+            tool_call_parser: ToolCallParser::Auto,
+            reasoning_parser: ReasoningParser::Auto,
             seed: None,
         }
     }
@@ -46,6 +53,28 @@ impl Options {
     pub fn model_name(&self) -> &str {
         self.served_names.first().map_or("", String::as_str)
     }
+}
+
+/// How tool calls are found in an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ToolCallParser {
+    /// As the chat template shows them to the model.
+    Auto,
+    /// In this format, whatever the template shows.
+    Format(ToolFormat),
+    /// Not at all: requests with tools are refused.
+    None,
+}
+
+/// How reasoning is found in an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReasoningParser {
+    /// Between `<think>` and `</think>`, if the chat template knows them.
+    Auto,
+    /// Between `<think>` and `</think>`, whatever the template knows.
+    Qwen3,
+    /// Not at all: it stays in the content.
+    None,
 }
 
 /// Sampling of a request that does not say otherwise: `generation_config.json`, as vLLM's `--generation-config auto`.

@@ -29,6 +29,7 @@ impl FrontEnd {
         prompts: Vec<Prompt>,
     ) -> Result<Generation, ApiError> {
         check_prompt_logprobs(&params, &prompts)?;
+        let reasons = prompts.iter().flat_map(|prompt| &prompt.answer).any(|plan| plan.form.thinks);
         let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
         let id = format!("{prefix}-{}", params.request_id.clone().unwrap_or_else(random_id));
         let ending_tokens = self.ending_tokens(&params.sampling);
@@ -56,6 +57,7 @@ impl FrontEnd {
                     arrived: params.arrived,
                     output: params.output.clone(),
                     num_prompt_tokens: prompt.tokens.len(),
+                    answer: prompt.answer.clone(),
                     ending_tokens: ending_tokens.clone(),
                     discard_output: echo_alone,
                 }));
@@ -69,6 +71,7 @@ impl FrontEnd {
             model,
             prompts: infos,
             n: params.n,
+            reasons,
             output: params.output,
             stream: params.stream,
             tokenizer: self.tokenizer.clone(),

@@ -12,6 +12,8 @@ use crate::Tokenizer;
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     skip_special_tokens: bool,
+    /// Special tokens whose text stays all the same.
+    kept: Arc<[u32]>,
     /// Bytes of a character that is not complete yet, at most 3.
     pending: Vec<u8>,
     text: String,
@@ -21,14 +23,27 @@ impl Detokenizer {
     /// A detokenizer at the start of an output. `skip_special_tokens` leaves out the text of special tokens (added
     /// tokens that are not special, like those around tool calls, always stay).
     pub fn new(tokenizer: Arc<Tokenizer>, skip_special_tokens: bool) -> Self {
-        Self { tokenizer, skip_special_tokens, pending: Vec::new(), text: String::new() }
+        Self {
+            tokenizer,
+            skip_special_tokens,
+            kept: Arc::default(),
+            pending: Vec::new(),
+            text: String::new(),
+        }
+    }
+
+    /// Keeps the text of `ids` whatever they are: an [`AnswerParser`](crate::AnswerParser) needs its markers also where
+    /// a vocabulary has them as special tokens.
+    pub fn keeping(mut self, ids: Arc<[u32]>) -> Self {
+        self.kept = ids;
+        self
     }
 
     /// The text that `id` completes; often a whole word, empty inside a character. Ids outside the vocabulary (padding
     /// rows of the model) have no text.
     pub fn push(&mut self, id: u32) -> &str {
         self.text.clear();
-        if !(self.skip_special_tokens && self.tokenizer.is_special(id)) {
+        if !self.skip_special_tokens || !self.tokenizer.is_special(id) || self.kept.contains(&id) {
             self.pending.extend_from_slice(self.tokenizer.token_bytes(id));
             drain_characters(&mut self.pending, &mut self.text);
         }

@@ -1,10 +1,12 @@
-//! Text in, token ids out, and back: tokenizer, chat template, incremental detokenizer, stop strings.
+//! Text in, token ids out, and back: tokenizer, chat template, incremental detokenizer, stop strings, and the parser that
+//! tells reasoning, content and tool calls of an output apart.
 //!
 //! Knows neither HTTP nor the engine: the server turns a conversation into [`Segment`]s with [`ChatTemplate`], these
 //! into ids with [`Tokenizer`], and the generated ids into text with [`Detokenizer`] and [`StopMatcher`].
 //! Special tokens in text that a user wrote are never special: the template keeps its own text and the user's apart.
 #![forbid(unsafe_code)]
 
+mod answer;
 mod detokenizer;
 mod error;
 mod logprob;
@@ -14,6 +16,10 @@ mod template;
 mod tokenizer;
 mod vocabulary;
 
+pub use answer::{
+    AnswerEvent, AnswerOptions, AnswerParser, ParsedAnswer, ParsedToolCall, ReasoningStart, THINK_CLOSE,
+    THINK_OPEN, ToolFormat, parse_answer,
+};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use logprob::TokenText;

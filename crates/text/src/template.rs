@@ -18,7 +18,8 @@ use serde_json::{Map, Value, json};
 use self::load::TemplateSources;
 use self::mask::SpecialGuard;
 pub use self::messages::{Conversation, MediaKind, MediaPart, prepare_messages};
-use crate::{Result, Segment, TextError, Tokenizer};
+use crate::answer::{CALL_OPEN, THINK_CLOSE, THINK_OPEN, XML_FUNCTION};
+use crate::{Result, Segment, TextError, Tokenizer, ToolFormat};
 
 /// Instructions of one rendering. A message costs some hundred; this is a few seconds at the very most.
 const MAX_INSTRUCTIONS: u64 = 20_000_000;
@@ -75,6 +76,8 @@ pub struct ChatTemplate {
     special_variables: Vec<(String, String)>,
     guard: SpecialGuard,
     accepts_parts: bool,
+    tool_format: Option<ToolFormat>,
+    thinks: bool,
 }
 
 impl ChatTemplate {
@@ -102,8 +105,16 @@ impl ChatTemplate {
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
         let guard = SpecialGuard::new(tokenizer.special_tokens(), sources.texts());
+        let mentions = |marker: &str| sources.texts().any(|text| text.contains(marker));
+        let tool_format = mentions(CALL_OPEN).then(|| match mentions(XML_FUNCTION) {
+            true => ToolFormat::Xml,
+            false => ToolFormat::Hermes,
+        });
+        // A template that only cuts old reasoning out of a conversation knows its end alone.
+        let thinks = mentions(THINK_OPEN) && mentions(THINK_CLOSE);
         let environment = compile_on_large_stack(sources)?;
-        let mut template = Self { environment, special_variables, guard, accepts_parts: true };
+        let mut template =
+            Self { environment, special_variables, guard, accepts_parts: true, tool_format, thinks };
         template.accepts_parts = template.probe_parts();
         Ok(template)
     }
@@ -111,6 +122,16 @@ impl ChatTemplate {
     /// Whether a message's content may be a list of parts. Templates of text models take a string only.
     pub fn accepts_parts(&self) -> bool {
         self.accepts_parts
+    }
+
+    /// How the model writes tool calls, by what the template shows it; `None` if it shows none.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
+    }
+
+    /// Whether the model may think before it answers, by the markers in the template.
+    pub fn thinks(&self) -> bool {
+        self.thinks
     }
 
     /// Renders a conversation into segments for [`Tokenizer::encode`].

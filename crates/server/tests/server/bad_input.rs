@@ -180,7 +180,7 @@ async fn unsupported_fields_are_named_and_unknown_ones_ignored() {
     let refusing = Refusing::new();
     let messages = json!([{"role": "user", "content": "x"}]);
     for (field, value) in [
-        ("tools", json!([{"type": "function", "function": {"name": "f"}}])),
+        ("tools", json!([{"type": "function", "function": {"name": ""}}])),
         ("response_format", json!({"type": "json_schema", "json_schema": {}})),
         ("structured_outputs", json!({"regex": "a"})),
         ("guided_regex", json!("a")),

@@ -8,9 +8,10 @@ mod fake;
 mod http;
 mod images;
 mod lifecycle;
+mod tools;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
@@ -30,7 +31,9 @@ fn model_folder() -> std::path::PathBuf {
 }
 
 fn tokenizer() -> Arc<Tokenizer> {
-    Arc::new(Tokenizer::from_dir(&model_folder()).unwrap())
+    static TOKENIZER: LazyLock<Arc<Tokenizer>> =
+        LazyLock::new(|| Arc::new(Tokenizer::from_dir(&model_folder()).unwrap()));
+    TOKENIZER.clone()
 }
 
 /// Token ids of a text.
@@ -40,9 +43,19 @@ fn ids(text: &str) -> Vec<u32> {
 
 /// A front end before `engine`; `change` edits its options.
 fn front_end(engine: &Arc<Fake>, change: impl FnOnce(&mut Options)) -> Arc<FrontEnd> {
-    let folder = model_folder();
     let tokenizer = tokenizer();
-    let template = ChatTemplate::from_dir(&folder, &tokenizer).unwrap();
+    let template = ChatTemplate::from_dir(&model_folder(), &tokenizer).unwrap();
+    front_end_of(engine, tokenizer, template, change)
+}
+
+/// A front end with another tokenizer or template.
+fn front_end_of(
+    engine: &Arc<Fake>,
+    tokenizer: Arc<Tokenizer>,
+    template: ChatTemplate,
+    change: impl FnOnce(&mut Options),
+) -> Arc<FrontEnd> {
+    let folder = model_folder();
     let decode = DecodeOptions::new(Alpha::OverWhite);
     let processor =
         ImageProcessor::from_folder(&folder, &ImageProcessorOverrides::default(), decode, [7; 32]);

@@ -39,6 +39,7 @@ pub struct Conversation {
 /// - Content parts: text stays, media become `{"type": "image"}` or `{"type": "video"}`. With `accepts_parts` false (see
 ///   [`ChatTemplate::accepts_parts`](crate::ChatTemplate::accepts_parts)) text parts are joined by newlines, as vLLM does.
 /// - `arguments` of tool calls, a JSON text in the API, become the object that templates print or walk.
+/// - An assistant's message without content has an empty one.
 /// - `reasoning` is also given as `reasoning_content`, the name that templates use.
 ///
 /// # Errors
@@ -84,6 +85,12 @@ fn prepare_message(
     if let Some(content) = message.get_mut("content") {
         let prepared = prepare_content(content.take(), &format!("{place}.content"), accepts_parts, media)?;
         *content = prepared;
+    }
+    // An answer of calls alone has no content in the API; templates walk or print what they find there.
+    if message.get("role").is_some_and(|role| role == "assistant")
+        && message.get("content").is_none_or(Value::is_null)
+    {
+        message.insert("content".into(), json!(""));
     }
     if let Some(calls) = message.get_mut("tool_calls") {
         parse_arguments(calls, &format!("{place}.tool_calls"))?;
@@ -219,7 +226,7 @@ mod tests {
         assert_eq!(got[0]["tool_calls"][0]["function"]["arguments"].to_string(), r#"{"b":1,"a":2}"#);
         assert_eq!(got[0]["tool_calls"][1]["function"]["arguments"], json!({}));
         assert_eq!(got[0]["tool_calls"][2]["function"]["arguments"], json!({"c": 3}));
-        assert_eq!(got[0]["reasoning_content"], "r");
+        assert_eq!((&got[0]["reasoning_content"], &got[0]["content"]), (&json!("r"), &json!("")));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Tests of spark-text through its public interface: goldens of Hugging Face, properties, hostile input.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod answers;
 mod golden;
 mod hostile;
 mod properties;

@@ -46,7 +46,7 @@ fn tricky_text() -> impl Strategy<Value = String> {
 }
 
 /// Cuts `text` at the given places, rounded down to whole characters.
-fn chunks(text: &str, cuts: &[usize]) -> Vec<String> {
+pub(crate) fn chunks(text: &str, cuts: &[usize]) -> Vec<String> {
     let mut places: Vec<usize> =
         cuts.iter().map(|cut| text.floor_char_boundary(cut % (text.len() + 1))).collect();
     places.extend([0, text.len()]);
