@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{binary, process, tidy};
+use crate::{binary, kernels, process, tidy};
 
 /// The integration test that talks to the server with the `openai` client finds its Python here.
 const PYTHON_VARIABLE: &str = "SPARK_TEST_PYTHON";
@@ -41,6 +41,7 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
     process::run(
         cargo(&["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]).env(PYTHON_VARIABLE, python),
     )?;
+    kernels::check(root)?;
     // The tests have built it. A release build links the same libraries.
     binary::run(&process::target(root).join("debug/spark-engine"))?;
     process::run(&mut cargo(&["test", "--locked", "--workspace", "--doc"]))?;

@@ -9,6 +9,7 @@
 mod binary;
 mod ci;
 mod golden;
+mod kernels;
 mod process;
 mod tidy;
 
@@ -42,6 +43,14 @@ enum Task {
         #[arg(default_value = "target/release/spark-engine")]
         path: PathBuf,
     },
+    /// Compiles the CUDA kernels for every architecture with NVIDIA's compiler (from its Python package). Needs no GPU.
+    Kernels,
+    /// Builds the tests that need a GPU, with their kernels, into target/gpu-test; runs them if there is a GPU.
+    GpuTest {
+        /// Architecture of the GPU: sm_80, sm_90, sm_120a or sm_121a.
+        #[arg(long, default_value = "sm_90")]
+        arch: String,
+    },
     /// Makes the fixtures again and says which of them changed.
     Golden {
         /// Arguments for the fixture script.
@@ -55,6 +64,8 @@ fn main() -> ExitCode {
         Task::Tidy { notes } => tidy::run(&root, notes),
         Task::Ci => ci::run(&root),
         Task::Binary { path } => binary::run(&path),
+        Task::Kernels => kernels::check(&root),
+        Task::GpuTest { arch } => kernels::gpu_test(&root, &arch),
         Task::Golden { args } => golden::run(&root, &args),
     });
     match result {

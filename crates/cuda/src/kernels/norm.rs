@@ -1,0 +1,132 @@
+//! Wrapper of `kernels/norm.cu`.
+
+use spark_backend::Dtype;
+
+use super::{Kernels, LoadedModule, disjoint, to_u32, vector_length};
+use crate::launch::{Kernel, Launch, Params};
+use crate::{Error, Result, Stream, Tensor};
+
+const OP: &str = "reduce_norm";
+/// Threads of the largest block, and vectors of 16 bytes that each may hold.
+const MAX_THREADS: usize = 1024;
+const MAX_VECTORS: usize = 4;
+
+/// `NormParams` of `kernels/norm.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct NormParams {
+    partial: u64,
+    residual: u64,
+    weight: u64,
+    out: u64,
+    columns: u32,
+    eps: f32,
+}
+
+// SAFETY: the fields are those of the kernel's struct in the same order; 4 * 8 + 2 * 4 bytes, no padding.
+unsafe impl Params for NormParams {
+    const NAME: &'static str = "NormParams";
+}
+
+#[derive(Debug)]
+pub(super) struct Norm {
+    /// By dtype (bf16, f32), then one or four vectors a thread.
+    kernels: [[Kernel<NormParams>; 2]; 2],
+}
+
+impl Norm {
+    pub(super) fn new(module: &LoadedModule) -> Result<Self> {
+        let kernel = |name| Kernel::new(module, name, 0);
+        Ok(Self {
+            kernels: [
+                [kernel("norm_bf16_v1")?, kernel("norm_bf16_v4")?],
+                [kernel("norm_f32_v1")?, kernel("norm_f32_v4")?],
+            ],
+        })
+    }
+}
+
+/// What [`Kernels::reduce_norm`] reads.
+#[derive(Debug, Clone, Copy)]
+pub struct ReduceNorm<'a> {
+    /// Added to the residual first: `[rows, columns]`.
+    pub partial: Option<&'a Tensor>,
+    /// `[rows, columns]`; takes the sum.
+    pub residual: &'a Tensor,
+    /// `[1, columns]`.
+    pub weight: &'a Tensor,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+impl Kernels {
+    /// `residual += partial`, then `out = RMSNorm(residual) * weight`, rounded as the CPU backend does.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], also for columns that are not a multiple of 16 bytes or more than 64 KiB; [`Error::Driver`].
+    pub fn reduce_norm(&self, stream: &Stream, args: ReduceNorm<'_>, out: &Tensor) -> Result<()> {
+        let ReduceNorm { partial, residual, weight, eps } = args;
+        let ([rows, columns], dtype) = (residual.shape(), residual.dtype());
+        let row_vectors = row_vectors(columns, dtype)?;
+        weight.expect(OP, [1, columns], dtype)?;
+        out.expect(OP, [rows, columns], dtype)?;
+        if let Some(partial) = partial {
+            partial.expect(OP, [rows, columns], dtype)?;
+            disjoint(OP, residual.slice(), &[partial.slice()])?;
+            disjoint(OP, out.slice(), &[partial.slice()])?;
+            stream.uses(OP, &[partial.slice()])?;
+        }
+        stream.uses(OP, &[residual.slice(), weight.slice(), out.slice()])?;
+        disjoint(OP, out.slice(), &[residual.slice(), weight.slice()])?;
+        disjoint(OP, residual.slice(), &[weight.slice()])?;
+        let params = NormParams {
+            partial: partial.map_or(0, Tensor::address),
+            residual: residual.address(),
+            weight: weight.address(),
+            out: out.address(),
+            columns: to_u32(OP, columns)?,
+            eps,
+        };
+        let num_threads = row_vectors.next_multiple_of(32).min(MAX_THREADS);
+        let by_dtype = &self.norm.kernels[usize::from(dtype == Dtype::F32)];
+        let kernel = &by_dtype[usize::from(row_vectors > MAX_THREADS)];
+        let launch = Launch::blocks(to_u32(OP, rows)?, to_u32(OP, num_threads)?);
+        // SAFETY: all tensors have the shape and dtype of the residual (the weight one row of it), are aligned to 16
+        // bytes, and what is written overlaps with nothing else.
+        unsafe { kernel.launch(stream, launch, &params) }
+    }
+}
+
+/// Vectors of 16 bytes in a row.
+fn row_vectors(columns: usize, dtype: Dtype) -> Result<usize> {
+    let length = vector_length(OP, dtype)?;
+    let most = MAX_THREADS * MAX_VECTORS * length;
+    if columns == 0 || !columns.is_multiple_of(length) || columns > most {
+        let expected = format!("columns: a multiple of {length} up to {most}");
+        return Err(Error::shape(OP, expected, columns));
+    }
+    Ok(columns / length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_whole_vectors_within_the_registers() {
+        assert_eq!(row_vectors(4096, Dtype::Bf16).unwrap(), 512);
+        assert_eq!(row_vectors(4, Dtype::F32).unwrap(), 1);
+        assert_eq!(row_vectors(32_768, Dtype::Bf16).unwrap(), 4096);
+        for (columns, dtype) in [
+            (0, Dtype::F32),
+            (12, Dtype::Bf16),
+            (32_776, Dtype::Bf16),
+            (16_388, Dtype::F32),
+            (16, Dtype::F16),
+        ] {
+            assert!(row_vectors(columns, dtype).is_err(), "{columns} {dtype:?}");
+        }
+        let error = row_vectors(12, Dtype::Bf16).unwrap_err().to_string();
+        assert_eq!(error, "reduce_norm: expected columns: a multiple of 8 up to 32768, got 12");
+    }
+}

@@ -1,0 +1,142 @@
+//! Norm, embedding and SwiGLU against the CPU backend.
+
+use spark_backend::{Backend, Dtype};
+use spark_cuda::{ReduceNorm, Tensor};
+use spark_testing::{Random, rel_err, tolerance};
+
+use super::{Bed, cpu, cpu_tensor};
+
+const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F32];
+
+fn tolerance(dtype: Dtype) -> f64 {
+    if dtype == Dtype::F32 { tolerance::KERNEL_F32 } else { tolerance::KERNEL_BF16 }
+}
+
+#[test]
+fn reduce_norm_is_the_cpu_backends() {
+    let (bed, mut random) = (Bed::new(), Random::new(1));
+    for dtype in DTYPES {
+        let backend = cpu(dtype);
+        // One vector, odd numbers of vectors, the real sizes, more than one vector a thread.
+        for (rows, columns) in
+            [(1, 8), (3, 24), (5, 1032), (1, 2048), (33, 2048), (7, 4096), (2, 8200), (3, 16_384)]
+        {
+            for has_partial in [false, true] {
+                let shape = [rows, columns];
+                let [x, y] = [(); 2].map(|()| random.normals(rows * columns, 1.5));
+                let w = random.normals(columns, 1.0);
+                let mut want_residual = cpu_tensor(&backend, &x, shape);
+                let partial = has_partial.then(|| cpu_tensor(&backend, &y, shape));
+                let weight = cpu_tensor(&backend, &w, [1, columns]);
+                let want = backend.reduce_norm(partial, &mut want_residual, &weight, 1e-6).unwrap();
+
+                let residual = bed.tensor(&x, shape, dtype);
+                let (partial, weight) = (bed.tensor(&y, shape, dtype), bed.tensor(&w, [1, columns], dtype));
+                let out = bed.empty(shape, dtype);
+                let partial = has_partial.then_some(&partial);
+                let args = ReduceNorm { partial, residual: &residual, weight: &weight, eps: 1e-6 };
+                bed.kernels.reduce_norm(&bed.stream, args, &out).unwrap();
+                // Additions of two numbers are exact on both sides.
+                assert_eq!(bed.values(&residual), want_residual.values(), "{shape:?} {dtype:?}");
+                let error = rel_err(&bed.values(&out), want.values());
+                assert!(error < tolerance(dtype), "{shape:?} {dtype:?}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_and_in_a_batch() {
+    let (bed, mut random) = (Bed::new(), Random::new(2));
+    let x = random.normals(64 * 2048, 1.0);
+    let weight = bed.tensor(&random.normals(2048, 1.0), [1, 2048], Dtype::Bf16);
+    let norm = |values: &[f32]| {
+        let shape = [values.len() / 2048, 2048];
+        let (residual, out) = (bed.tensor(values, shape, Dtype::Bf16), bed.empty(shape, Dtype::Bf16));
+        let args = ReduceNorm { partial: None, residual: &residual, weight: &weight, eps: 1e-6 };
+        bed.kernels.reduce_norm(&bed.stream, args, &out).unwrap();
+        bed.values(&out)
+    };
+    let all = norm(&x);
+    for row in [0, 17, 63] {
+        assert_eq!(norm(&x[row * 2048..][..2048]), all[row * 2048..][..2048]);
+    }
+}
+
+#[test]
+fn embed_takes_rows_and_leaves_other_ranks_rows_zero() {
+    let (bed, mut random) = (Bed::new(), Random::new(3));
+    for dtype in DTYPES {
+        for (rows, hidden, num_tokens) in [(1, 8, 1), (300, 72, 7), (1000, 2048, 33), (50, 4096, 1000)] {
+            let values = random.normals(rows * hidden, 1.0);
+            let table = bed.tensor(&values, [rows, hidden], dtype);
+            let stored = bed.values(&table);
+            let vocab_start = 40;
+            // Some tokens lie before or behind the table.
+            let tokens: Vec<u32> = random.token_ids(num_tokens, rows + 80);
+            let (ids, out) = (bed.upload(&tokens), bed.empty([num_tokens, hidden], dtype));
+            bed.kernels.embed(&bed.stream, &ids, &table, vocab_start, &out).unwrap();
+            let zeros = vec![0.0; hidden];
+            let want: Vec<f32> = tokens
+                .iter()
+                .flat_map(|&token| match token.checked_sub(vocab_start) {
+                    Some(row) if (row as usize) < rows => &stored[row as usize * hidden..][..hidden],
+                    _ => &zeros[..],
+                })
+                .copied()
+                .collect();
+            assert_eq!(bed.values(&out), want, "{rows} {hidden} {num_tokens} {dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn swiglu_is_the_cpu_backends() {
+    let (bed, mut random) = (Bed::new(), Random::new(4));
+    for dtype in DTYPES {
+        let backend = cpu(dtype);
+        for (rows, columns) in [(1, 8), (3, 24), (65, 768), (2, 1544), (129, 1536)] {
+            let x = random.normals(rows * 2 * columns, 3.0);
+            let want = backend.swiglu(&cpu_tensor(&backend, &x, [rows, 2 * columns])).unwrap();
+            let (gate_up, out) =
+                (bed.tensor(&x, [rows, 2 * columns], dtype), bed.empty([rows, columns], dtype));
+            bed.kernels.swiglu(&bed.stream, &gate_up, &out).unwrap();
+            let error = rel_err(&bed.values(&out), want.values());
+            assert!(error < tolerance(dtype), "{rows} x {columns} {dtype:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn swiglu_of_extreme_gates() {
+    let bed = Bed::new();
+    let gate_up = bed.tensor(&[200.0, -200.0, 0.0, -1e30, 2.0, 2.0, 2.0, 2.0], [1, 8], Dtype::F32);
+    let out = bed.empty([1, 4], Dtype::F32);
+    bed.kernels.swiglu(&bed.stream, &gate_up, &out).unwrap();
+    assert_eq!(bed.values(&out), [400.0, 0.0, 0.0, 0.0]);
+}
+
+#[test]
+fn wrong_shapes_are_refused_before_the_launch() {
+    let bed = Bed::new();
+    let tensor = |shape, dtype| bed.empty(shape, dtype);
+    let (x, w) = (tensor([2, 64], Dtype::Bf16), tensor([1, 64], Dtype::Bf16));
+    let out = tensor([2, 64], Dtype::Bf16);
+    let norm = |residual: &Tensor, weight: &Tensor, out: &Tensor| {
+        let args = ReduceNorm { partial: None, residual, weight, eps: 1e-6 };
+        bed.kernels.reduce_norm(&bed.stream, args, out)
+    };
+    assert!(norm(&x, &w, &out).is_ok());
+    assert!(norm(&x, &tensor([1, 32], Dtype::Bf16), &out).is_err());
+    assert!(norm(&x, &tensor([1, 64], Dtype::F32), &out).is_err());
+    assert!(norm(&x, &w, &tensor([1, 64], Dtype::Bf16)).is_err());
+    let message = norm(&x, &w, &x).unwrap_err().to_string();
+    assert!(message.contains("overlapping memory"), "{message}");
+    assert!(bed.kernels.swiglu(&bed.stream, &x, &out).is_err());
+    let short = bed.upload(&[1u32]);
+    assert!(bed.kernels.embed(&bed.stream, &short, &x, 0, &out).is_err());
+    let unaligned = bed.bytes(10).slice(2, 8).unwrap();
+    let error = bed.kernels.embed(&bed.stream, &unaligned, &x, 0, &out).unwrap_err().to_string();
+    assert!(error.contains("start at a multiple of 4"), "{error}");
+    bed.stream.synchronize().unwrap();
+}

@@ -1,0 +1,131 @@
+//! `cargo xtask kernels` and `cargo xtask gpu-test`: the CUDA kernels under NVIDIA's compiler, and on a GPU.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, bail};
+
+use crate::process;
+
+/// The tests of both tasks find the compiler's library here.
+const NVRTC_VARIABLE: &str = "SPARK_NVRTC";
+/// The tests on a GPU find compiled kernels here.
+const KERNEL_DIR_VARIABLE: &str = "SPARK_KERNEL_DIR";
+
+/// Compiles all kernels for all architectures and tests the cache, without a GPU.
+///
+/// # Errors
+/// Names what failed.
+pub(crate) fn check(root: &Path) -> anyhow::Result<()> {
+    let nvrtc = nvrtc(root)?;
+    // The whole workspace, as in `ci`: a single package could select other features of a dependency.
+    let mut command = cargo(root);
+    command.args(["nextest", "run", "--locked", "--workspace", "--ignore-default-filter"]);
+    command.args(["-E", "binary_id(spark-cuda::compile)", "--success-output", "final"]);
+    process::run(command.env(NVRTC_VARIABLE, nvrtc))
+}
+
+/// Builds the tests that need a GPU and their kernels for `arch` into one folder, and runs them if this machine has one.
+///
+/// # Errors
+/// Names what failed.
+pub(crate) fn gpu_test(root: &Path, arch: &str) -> anyhow::Result<()> {
+    let folder = process::target(root).join("gpu-test");
+    let kernels = folder.join("kernels");
+    // Kernels of other versions would be carried along.
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder).with_context(|| format!("cannot empty {}", folder.display()))?;
+    }
+    std::fs::create_dir_all(&kernels).with_context(|| format!("cannot make {}", folder.display()))?;
+    let mut build = cargo(root);
+    build
+        .args(["run", "--locked", "--quiet", "--", "kernels", "build", "--arch", arch, "--out"])
+        .arg(&kernels);
+    process::run(build.env(NVRTC_VARIABLE, nvrtc(root)?))?;
+
+    let program = folder.join("gpu");
+    let built = test_program(root)?;
+    std::fs::copy(&built, &program).with_context(|| format!("cannot copy {}", built.display()))?;
+    if !Path::new("/dev/nvidiactl").exists() {
+        let shown = |path: &Path| path.strip_prefix(root).unwrap_or(path).display().to_string();
+        let line = format!("{KERNEL_DIR_VARIABLE}={} {}", shown(&kernels), shown(&program));
+        println!("\nno GPU here; where there is one, run the tests, then the measurements alone:");
+        println!("  {line} --skip measurements\n  {line} measurements --nocapture");
+        return Ok(());
+    }
+    let run =
+        |args: &[&str]| process::run(Command::new(&program).args(args).env(KERNEL_DIR_VARIABLE, &kernels));
+    run(&["--skip", "measurements"])?;
+    // Alone: other tests would share the GPU.
+    run(&["measurements", "--nocapture"])
+}
+
+fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root);
+    command
+}
+
+/// Builds the test `gpu` of spark-cuda and returns its program.
+fn test_program(root: &Path) -> anyhow::Result<PathBuf> {
+    let mut command = cargo(root);
+    command.args([
+        "test",
+        "--locked",
+        "-p",
+        "spark-cuda",
+        "--test",
+        "gpu",
+        "--no-run",
+        "--message-format=json",
+    ]);
+    let output = command.output().context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("building the test `gpu` failed:\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let program =
+        executable(&String::from_utf8_lossy(&output.stdout)).context("cargo named no test program")?;
+    Ok(program)
+}
+
+/// The value of the last `"executable":"…"` in cargo's messages.
+fn executable(messages: &str) -> Option<PathBuf> {
+    let (_, rest) = messages.rsplit_once("\"executable\":\"")?;
+    rest.split_once('"').map(|(path, _)| PathBuf::from(path))
+}
+
+/// The compiler's library: the one that the environment names, or the pinned Python package in a folder of its own.
+fn nvrtc(root: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(named) = std::env::var_os(NVRTC_VARIABLE) {
+        return Ok(named.into());
+    }
+    let python = process::python(root, "nvrtc", &root.join("crates/cuda/tests/nvrtc.txt"))?;
+    let environment = python.parent().and_then(Path::parent).context("a Python lies in bin/")?;
+    find(&environment.join("lib"), "libnvrtc.so.13", 6)
+        .with_context(|| format!("no libnvrtc.so.13 under {}", environment.display()))
+}
+
+/// The first file of this name, at most `depth` folders down.
+fn find(folder: &Path, name: &str, depth: usize) -> Option<PathBuf> {
+    let file = folder.join(name);
+    if file.is_file() || depth == 0 {
+        return file.is_file().then_some(file);
+    }
+    let mut folders: Vec<PathBuf> =
+        std::fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    folders.sort();
+    folders.iter().filter(|path| path.is_dir()).find_map(|path| find(path, name, depth - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_program_of_cargos_messages_is_taken() {
+        let messages =
+            "{\"executable\":null}\n{\"x\":1,\"executable\":\"a/b\",\"fresh\":true}\n{\"success\":true}\n";
+        assert_eq!(executable(messages), Some(PathBuf::from("a/b")));
+        assert_eq!(executable("{\"executable\":null}"), None);
+    }
+}
