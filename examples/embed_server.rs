@@ -6,14 +6,14 @@ use std::{env, error::Error};
 
 use axum::{Router, routing::get};
 use spark_engine::{
-    EngineBuilder,
+    EngineBuilder, find_demo_model,
     server::{self, ApiKeys, HttpState},
 };
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let mut args = env::args().skip(1);
-    let model = args.next().unwrap_or_else(|| "tests/fixtures/models/moe_vl_awq".into());
+    let model = args.next().map_or_else(find_demo_model, |model| Ok(model.into()))?.display().to_string();
     let address = args.next().unwrap_or_else(|| "127.0.0.1:8001".into());
     let engine = EngineBuilder::new(model).served_names(vec!["my-model".into()]).build()?;
 

@@ -4,18 +4,17 @@
 use std::{env, error::Error, io::Write, path::Path};
 
 use serde_json::json;
-use spark_engine::{EngineBuilder, image_data_url};
+use spark_engine::{EngineBuilder, find_demo_model, image_data_url};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let mut args = env::args().skip(1);
-    // The default is a fixture with random weights: what it answers is noise.
-    let model = args.next().unwrap_or_else(|| "tests/fixtures/models/moe_vl_awq".into());
-    let picture = args.next().unwrap_or_else(|| "tests/fixtures/media/harbour.jpg".into());
-    let question = args.next().unwrap_or_else(|| "What is in the picture?".into());
+    let model = args.next().map_or_else(find_demo_model, |model| Ok(model.into()))?;
+    let picture = args.next().unwrap_or_else(|| "tests/fixtures/media/demo.png".into());
+    let question = args.next().unwrap_or_else(|| "Describe the picture.".into());
 
     // Loading blocks. A service that answers others meanwhile builds inside `tokio::task::spawn_blocking`.
-    let engine = EngineBuilder::new(model).build()?;
+    let engine = EngineBuilder::new(model.display().to_string()).build()?;
     let mut answer = engine
         .chat(json!({
             "messages": [{"role": "user", "content": [

@@ -7,13 +7,16 @@ use std::{env, error::Error};
 use spark_engine::{
     EngineBuilder,
     api::{Event, SamplingParams},
+    find_demo_model,
 };
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let model = env::args().nth(1).unwrap_or_else(|| "tests/fixtures/models/moe_vl_awq".into());
-    let engine = EngineBuilder::new(model).build()?;
-    let prompt = engine.tokenizer().encode_ordinary("Two rivers and")?;
+    let model = env::args().nth(1).map_or_else(find_demo_model, |model| Ok(model.into()))?;
+    let engine = EngineBuilder::new(model.display().to_string()).build()?;
+    // A turn as the chat template writes it. `encode_ordinary` would read the markers as text: it is for what users write.
+    let turn = "<|im_start|>user\nWhat is 347 + 185?<|im_end|>\n<|im_start|>assistant\n";
+    let prompt = engine.tokenizer().encode_trusted(turn)?;
 
     // To its end: one `Prompt`, the tokens, one `Finished`.
     let sampling = SamplingParams { logprobs: Some(1), ..SamplingParams::greedy(8) };

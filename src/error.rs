@@ -24,6 +24,16 @@ pub enum Error {
     /// The device.
     #[error(transparent)]
     Backend(#[from] spark_backend::Error),
+    /// No model was named, and the demo model is not there.
+    #[error(
+        "no MODEL given, and the demo model is in none of: {}; name a checkpoint folder or a Hugging Face id, or set \
+         SPARK_MODEL",
+        list(places)
+    )]
+    NoDemoModel {
+        /// Folders that were looked at.
+        places: Vec<std::path::PathBuf>,
+    },
     /// An option that this build or this machine cannot follow.
     #[error("{option}: {problem}")]
     Option {
@@ -38,4 +48,8 @@ impl Error {
     pub(crate) fn option(option: &'static str, problem: impl Into<String>) -> Self {
         Self::Option { option, problem: problem.into() }
     }
+}
+
+fn list(paths: &[std::path::PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }

@@ -8,8 +8,8 @@
 //! use serde_json::json;
 //! use spark_engine::{EngineBuilder, image_data_url};
 //!
-//! # const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/models/moe_vl_awq");
-//! # const PICTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/media/harbour.jpg");
+//! # const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/spark-tiny-vl/awq");
+//! # const PICTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/media/demo.png");
 //! #[tokio::main]
 //! async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     // A folder, or a Hugging Face id in the local cache: "Qwen/Qwen3-VL-30B-A3B-Instruct".
@@ -18,18 +18,18 @@
 //!         .chat(json!({
 //!             "messages": [{"role": "user", "content": [
 //!                 {"type": "image_url", "image_url": {"url": image_data_url(PICTURE.as_ref())?}},
-//!                 {"type": "text", "text": "What is in the picture?"},
+//!                 {"type": "text", "text": "Describe the picture."},
 //!             ]}],
-//!             "max_tokens": 16,
+//!             "max_tokens": 64,
 //!         }))
 //!         .await?;
-//!     # let mut num_tokens = 0;
+//!     # let mut whole = String::new();
 //!     while let Some(delta) = answer.next().await {
 //!         let delta = delta?;
 //!         print!("{}", delta.text);
-//!         # num_tokens += delta.tokens.len();
+//!         # whole += &delta.text;
 //!     }
-//!     # assert!((1..=16).contains(&num_tokens));
+//!     # assert!(whole.contains("a pink ring at the top left"), "{whole}");
 //!     Ok(())
 //! }
 //! ```
@@ -39,11 +39,13 @@
 #![forbid(unsafe_code)]
 
 mod builder;
+mod demo_model;
 mod error;
 mod facade;
 mod model_files;
 
 pub use builder::{Device, EngineBuilder, LoadFormat};
+pub use demo_model::{DEMO_MODEL, find_demo_model};
 pub use error::{Error, Result};
 pub use facade::{SparkEngine, image_data_url};
 pub use model_files::{DTYPES, ModelFiles, generation_defaults};

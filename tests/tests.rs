@@ -3,10 +3,13 @@
 
 mod bad_input;
 mod batch;
+mod demo;
+mod eval;
 mod fields;
 mod golden;
 mod invariance;
 mod library;
 mod process;
+mod quantize;
 mod server;
 mod support;

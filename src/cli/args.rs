@@ -9,14 +9,13 @@ use spark_engine::{
     SparkEngine,
 };
 
-use super::{compat::CompatArgs, progress};
+use super::{compat::CompatArgs, model_name::ModelName, parsers::ParserArgs, progress};
 
 /// Which model and how to run it.
 #[derive(Args)]
 pub(crate) struct ModelArgs {
-    /// A checkpoint folder, or a Hugging Face id in the local cache.
-    #[arg(value_name = "MODEL")]
-    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) model: ModelName,
     /// Branch, tag or commit of a Hugging Face id.
     #[arg(long)]
     pub(crate) revision: Option<String>,
@@ -53,6 +52,8 @@ pub(crate) struct ModelArgs {
     sizes: SizeArgs,
     #[command(flatten)]
     media: MediaArgs,
+    #[command(flatten)]
+    parsers: ParserArgs,
     #[command(flatten)]
     compat: CompatArgs,
 }
@@ -206,6 +207,11 @@ impl ModelArgs {
             "--tensor-parallel-size {}: this version runs one rank; `inspect --tp N` shows what N ranks would hold",
             self.tensor_parallel_size
         );
+        let model = self.model.choose()?;
+        let served_names = match self.served_model_name.is_empty() {
+            true => model.served_name.into_iter().collect(),
+            false => self.served_model_name,
+        };
         let max_images = parse_media_limit(&self.media.limit_mm_per_prompt)?;
         let overrides = match &self.media.mm_processor_kwargs {
             Some(json) => serde_json::from_str(json).context("--mm-processor-kwargs")?,
@@ -213,7 +219,7 @@ impl ModelArgs {
         };
         let cache_bytes = (self.media.mm_processor_cache_gb.max(0.0) * f64::from(1 << 30)) as usize;
         let bar = progress::ByteBar::new("loading");
-        let mut builder = EngineBuilder::new(&self.model)
+        let mut builder = EngineBuilder::new(model.model)
             .device(match self.device {
                 DeviceArg::Auto => Device::Auto,
                 DeviceArg::Cpu => Device::Cpu,
@@ -228,10 +234,13 @@ impl ModelArgs {
                 StrategyArg::Lazy => LoadStrategy::Lazy,
             })
             .generation_config(matches!(self.generation_config, GenerationConfigArg::Auto))
-            .served_names(self.served_model_name.clone())
+            .served_names(served_names)
             .image_processor(overrides)
             .seed(self.seed)
-            .front_end(move |options| options.mm_processor_cache_bytes = cache_bytes)
+            .front_end(move |options| {
+                options.mm_processor_cache_bytes = cache_bytes;
+                self.parsers.apply(options);
+            })
             .on_progress(Arc::new({
                 let bar = bar.clone();
                 move |progress| bar.update(progress.bytes_read, progress.bytes_total)

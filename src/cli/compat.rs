@@ -35,15 +35,9 @@ pub(crate) struct CompatArgs {
     /// Ignored: statistics are at /metrics.
     #[arg(long)]
     disable_log_stats: bool,
-    /// Not effective yet: tool calls are not parsed in this version.
+    /// Ignored: tools may be called whenever a request has some.
     #[arg(long)]
     enable_auto_tool_choice: bool,
-    /// Not effective yet: tool calls are not parsed in this version.
-    #[arg(long, value_name = "PARSER", value_parser = ["hermes", "qwen3_coder", "qwen3_xml"])]
-    tool_call_parser: Option<String>,
-    /// Not effective yet: reasoning is part of the content in this version.
-    #[arg(long, value_name = "PARSER", value_parser = ["qwen3", "deepseek_r1"])]
-    reasoning_parser: Option<String>,
 }
 
 impl CompatArgs {
@@ -59,18 +53,6 @@ impl CompatArgs {
             (
                 self.distributed_executor_backend.is_some(),
                 "--distributed-executor-backend: ranks are our own processes",
-            ),
-            (
-                self.enable_auto_tool_choice,
-                "--enable-auto-tool-choice: tool calls are not parsed in this version",
-            ),
-            (
-                self.tool_call_parser.is_some(),
-                "--tool-call-parser: tool calls are not parsed in this version",
-            ),
-            (
-                self.reasoning_parser.is_some(),
-                "--reasoning-parser: reasoning stays in the content in this version",
             ),
         ];
         for (_, what) in given.iter().filter(|(given, _)| *given) {

@@ -1,4 +1,4 @@
-//! `spark-engine generate`: one prompt, streamed to the terminal.
+//! `spark-engine generate`: answers to one prompt or several, streamed to the terminal.
 
 use std::{
     io::{IsTerminal, Read, Write},
@@ -19,14 +19,23 @@ const DEFAULT_RAW_TOKENS: usize = 512;
 /// Exit code after Ctrl-C, as shells give it: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
 
-/// Answer one prompt on the terminal.
+/// Answer a prompt on the terminal.
 #[derive(Args)]
 #[command(args_override_self = true)]
+#[command(after_help = "Examples:\n  \
+    spark-engine generate \"What is 123 + 456?\"\n  \
+    spark-engine generate ./model --image photo.jpg \"What is in the picture?\"\n  \
+    spark-engine generate --image table.png -p \"How many rows are there?\" -p \"What does tea cost?\"")]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// The prompt; `-` or nothing reads it from standard input.
-    prompt: Option<String>,
+    /// The prompt; `-` or nothing reads it from standard input. A single argument is MODEL if it is a folder, or has a
+    /// slash and no white space; else it is the prompt.
+    #[arg(value_name = "PROMPT", help_heading = clap::builder::Resettable::Reset)]
+    argument: Option<String>,
+    /// PROMPT as a flag; repeat for several questions about the same pictures, each asked on its own.
+    #[arg(short = 'p', long, help_heading = "Prompt and sampling", value_name = "PROMPT")]
+    prompt: Vec<String>,
     /// Picture to ask about; repeat for several.
     #[arg(long, help_heading = "Prompt and sampling", value_name = "FILE")]
     image: Vec<PathBuf>,
@@ -59,21 +68,28 @@ pub(crate) struct GenerateArgs {
     verbose: bool,
 }
 
-pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
-    let mut body = args.body()?;
+pub(crate) fn run(mut args: GenerateArgs) -> anyhow::Result<()> {
+    if args.prompt.is_empty() {
+        args.prompt.extend(args.model.model.take_prompt(args.argument.take())?);
+    } else if let Some(argument) = &args.argument {
+        anyhow::bail!("`{argument}`: the prompt is given twice: leave --prompt or this argument out");
+    }
+    let bodies = args.bodies()?;
     let (raw, verbose) = (args.raw, args.verbose);
     let engine = args.model.build()?;
-    if raw && body.get("max_tokens").is_none() {
-        body["max_tokens"] = default_raw_tokens(&engine, body["prompt"].as_str().unwrap_or_default())?.into();
-    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let interrupted = runtime.block_on(async {
         // One listener for all of it: a signal between two pieces is not lost.
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let show_prompts = bodies.len() > 1;
         let whole = async {
-            let start = Instant::now();
-            let answer = if raw { engine.completion(body).await } else { engine.chat(body).await }?;
-            print(answer, start, verbose).await
+            for (prompt, body) in bodies {
+                if show_prompts {
+                    writeln!(std::io::stderr(), "> {}", printable(&prompt))?;
+                }
+                answer(&engine, body, raw, verbose).await?;
+            }
+            anyhow::Ok(())
         };
         // The answer is dropped on a signal, which cancels it.
         tokio::select! {
@@ -92,6 +108,15 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+async fn answer(engine: &SparkEngine, mut body: Value, raw: bool, verbose: bool) -> anyhow::Result<()> {
+    if raw && body.get("max_tokens").is_none() {
+        body["max_tokens"] = default_raw_tokens(engine, body["prompt"].as_str().unwrap_or_default())?.into();
+    }
+    let start = Instant::now();
+    let answer = if raw { engine.completion(body).await } else { engine.chat(body).await }?;
+    print(answer, start, verbose).await
+}
+
 fn default_raw_tokens(engine: &SparkEngine, prompt: &str) -> anyhow::Result<usize> {
     let num_prompt_tokens = engine.tokenizer().encode_trusted(prompt)?.len();
     let room = engine.info().limits.max_model_len.saturating_sub(num_prompt_tokens);
@@ -103,13 +128,20 @@ fn default_raw_tokens(engine: &SparkEngine, prompt: &str) -> anyhow::Result<usiz
 async fn print(mut answer: Generation, start: Instant, verbose: bool) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout();
     let to_terminal = stdout.is_terminal();
-    let (mut first, mut num_tokens) = (None, 0);
+    let (mut first, mut num_tokens, mut was_thinking) = (None, 0, false);
     while let Some(piece) = answer.next().await {
         let piece = piece?;
         num_tokens += piece.tokens.len();
         if !piece.tokens.is_empty() {
             first.get_or_insert_with(Instant::now);
         }
+        // Thoughts are shown and are no part of the answer.
+        let mut stderr = std::io::stderr();
+        stderr.write_all(printable(&piece.reasoning).as_bytes())?;
+        if was_thinking && piece.reasoning.is_empty() && !piece.text.is_empty() {
+            stderr.write_all(b"\n\n")?;
+        }
+        was_thinking = (was_thinking || !piece.reasoning.is_empty()) && piece.text.is_empty();
         let text = if to_terminal { printable(&piece.text) } else { piece.text };
         stdout.write_all(text.as_bytes())?;
         stdout.flush()?;
@@ -143,22 +175,26 @@ fn report(
     Ok(())
 }
 
+fn read_prompt() -> anyhow::Result<String> {
+    anyhow::ensure!(
+        !std::io::stdin().is_terminal(),
+        "no prompt: give it as an argument or on standard input"
+    );
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text).context("reading the prompt from standard input")?;
+    Ok(text)
+}
+
 impl GenerateArgs {
-    fn body(&self) -> anyhow::Result<Value> {
-        let prompt = match self.prompt.as_deref() {
-            Some(text) if text != "-" => text.to_owned(),
-            _ => {
-                anyhow::ensure!(
-                    !std::io::stdin().is_terminal(),
-                    "no prompt: give it as an argument or on standard input"
-                );
-                let mut text = String::new();
-                std::io::stdin()
-                    .read_to_string(&mut text)
-                    .context("reading the prompt from standard input")?;
-                text
-            }
-        };
+    /// Each prompt with its request.
+    fn bodies(&self) -> anyhow::Result<Vec<(String, Value)>> {
+        let given = if self.prompt.is_empty() { &["-".to_owned()][..] } else { &self.prompt };
+        let prompts = given.iter().map(|text| if text == "-" { read_prompt() } else { Ok(text.clone()) });
+        let prompts = prompts.collect::<anyhow::Result<Vec<_>>>()?;
+        prompts.into_iter().map(|prompt| Ok((prompt.clone(), self.body(prompt)?))).collect()
+    }
+
+    fn body(&self, prompt: String) -> anyhow::Result<Value> {
         let mut body = json!({"stream": true});
         let fields = [
             ("max_tokens", self.max_tokens.map(Value::from)),

@@ -6,13 +6,14 @@ use clap::Args;
 use serde_json::{Value, json};
 use spark_engine::{Dtype, EngineOptions, HostMemory, KvCacheDtype, MemoryPlan, ModelFiles};
 
+use super::model_name::ModelName;
+
 /// Show architecture, quantisation and sizes.
 #[derive(Args)]
 #[command(args_override_self = true)]
 pub(crate) struct InspectArgs {
-    /// A checkpoint folder, or a Hugging Face id in the local cache.
-    #[arg(value_name = "MODEL")]
-    model: String,
+    #[command(flatten)]
+    model: ModelName,
     /// Branch, tag or commit of a Hugging Face id.
     #[arg(long)]
     revision: Option<String>,
@@ -24,8 +25,8 @@ pub(crate) struct InspectArgs {
     json: bool,
 }
 
-pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
-    let files = ModelFiles::open(&args.model, args.revision.clone())?;
+pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
+    let files = ModelFiles::open(&args.model.choose()?.model, args.revision)?;
     let report = report(&files, args.tensor_parallel_size)?;
     let mut stdout = std::io::stdout().lock();
     if args.json {

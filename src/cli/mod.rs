@@ -4,10 +4,15 @@ mod args;
 mod batch;
 mod batch_file;
 mod compat;
+mod eval;
 mod generate;
 mod inspect;
+mod kernels;
+mod model_name;
+mod parsers;
 mod progress;
 mod pull;
+mod quantize;
 mod serve;
 
 use std::io::{IsTerminal, Write};
@@ -20,8 +25,10 @@ use tracing_subscriber::EnvFilter;
 #[command(name = "spark-engine", version, about, long_about = None, max_term_width = 110)]
 #[command(after_help = "Examples:\n  \
     spark-engine serve QuantTrio/Qwen3-VL-30B-A3B-Instruct-AWQ --port 8000\n  \
+    spark-engine generate --image photo.jpg \"What is in the picture?\"\n  \
     spark-engine generate ./model --image photo.jpg \"What is in the picture?\"\n  \
     spark-engine batch ./model -i prompts.jsonl -o answers.jsonl\n  \
+    spark-engine eval --samples 20\n  \
     spark-engine inspect ./model --tp 2\n  \
     spark-engine pull Qwen/Qwen3-VL-30B-A3B-Instruct")]
 pub(crate) struct Cli {
@@ -43,10 +50,16 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Run a file of OpenAI batch requests; resumes where an earlier run was stopped.
     Batch(batch::BatchArgs),
+    /// Measure how many held-out samples a model answers right.
+    Eval(eval::EvalArgs),
     /// Show architecture, quantisation, sizes and what each rank would hold.
     Inspect(inspect::InspectArgs),
+    /// Compile the CUDA kernels for machines without a compiler, or measure them.
+    Kernels(kernels::KernelsArgs),
     /// Download a checkpoint from Hugging Face; continues where an earlier download was stopped.
     Pull(pull::PullArgs),
+    /// Write a 4-bit or 8-bit version of a checkpoint.
+    Quantize(quantize::QuantizeArgs),
 }
 
 impl Cli {
@@ -71,8 +84,11 @@ impl Cli {
             Command::Serve(args) => serve::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Batch(args) => batch::run(args),
-            Command::Inspect(args) => inspect::run(&args),
+            Command::Eval(args) => eval::run(args),
+            Command::Inspect(args) => inspect::run(args),
+            Command::Kernels(args) => kernels::run(args),
             Command::Pull(args) => pull::run(args),
+            Command::Quantize(args) => quantize::run(&args),
         }
     }
 }

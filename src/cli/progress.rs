@@ -23,6 +23,11 @@ impl ByteBar {
     }
 }
 
+/// A bar that counts things of which no speed is worth showing.
+pub(crate) fn count_bar(prefix: &'static str) -> ProgressBar {
+    bar("{prefix} [{bar:40}] {pos} of {len}, {eta} left", prefix)
+}
+
 /// A bar that counts requests.
 pub(crate) fn request_bar(total: u64, done: u64) -> ProgressBar {
     let bar = bar("{prefix} [{bar:40}] {pos} of {len}, {per_sec}, {eta} left", "batch");

@@ -6,6 +6,7 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
+    path::Path,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex},
     time::{Duration, Instant},
@@ -21,7 +22,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// The program with `arguments` and nothing from the environment that would change what it does.
 pub(crate) fn program(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_spark-engine"));
-    command.args(arguments).env_remove("SPARK_API_KEY").env_remove("SPARK_LOG");
+    command.args(arguments).env_remove("SPARK_API_KEY").env_remove("SPARK_LOG").env_remove("SPARK_MODEL");
     command
 }
 
@@ -63,14 +64,14 @@ pub(crate) struct Events(BufReader<TcpStream>);
 impl Server {
     /// Serves fixture `model` on a free port and waits until it answers.
     pub(crate) fn start(model: &str, arguments: &[&str]) -> Self {
-        let folder = model_dir(model).display().to_string();
-        let mut command = program(&["serve", &folder, "--port", "0"]);
-        let mut child = command
-            .args(small_but(arguments))
-            .args(arguments)
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the program starts");
+        Self::serve(Some(&model_dir(model)), &[&small_but(arguments), arguments].concat())
+    }
+
+    /// Serves the model in `folder`, by default the demo model, with `arguments` and no others.
+    pub(crate) fn serve(folder: Option<&Path>, arguments: &[&str]) -> Self {
+        let mut command = program(&["serve", "--port", "0"]);
+        command.args(folder).args(arguments).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program starts");
         let log = Arc::new(Log::default());
         let (stderr, shared) = (child.stderr.take().expect("stderr is piped"), log.clone());
         std::thread::spawn(move || shared.follow(BufReader::new(stderr)));
