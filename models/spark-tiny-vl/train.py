@@ -1,6 +1,7 @@
-"""Trains spark-tiny-vl on one GPU, in pieces: each call goes on from the last checkpoint.
+r"""Trains spark-tiny-vl on one GPU, in pieces: each call goes on from the last checkpoint.
 
-python models/spark-tiny-vl/train.py --generator target/release/examples/training_data --seconds 480 --plan 3000
+python models/spark-tiny-vl/train.py --generator target/release/examples/training_data --seconds 480 --plan 2300 \
+    --state target/tiny-vl --out target/tiny-vl
 
 The rate warms up, stays, and falls to zero over the last part of the plan (`--plan` seconds of training in all). What a
 call hands on is the checkpoint (weights and optimiser) in --state, and weights alone, small, in --out.
@@ -9,6 +10,7 @@ import argparse
 import json
 import math
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -244,13 +246,13 @@ def main():
         if trainer.steps % 5000 == 0:
             report(trainer, checks, names)
     torch.cuda.synchronize()
-    report(trainer, checks, names, True)
+    report(trainer, checks, names)
     trainer.save()
     stream.close()
     plot(trainer.log, args.out / "loss.png")
 
 
-def report(trainer, checks, names, whole=False):
+def report(trainer, checks, names):
     entropy, tasks = trainer.accuracy(checks, names)
     trainer.log.append({"steps": trainer.steps, "seconds": trainer.done, "loss": float(trainer.entropy),
                         "held_out": entropy, "tasks": tasks})
@@ -259,9 +261,8 @@ def report(trainer, checks, names, whole=False):
 
 
 def task_names(generator):
-    import subprocess
-
-    return subprocess.run([generator, "--model", str(HERE / "bf16"), "--list"], check=True, capture_output=True, text=True).stdout.split()
+    command = [generator, "--model", str(HERE / "bf16"), "--list"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
 if __name__ == "__main__":
