@@ -12,12 +12,10 @@ use serde_json::{Value, json};
 use spark_engine::{Generation, SparkEngine, image_data_url};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::args::ModelArgs;
+use super::{INTERRUPTED, args::ModelArgs};
 
 /// Most tokens with `--raw` unless said: what continues a text without a template seldom ends by itself.
 const DEFAULT_RAW_TOKENS: usize = 512;
-/// Exit code after Ctrl-C, as shells give it: 128 + SIGINT.
-const INTERRUPTED: i32 = 130;
 
 /// Answer a prompt on the terminal.
 #[derive(Args)]

@@ -20,6 +20,9 @@ use std::io::{IsTerminal, Write};
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+/// Exit code after Ctrl-C, as shells give it: 128 + SIGINT.
+const INTERRUPTED: i32 = 130;
+
 /// Native inference engine for Qwen3-VL mixture-of-experts models.
 #[derive(Parser)]
 #[command(name = "spark-engine", version, about, long_about = None, max_term_width = 110)]

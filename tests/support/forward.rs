@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spark_backend::{
-    Backend, Dtype, KvDtype, KvSpec, SeqInput, SlotParams, StateSpec, StepInputs, TokenInput, VisualRows,
-};
+use spark_backend::{Backend, Dtype, KvDtype, KvSpec, SlotParams, StateSpec, StepInputs, VisualRows};
 use spark_cpu::CpuBackend;
 use spark_engine::ModelFiles;
 use spark_models::{Encoded, Qwen3Vl, RopeIndex};
@@ -113,22 +111,7 @@ impl Forward {
             assert_eq!(&got, expected, "positions of axis {axis}");
         }
         assert_eq!(i64::from(rope.position(n)[0]), n as i64 + case.rope_delta, "position of the next token");
-        StepInputs {
-            tokens: case.prompt_ids.iter().map(|&id| TokenInput::Known(id)).collect(),
-            positions,
-            slot_mapping: (0..n as u64).collect(),
-            seqs: vec![SeqInput {
-                slot: 0,
-                query_start: 0,
-                query_len: n,
-                context_len: n,
-                block_table: (0..n.div_ceil(BLOCK) as u32).collect(),
-            }],
-            logit_rows: (0..n as u32).collect(),
-            sample_slots: vec![None; n],
-            prompt_targets: vec![None; n],
-            masks: Vec::new(),
-        }
+        StepInputs::whole_prompt(&case.prompt_ids, positions, BLOCK, (0..n as u32).collect())
     }
 }
 

@@ -59,6 +59,33 @@ pub struct SeqInput {
 }
 
 impl StepInputs {
+    /// A step that is one whole prompt, in slot 0 and in the first blocks of `block_size` tokens: prefill without a
+    /// scheduler. `positions` has one entry a token; `logit_rows` are sampled for nobody.
+    pub fn whole_prompt(
+        ids: &[u32],
+        positions: Vec<[u32; 3]>,
+        block_size: usize,
+        logit_rows: Vec<u32>,
+    ) -> Self {
+        let (n, num_rows) = (ids.len(), logit_rows.len());
+        Self {
+            tokens: ids.iter().map(|&id| TokenInput::Known(id)).collect(),
+            positions,
+            slot_mapping: (0..n as u64).collect(),
+            seqs: vec![SeqInput {
+                slot: 0,
+                query_start: 0,
+                query_len: n,
+                context_len: n,
+                block_table: (0..n.div_ceil(block_size) as u32).collect(),
+            }],
+            logit_rows,
+            sample_slots: vec![None; num_rows],
+            prompt_targets: vec![None; num_rows],
+            masks: Vec::new(),
+        }
+    }
+
     /// The key of these inputs.
     pub fn key(&self) -> StepKey {
         StepKey {

@@ -1,7 +1,7 @@
 //! Conversions between float32 and the narrow number formats: bfloat16, FP8 E4M3, FP4 E2M1. No matrix layout here.
 
 /// Largest finite E4M3 value.
-pub(crate) const E4M3_MAX: f32 = 448.0;
+pub const E4M3_MAX: f32 = 448.0;
 
 /// `x` rounded to the nearest bfloat16 (ties to even), as a float32.
 #[inline(always)]
@@ -26,7 +26,7 @@ pub(crate) fn bf16_value(bits: u16) -> f32 {
 
 /// The value of an E4M3 byte (OCP FP8 "fn": no infinities, 0x7f and 0xff are NaN). Branch-free so that loops vectorise.
 #[inline(always)]
-pub(crate) fn e4m3_value(byte: u8) -> f32 {
+pub fn e4m3_value(byte: u8) -> f32 {
     let magnitude = u32::from(byte & 0x7f);
     let normal = f32::from_bits((magnitude << 20) + (120 << 23));
     let subnormal = magnitude as f32 * (1.0 / 512.0);
@@ -37,7 +37,7 @@ pub(crate) fn e4m3_value(byte: u8) -> f32 {
 
 /// `x` rounded to the nearest E4M3 (ties to even), saturating at ±448; NaN stays NaN.
 #[inline(always)]
-pub(crate) fn e4m3_bits(x: f32) -> u8 {
+pub fn e4m3_bits(x: f32) -> u8 {
     let sign = ((x.to_bits() >> 24) & 0x80) as u8;
     let magnitude = x.abs();
     if magnitude.is_nan() {
@@ -55,8 +55,8 @@ pub(crate) fn e4m3_bits(x: f32) -> u8 {
     sign | (rounded - (120 << 3)) as u8
 }
 
-/// The values of the E2M1 codes 0 to 15.
-const E2M1: [f32; 16] =
+/// The values of the E2M1 codes 0 to 15 (OCP MX FP4): bit 3 is the sign.
+pub const E2M1: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// The two values of a byte of E2M1 codes, the low nibble first. One lookup for both: compilers do not vectorise the

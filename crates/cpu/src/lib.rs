@@ -29,6 +29,7 @@ mod weight;
 mod step_tests;
 
 pub use backend::CpuBackend;
+pub use dtype::{E2M1, E4M3_MAX, e4m3_bits, e4m3_value};
 pub use moe::{CpuExperts, Routing};
 pub use tensor::CpuTensor;
 pub use weight::{CpuLinear, dequantize};

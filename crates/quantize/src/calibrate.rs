@@ -2,9 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use spark_backend::{
-    Backend, Dtype, KvDtype, KvSpec, SeqInput, SlotParams, StateSpec, StepInputs, TokenInput, VisualRows,
-};
+use spark_backend::{Backend, Dtype, KvDtype, KvSpec, SlotParams, StateSpec, StepInputs, VisualRows};
 use spark_cpu::CpuBackend;
 use spark_models::{ModelConfig, Qwen3Vl, RopeIndex};
 use spark_weights::{Checkpoint, LoadOptions, Param, ParamKind, Params};
@@ -173,23 +171,9 @@ fn inputs(prompt: &CalibrationPrompt, merge: usize) -> StepInputs {
     let n = prompt.ids.len();
     let media: Vec<_> = prompt.media.iter().map(|medium| (medium.offset, medium.grid)).collect();
     let rope = RopeIndex::new(n, &media, merge);
-    StepInputs {
-        tokens: prompt.ids.iter().map(|&id| TokenInput::Known(id)).collect(),
-        positions: (0..n).map(|i| rope.position(i)).collect(),
-        slot_mapping: (0..n as u64).collect(),
-        seqs: vec![SeqInput {
-            slot: 0,
-            query_start: 0,
-            query_len: n,
-            context_len: n,
-            block_table: (0..n.div_ceil(BLOCK) as u32).collect(),
-        }],
-        // Nothing is asked of the last token; one row keeps the head's shapes ordinary.
-        logit_rows: vec![n as u32 - 1],
-        sample_slots: vec![None],
-        prompt_targets: vec![None],
-        masks: Vec::new(),
-    }
+    let positions = (0..n).map(|i| rope.position(i)).collect();
+    // Nothing is asked of the last token; one row keeps the head's shapes ordinary.
+    StepInputs::whole_prompt(&prompt.ids, positions, BLOCK, vec![n as u32 - 1])
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 
 use half::bf16;
 use rayon::prelude::*;
+use spark_cpu::{E4M3_MAX, e4m3_bits, e4m3_value};
 
 use crate::matrix::Weight;
-use crate::numbers::{E4M3_MAX, e4m3_bits, e4m3_value};
 
 /// Rows and columns that share a scale; blocks at the edges may be smaller.
 pub(crate) const BLOCK: usize = 128;

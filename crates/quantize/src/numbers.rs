@@ -1,41 +1,7 @@
-//! The narrow number formats as a writer needs them: rounding to E4M3 and E2M1. Values of codes are checked against the
-//! CPU backend's in tests.
-
-/// Largest finite E4M3 value.
-pub(crate) const E4M3_MAX: f32 = 448.0;
+//! Rounding to E2M1. The values of codes, and E4M3, are the CPU backend's; here is the direction that it does not need.
 
 /// Largest E2M1 value.
 pub(crate) const E2M1_MAX: f32 = 6.0;
-
-/// The magnitudes of the E2M1 codes 0 to 7; bit 3 is the sign.
-pub(crate) const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-
-/// The value of an E4M3 byte that is not NaN.
-#[inline(always)]
-pub(crate) fn e4m3_value(byte: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
-    let magnitude = if exponent == 0 {
-        mantissa / 512.0
-    } else {
-        // 2^(exponent - 7) as bits: the biased exponent of float32 is 127 - 7 above E4M3's.
-        (1.0 + mantissa / 8.0) * f32::from_bits(((exponent + 120) as u32) << 23)
-    };
-    if byte & 0x80 == 0 { magnitude } else { -magnitude }
-}
-
-/// `x` rounded to the nearest E4M3 byte, ties to even, saturating at 448 in magnitude. `x` is not NaN.
-#[inline(always)]
-pub(crate) fn e4m3_bits(x: f32) -> u8 {
-    let sign = ((x.to_bits() >> 24) & 0x80) as u8;
-    let magnitude = x.abs().min(E4M3_MAX);
-    if magnitude < 1.0 / 64.0 {
-        // Subnormals are multiples of 2^-9; eight of them have the bits of the smallest normal number.
-        return sign | (magnitude * 512.0).round_ties_even() as u8;
-    }
-    let bits = magnitude.to_bits();
-    let rounded = (bits + 0x7_ffff + ((bits >> 20) & 1)) >> 20;
-    sign | (rounded - (120 << 3)) as u8
-}
 
 /// `x` rounded to the nearest E2M1 code, ties to the even code, saturating at 6 in magnitude. `x` is not NaN.
 #[inline(always)]
@@ -52,16 +18,10 @@ pub(crate) fn e2m1_code(x: f32) -> u8 {
     code | if x.is_sign_negative() { 8 } else { 0 }
 }
 
-/// The value of an E2M1 code below 16.
-#[inline(always)]
-pub(crate) fn e2m1_value(code: u8) -> f32 {
-    let magnitude = E2M1[usize::from(code & 7)];
-    if code & 8 == 0 { magnitude } else { -magnitude }
-}
-
 #[cfg(test)]
 mod tests {
     use spark_backend::{Matrix, MatrixData};
+    use spark_cpu::{E2M1, e4m3_bits, e4m3_value};
 
     use super::*;
 
@@ -91,11 +51,11 @@ mod tests {
         let data = MatrixData::Nvfp4 { codes: codes.into(), scales: vec![0x38].into(), alpha: 1.0 };
         let values = spark_cpu::dequantize(&Matrix { n: 1, k: 16, data }).unwrap();
         for (code, &value) in values.iter().enumerate() {
-            assert_eq!(e2m1_value(code as u8).to_bits(), value.to_bits());
+            assert_eq!(E2M1[code].to_bits(), value.to_bits());
             assert_eq!(usize::from(e2m1_code(value)), code);
         }
         for code in 0..7u8 {
-            let middle = (e2m1_value(code) + e2m1_value(code + 1)) / 2.0;
+            let middle = f32::midpoint(E2M1[usize::from(code)], E2M1[usize::from(code) + 1]);
             assert_eq!(e2m1_code(middle), code + code % 2, "tie at {middle}");
             assert_eq!(e2m1_code(-middle), (code + code % 2) | 8);
         }

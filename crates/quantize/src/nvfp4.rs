@@ -2,9 +2,10 @@
 //! `w = e2m1(code) * (e4m3(scale) / global)`.
 
 use rayon::prelude::*;
+use spark_cpu::{E2M1, E4M3_MAX, e4m3_bits, e4m3_value};
 
 use crate::matrix::{Inputs, Weight};
-use crate::numbers::{E2M1_MAX, E4M3_MAX, e2m1_code, e2m1_value, e4m3_bits, e4m3_value};
+use crate::numbers::{E2M1_MAX, e2m1_code};
 use crate::writer::{Dtype, Tensor};
 
 /// Inputs that share a scale.
@@ -70,8 +71,8 @@ impl Nvfp4 {
         for (out, (codes, &scale)) in out.chunks_exact_mut(GROUP).zip(blocks) {
             let step = e4m3_value(scale) / self.global;
             for (out, byte) in out.chunks_exact_mut(2).zip(codes) {
-                out[0] = e2m1_value(byte & 15) * step;
-                out[1] = e2m1_value(byte >> 4) * step;
+                out[0] = E2M1[usize::from(byte & 15)] * step;
+                out[1] = E2M1[usize::from(byte >> 4)] * step;
             }
         }
     }
@@ -118,7 +119,7 @@ fn block_scale(block: &[f32], loudness: &[f32], global: f32, search: bool) -> u8
     let error = |scale: u8| {
         let step = e4m3_value(scale) / global;
         let one = |(&w, &loud): (&f32, &f32)| {
-            let d = w - e2m1_value(code(w, step)) * step;
+            let d = w - E2M1[usize::from(code(w, step))] * step;
             d * d * loud
         };
         block.iter().zip(loudness).map(one).sum::<f32>()

@@ -23,10 +23,7 @@ use self::{
     report::{Report, SUITE, TaskResult},
     target::{Endpoint, Target},
 };
-use super::{args::ModelArgs, progress};
-
-/// Exit code after Ctrl-C, as shells give it: 128 + SIGINT.
-const INTERRUPTED: i32 = 130;
+use super::{INTERRUPTED, args::ModelArgs, progress};
 
 /// Measure how many held-out samples a model answers right.
 ///
