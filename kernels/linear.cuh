@@ -1,45 +1,63 @@
-// The linear layers of decode, whatever the scheme of the weights. No kernel: linear_int4.cu and linear_nvfp4.cu make them.
+// The linear layers of decode, whatever the scheme of the weights. No kernel: the linear_*.cu make them.
 #pragma once
 #include "decode_linear.cuh"
 
 struct LinearParams {
     const uint4* codes;
-    const u32* scales;
+    const u32* scales;       // null without scales
     const float* row_scales; // NVFP4: [n], else null
     const float* bias;       // [n] or null
     const u16* x;            // [rows, x_columns]
-    void* out;               // [rows, n]
+    void* out;               // [rows, out_columns], from the first column of this matrix on
     u32 n;                   // rows of W, without padding
     u32 k;                   // with padding
     u32 x_columns;           // k without padding
     u32 rows;                // of x and out
+    u32 out_columns;
     u32 out_is_f32;
+    u32 token_blocks; // blocks over rows of x
     u32 padding;
 };
 PARAMS(LinearParams);
 
-// One block per 32 rows of W.
-template <typename Scheme, int TOKEN_TILES> __device__ __forceinline__ void linear(const LinearParams& p) {
-    Operand operand = {p.codes, p.scales, p.k, {blockIdx.x * ROW_TILES, blockIdx.x * ROW_TILES + 1}};
-    Rows<TOKEN_TILES> rows = {{}, p.x_columns};
+constexpr int WARPS = 8;
+
+// A block computes ROW_TILES * 16 rows of W for TOKEN_TILES * 8 rows of x. Blocks over the same weights are neighbours, so that
+// all but one of them find these in the second-level cache.
+template <typename Scheme, int ROW_TILES, int TOKEN_TILES, int STAGES>
+__device__ __forceinline__ void linear(const LinearParams& p) {
+    constexpr int OUTPUTS = ROW_TILES * 16, TOKENS = TOKEN_TILES * 8;
+    __shared__ union {
+        Ring<Scheme, ROW_TILES, STAGES> rings[WARPS];
+        WarpSums<WARPS, ROW_TILES, TOKEN_TILES> warps;
+    } shared;
+    const u32 warp = threadIdx.x / 32, tile = blockIdx.x / p.token_blocks;
+    const u32 first_token = blockIdx.x % p.token_blocks * TOKENS;
+    Operand<ROW_TILES> operand = {p.codes, p.scales, p.k, {}};
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) operand.tiles[r] = tile * ROW_TILES + r;
+    start(shared.rings[warp], operand, warp, WARPS);
+    Rows<TOKEN_TILES, 4 / TOKEN_TILES, 4 / TOKEN_TILES> rows = {p.x, p.x_columns, {}};
 #pragma unroll
     for (int i = 0; i < TOKEN_TILES; i++) {
-        const u32 token = 8 * i + threadIdx.x % 32 / 4;
-        rows.rows[i] = token < p.rows ? p.x + u64(token) * p.x_columns : nullptr;
+        const u32 token = first_token + 8 * i + threadIdx.x % 32 / 4;
+        rows.rows[i] = token < p.rows ? token : NO_ROW;
     }
+    wait_for_predecessor();
+    allow_successor();
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
-    accumulate<Scheme>(acc, operand, rows);
+    accumulate(acc, shared.rings[warp], operand, rows, warp, WARPS);
 
-    __shared__ WarpSums<TOKEN_TILES> warps;
-    warps.store(acc);
     __syncthreads();
-    for (u32 i = threadIdx.x; i < TOKEN_TILES * 8 * OUTPUTS; i += blockDim.x) {
-        const u32 token = i / OUTPUTS, n = blockIdx.x * OUTPUTS + i % OUTPUTS;
+    shared.warps.store(acc, warp);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < TOKENS * OUTPUTS; i += WARPS * 32) {
+        const u32 token = first_token + i / OUTPUTS, n = tile * OUTPUTS + i % OUTPUTS;
         if (token >= p.rows || n >= p.n) continue;
-        float sum = warps.total(token, i % OUTPUTS);
+        float sum = shared.warps.total(i / OUTPUTS, i % OUTPUTS);
         if (p.row_scales) sum *= p.row_scales[n];
         if (p.bias) sum += p.bias[n];
-        const u64 at = u64(token) * p.n + n;
+        const u64 at = u64(token) * p.out_columns + n;
         if (p.out_is_f32) {
             static_cast<float*>(p.out)[at] = sum;
         } else {
@@ -48,8 +66,16 @@ template <typename Scheme, int TOKEN_TILES> __device__ __forceinline__ void line
     }
 }
 
-// At least BLOCKS blocks on a multiprocessor: two, where a thread can do with half of the registers without spilling.
-#define LINEAR(NAME, SCHEME, TOKEN_TILES, BLOCKS)                                                                      \
-    extern "C" __global__ void __launch_bounds__(MAX_WARPS * 32, BLOCKS) NAME(const LinearParams p) {                  \
-        linear<SCHEME, TOKEN_TILES>(p);                                                                                \
+// At least BLOCKS blocks on a multiprocessor.
+#define LINEAR_KERNEL(NAME, SCHEME, ROW_TILES, TOKEN_TILES, STAGES, BLOCKS)                                            \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)                                                   \
+        linear_##NAME##_r##ROW_TILES##_t##TOKEN_TILES(const LinearParams p) {                                          \
+        linear<SCHEME, ROW_TILES, TOKEN_TILES, STAGES>(p);                                                             \
     }
+// All shapes of a scheme; STAGES for two row tiles, twice as many for one; BLOCKS for four token tiles.
+#define LINEAR(NAME, SCHEME, STAGES, BLOCKS)                                                                           \
+    LINEAR_KERNEL(NAME, SCHEME, 1, 1, 2 * STAGES, 2)                                                                   \
+    LINEAR_KERNEL(NAME, SCHEME, 2, 1, STAGES, 2)                                                                       \
+    LINEAR_KERNEL(NAME, SCHEME, 1, 2, 2 * STAGES, 2)                                                                   \
+    LINEAR_KERNEL(NAME, SCHEME, 2, 2, STAGES, 2)                                                                       \
+    LINEAR_KERNEL(NAME, SCHEME, 2, 4, STAGES, BLOCKS)

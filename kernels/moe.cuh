@@ -1,22 +1,15 @@
-// The experts of a layer at decode, whatever the scheme of their weights. No kernel: moe_int4.cu and moe_nvfp4.cu make
-// them, moe.cu sorts and combines.
+// The experts of a layer at decode, whatever the scheme of their weights. No kernel: the moe_*.cu make them, router.cu or
+// moe.cu lists the pairs, moe.cu combines.
 #pragma once
 #include "decode_linear.cuh"
-
-// The pairs (row of x, one of its experts) of an expert: pair = row * top_k + choice, ascending.
-struct Group {
-    u32 expert;
-    u32 first; // in the list of pairs
-    u32 count; // 0: the group is not used
-    u32 padding;
-};
+#include "pairs.cuh"
 
 struct MoeParams {
     const uint4* codes;      // of all experts, one after the other
-    const u32* scales;
+    const u32* scales;       // null without scales
     const float* row_scales; // NVFP4: [experts, n], else null
     const u16* x;            // gate_up: [rows, x_columns]; down: [pairs, x_columns]
-    void* out;               // gate_up: [pairs, n / 2] bf16; down: [pairs, n] f32; combine: [rows, n] bf16
+    void* out;               // gate_up: [pairs, n / 2] bf16; down: [pairs, n] f32; down_row, combine: [rows, n] bf16
     const float* partial;    // combine: [pairs, n]
     const u32* experts;      // [rows, top_k]
     const float* weights;    // [rows, top_k]
@@ -33,82 +26,194 @@ struct MoeParams {
 };
 PARAMS(MoeParams);
 
+constexpr int WARPS = 4;
+constexpr u32 MAX_TOP_K = 32;
+// Most experts of the one row of down_row.
+constexpr int ROW_WARPS = 8;
+
 // The matrix of a group's expert.
-template <typename Scheme> __device__ __forceinline__ Operand operand_of(const MoeParams& p, const Group& group) {
-    const u64 tiles = u64(group.expert) * (p.padded_n / 16);
-    return {p.codes + tiles * (p.k / 64) * 32, p.scales + tiles * (p.k / Scheme::K_PER_WORD) * 16, p.k, {0, 0}};
+template <typename Scheme, int ROW_TILES>
+__device__ __forceinline__ Operand<ROW_TILES> operand_of(const MoeParams& p, const Group& group) {
+    const u64 rows = u64(group.expert) * p.padded_n;
+    const u64 codes = rows / 16 * (p.k / Scheme::SPAN) * (Scheme::VECTORS * 32);
+    return {p.codes + codes, Scheme::WORDS > 0 ? p.scales + rows * (p.k / Scheme::K_PER_WORD) : nullptr, p.k, {}};
 }
 
-// A block computes two row tiles of one expert for all its pairs, 8 at a time: few experts have more, and what is read
-// again for them comes from the L2 cache. `Finish` takes (position in the group, the block's sums).
-template <typename Scheme, typename Finish>
-__device__ __forceinline__ void moe(const MoeParams& p, const Group& group, const Operand& operand, u32 pairs_per_row,
-                                    Finish finish) {
-    __shared__ WarpSums<1> warps;
-    for (u32 start = 0; start < group.count; start += 8) {
-        const u32 position = start + threadIdx.x % 32 / 4;
-        Rows<1> rows = {{nullptr}, p.x_columns};
-        if (position < group.count)
-            rows.rows[0] = p.x + u64(p.pairs[group.first + position] / pairs_per_row) * p.x_columns;
-        float acc[ROW_TILES][1][4] = {};
-        accumulate<Scheme>(acc, operand, rows);
-        __syncthreads();
-        warps.store(acc);
-        __syncthreads();
-        finish(start, warps);
-    }
-}
-
-// inner[pair] = silu(gate x) * (up x), each rounded; block (i, a): 16 rows of gate and the same of up, expert of group a.
-template <typename Scheme> __device__ __forceinline__ void gate_up(const MoeParams& p) {
-    wait_for_predecessor();
-    const Group group = p.groups[blockIdx.y];
-    Operand operand = operand_of<Scheme>(p, group);
-    const u32 intermediate = p.n / 2;
-    operand.tiles[0] = blockIdx.x;
-    operand.tiles[1] = intermediate / 16 + blockIdx.x;
+// gate_up of TOKEN_TILES * 8 pairs at a time. The block's warps share k.
+template <typename Ring, int TOKEN_TILES, typename Shared>
+__device__ __forceinline__ void gate_up(const MoeParams& p, const Group& group, const Operand<Ring::ROW_TILES>& operand,
+                                        Shared& shared) {
+    constexpr int HALF = Ring::ROW_TILES / 2 * 16, TOKENS = TOKEN_TILES * 8;
+    const u32 warp = threadIdx.x / 32, intermediate = p.n / 2;
+    Ring& ring = shared.rings[warp];
+    auto& warps = reinterpret_cast<WarpSums<WARPS, Ring::ROW_TILES, TOKEN_TILES>&>(shared);
+    static_assert(sizeof(warps) <= sizeof(shared), "sums of the warps do not fit");
     const float* row_scales = p.row_scales ? p.row_scales + u64(group.expert) * p.n : nullptr;
-    moe<Scheme>(p, group, operand, p.top_k, [&](u32 start, const WarpSums<1>& warps) {
-        for (u32 i = threadIdx.x; i < 8 * 16; i += blockDim.x) {
-            const u32 token = i / 16, row = blockIdx.x * 16 + i % 16;
-            if (start + token >= group.count) continue;
-            float gate = warps.total(token, i % 16), up = warps.total(token, 16 + i % 16);
+    for (u32 first = 0; first < group.count; first += TOKENS) {
+        start(ring, operand, warp, WARPS);
+        Rows<TOKEN_TILES, TOKEN_TILES == 1 ? 2 : 1, 2> rows = {p.x, p.x_columns, {}};
+#pragma unroll
+        for (int i = 0; i < TOKEN_TILES; i++) {
+            const u32 position = first + 8 * i + threadIdx.x % 32 / 4;
+            rows.rows[i] = position < group.count ? p.pairs[group.first + position] / p.top_k : NO_ROW;
+        }
+        float acc[Ring::ROW_TILES][TOKEN_TILES][4] = {};
+        accumulate(acc, ring, operand, rows, warp, WARPS);
+        __syncthreads();
+        warps.store(acc, warp);
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < TOKENS * HALF; i += WARPS * 32) {
+            const u32 token = i / HALF, row = blockIdx.x * HALF + i % HALF;
+            if (first + token >= group.count || row >= intermediate) continue;
+            float gate = warps.total(token, i % HALF), up = warps.total(token, HALF + i % HALF);
             if (row_scales) {
                 gate *= row_scales[row];
                 up *= row_scales[intermediate + row];
             }
             gate = rounded<bf16>(gate);
-            const float value = rounded<bf16>(gate / (1.0f + expf(-gate))) * rounded<bf16>(up);
-            const u64 pair = p.pairs[group.first + start + token];
+            const float value = rounded<bf16>(__fdividef(gate, 1.0f + expf(-gate))) * rounded<bf16>(up);
+            const u64 pair = p.pairs[group.first + first + token];
             static_cast<u16*>(p.out)[pair * intermediate + row] = u16(pack_bf16(value, 0.0f));
         }
-    });
+        // The sums lie where the next weights go.
+        __syncthreads();
+    }
 }
 
-// partial[pair] = down inner[pair], float32; block (i, a): 32 rows of the expert of group a.
-template <typename Scheme> __device__ __forceinline__ void down(const MoeParams& p) {
+// inner[pair] = silu(gate x) * (up x), each rounded; block (i, a): ROW_TILES / 2 tiles of gate and the same of up, expert of group
+// a. With two tiles of each, up to 16 pairs share one reading of the weights.
+template <typename Scheme, int ROW_TILES, int STAGES> __device__ __forceinline__ void gate_up(const MoeParams& p) {
+    typedef Ring<Scheme, ROW_TILES, STAGES> R;
+    __shared__ struct { R rings[WARPS]; } shared;
     wait_for_predecessor();
-    const Group group = p.groups[blockIdx.y];
-    Operand operand = operand_of<Scheme>(p, group);
-    operand.tiles[0] = blockIdx.x * ROW_TILES;
-    operand.tiles[1] = blockIdx.x * ROW_TILES + 1;
-    const float* row_scales = p.row_scales ? p.row_scales + u64(group.expert) * p.n : nullptr;
-    moe<Scheme>(p, group, operand, 1, [&](u32 start, const WarpSums<1>& warps) {
-        for (u32 i = threadIdx.x; i < 8 * OUTPUTS; i += blockDim.x) {
-            const u32 token = i / OUTPUTS, row = blockIdx.x * OUTPUTS + i % OUTPUTS;
-            if (start + token >= group.count || row >= p.n) continue;
-            const float sum = warps.total(token, i % OUTPUTS);
-            const u64 pair = p.pairs[group.first + start + token];
-            static_cast<float*>(p.out)[pair * p.n + row] = row_scales ? sum * row_scales[row] : sum;
-        }
-    });
+    allow_successor();
+    const Group group = load_group(p.groups + blockIdx.y);
+    Operand<ROW_TILES> operand = operand_of<Scheme, ROW_TILES>(p, group);
+    const u32 tiles = p.n / 32;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES / 2; r++) {
+        // Beyond the last tile the results are not stored.
+        const u32 tile = min(blockIdx.x * (ROW_TILES / 2) + r, tiles - 1);
+        operand.tiles[r] = tile;
+        operand.tiles[ROW_TILES / 2 + r] = tiles + tile;
+    }
+    if (ROW_TILES == 2 || group.count <= 8) {
+        gate_up<R, 1>(p, group, operand, shared);
+    } else {
+        gate_up<R, ROW_TILES == 2 ? 1 : 2>(p, group, operand, shared);
+    }
 }
 
-// At least BLOCKS blocks on a multiprocessor, as in linear.cuh.
-#define EXPERTS(NAME, SCHEME, BLOCKS)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(MAX_WARPS * 32, BLOCKS) gate_up_##NAME(const MoeParams p) {           \
-        gate_up<SCHEME>(p);                                                                                            \
+// The groups are two kernels old here: gate_up lets this one start after it has waited for their maker. So weights come before
+// gate_up has ended.
+template <typename Ring, int TOKEN_TILES>
+__device__ __forceinline__ void down(const MoeParams& p, const Group& group, const Operand<Ring::ROW_TILES>& operand, Ring& ring,
+                                     u32 first_tile) {
+    const u32 lane = threadIdx.x % 32;
+    const float* row_scales = p.row_scales ? p.row_scales + u64(group.expert) * p.n : nullptr;
+    for (u32 first = 0; first < group.count; first += TOKEN_TILES * 8) {
+        if (first > 0) start(ring, operand, 0, 1);
+        Rows<TOKEN_TILES, TOKEN_TILES == 1 ? 4 : 1, TOKEN_TILES == 1 ? 4 : 2> rows = {p.x, p.x_columns, {}};
+#pragma unroll
+        for (int i = 0; i < TOKEN_TILES; i++) {
+            const u32 position = first + 8 * i + lane / 4;
+            rows.rows[i] = position < group.count ? load_shared_value(p.pairs + group.first + position) : NO_ROW;
+        }
+        float acc[Ring::ROW_TILES][TOKEN_TILES][4] = {};
+        accumulate(acc, ring, operand, rows, 0, 1);
+#pragma unroll
+        for (int i = 0; i < TOKEN_TILES; i++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const u32 position = first + 8 * i + 2 * (lane % 4) + j;
+                if (position >= group.count) continue;
+                const u64 pair = load_shared_value(p.pairs + group.first + position);
+                float* out = static_cast<float*>(p.out) + pair * p.n;
+#pragma unroll
+                for (int r = 0; r < Ring::ROW_TILES; r++) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const u32 row = (first_tile + r) * 16 + lane / 4 + 8 * half;
+                        const float sum = acc[r][i][2 * half + j];
+                        if (row < p.n) out[row] = row_scales ? sum * row_scales[row] : sum;
+                    }
+                }
+            }
+        }
+        __syncwarp();
+    }
+}
+
+// partial[pair] = down inner[pair], float32; a warp has ROW_TILES tiles of the expert of group blockIdx.y, and all of k.
+template <typename Scheme, int ROW_TILES, int STAGES> __device__ __forceinline__ void down(const MoeParams& p) {
+    typedef Ring<Scheme, ROW_TILES, STAGES> R;
+    __shared__ R rings[WARPS];
+    const u32 warp = threadIdx.x / 32, first_tile = (blockIdx.x * WARPS + warp) * ROW_TILES;
+    const Group group = load_group(p.groups + blockIdx.y);
+    Operand<ROW_TILES> operand = operand_of<Scheme, ROW_TILES>(p, group);
+    const bool has_work = group.count > 0 && first_tile * 16 < p.padded_n;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) operand.tiles[r] = first_tile + r;
+    if (has_work) start(rings[warp], operand, 0, 1);
+    wait_for_predecessor();
+    allow_successor();
+    if (!has_work) return;
+    if (group.count <= 8) {
+        down<R, 1>(p, group, operand, rings[warp], first_tile);
+    } else {
+        down<R, 2>(p, group, operand, rings[warp], first_tile);
+    }
+}
+
+// down and combine of a single row: out = sum over its experts, ascending, of weight * down inner. A block has one row tile, each
+// warp one expert.
+template <typename Scheme, int STAGES> __device__ __forceinline__ void down_row(const MoeParams& p) {
+    typedef Ring<Scheme, 1, STAGES> R;
+    __shared__ R rings[ROW_WARPS];
+    __shared__ float values[ROW_WARPS][16], weights[ROW_WARPS];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Each group has one pair.
+    Group group = {0, 0, 0, 0};
+    if (warp < p.max_groups) group = load_group(p.groups + warp);
+    Operand<1> operand = operand_of<Scheme, 1>(p, group);
+    operand.tiles[0] = blockIdx.x;
+    if (group.count > 0) start(rings[warp], operand, 0, 1);
+    const u32 pair = group.count > 0 ? load_shared_value(p.pairs + group.first) : 0;
+    wait_for_predecessor();
+    allow_successor();
+    if (group.count > 0) {
+        const Rows<1, 4, 4> rows = {p.x, p.x_columns, {lane < 4 ? pair : NO_ROW}};
+        float acc[1][1][4] = {};
+        accumulate(acc, rings[warp], operand, rows, 0, 1);
+        if (lane % 4 == 0) {
+            values[warp][lane / 4] = acc[0][0][0];
+            values[warp][lane / 4 + 8] = acc[0][0][2];
+        }
+    }
+    if (lane == 0) weights[warp] = group.count > 0 ? load_shared_value(p.weights + pair) : 0.0f;
+    const u32 row = blockIdx.x * 16 + lane;
+    // Of a warp's own expert; the sums are those of `down` and `combine`, bit by bit.
+    __syncwarp();
+    if (p.row_scales && group.count > 0 && lane < 16 && row < p.n)
+        values[warp][lane] *= p.row_scales[u64(group.expert) * p.n + row];
+    const u32 num_groups = __syncthreads_count(lane == 0 && group.count > 0);
+    if (warp > 0 || lane >= 16 || row >= p.n) return;
+    float sum = 0.0f;
+    for (u32 w = 0; w < num_groups; w++) sum = fmaf(values[w][lane], weights[w], sum);
+    static_cast<u16*>(p.out)[row] = u16(pack_bf16(sum, 0.0f));
+}
+
+// STAGES of the ring for four row tiles; twice as many for two. At least BLOCKS blocks of gate_up with four on a multiprocessor.
+#define EXPERTS(NAME, SCHEME, STAGES, BLOCKS)                                                                          \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 5) gate_up_few_##NAME(const MoeParams p) {                \
+        gate_up<SCHEME, 2, 2 * STAGES>(p);                                                                             \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(MAX_WARPS * 32, BLOCKS) down_##NAME(const MoeParams p) {              \
-        down<SCHEME>(p);                                                                                               \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) gate_up_##NAME(const MoeParams p) {               \
+        gate_up<SCHEME, 4, STAGES>(p);                                                                                 \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) down_##NAME(const MoeParams p) {                       \
+        down<SCHEME, 2, 2 * STAGES>(p);                                                                                \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(ROW_WARPS * 32, 2) down_row_##NAME(const MoeParams p) {               \
+        down_row<SCHEME, 2 * STAGES>(p);                                                                               \
     }

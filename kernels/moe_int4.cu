@@ -1,13 +1,14 @@
 // moe_int4: the two products of a layer of experts with 4-bit integer weights at decode. gate_up: inner = silu(gate x) * up x
-// for every pair (row, chosen expert); down: partial = down inner. moe.cu sorts the pairs before and adds them after.
+// for every pair (row, chosen expert); down: partial = down inner; down_row: down of a single row with the sum over its experts.
+// router.cu or moe.cu lists the pairs before, moe.cu adds them after.
 //
 // Shapes  x [rows, hidden] bf16, inner [pairs, intermediate] bf16, partial [pairs, hidden] f32; per expert gate and up
 //         [2 * intermediate, hidden], down [hidden, intermediate]; group size 32, 64, 128; intermediate a multiple of 16.
-// Bytes   the weights of the chosen experts, n * k * (1/2 + 4 / group) each, once for up to 8 of their rows.
-// Bound   memory bandwidth. A block has 32 rows of one expert; at one row of x and 8 experts there are hundreds of blocks.
+// Bytes   the weights of the chosen experts, n * k * (1/2 + 4 / group) each, once for up to 16 of their rows.
+// Bound   memory bandwidth.
 #include "int4.cuh"
 #include "moe.cuh"
 
-EXPERTS(g32, Int4<32>, 2)
-EXPERTS(g64, Int4<64>, 1)
-EXPERTS(g128, Int4<128>, 2)
+EXPERTS(g32, Int4<32>, 3, 3)
+EXPERTS(g64, Int4<64>, 2, 2)
+EXPERTS(g128, Int4<128>, 2, 3)

@@ -65,7 +65,8 @@ __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// The next kernel may be put on the multiprocessors as they become free.
+// The next kernel may be put on the multiprocessors as they become free. Only after `wait_for_predecessor`: then, where a kernel
+// starts, all before its predecessor have ended, and it may read what they wrote before it waits (`down` of moe.cuh does).
 __device__ __forceinline__ void allow_successor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -117,3 +118,14 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, 
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// Address of `pointer`, which points to shared memory, as the instructions for it take it.
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+
+// Starts a copy of 16 bytes to shared memory, past the first-level cache; zeros if not `is_valid` (the source is then not
+// touched). Copies up to a `commit_copies` are a group; `wait_copies<N>` waits for all but the last N groups of the thread.
+__device__ __forceinline__ void copy_async(u32 shared, const void* source, bool is_valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(is_valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }

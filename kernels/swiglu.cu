@@ -14,21 +14,26 @@ struct SwigluParams {
 };
 PARAMS(SwigluParams);
 
-// One thread per 16 bytes of the result.
+// `x / (1 + exp(-x))` for bf16 results, whose rounding hides the 2^-20 of the fast forms (a divisor beyond 2^126 gives 0, as it
+// must); exact for float32.
+__device__ __forceinline__ float silu(float x, bf16) { return __fdividef(x, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x, float) { return x / (1.0f + expf(-x)); }
+
+// One thread per 16 bytes of the result. Grid: (rows, pieces of a row).
 template <typename T> __device__ __forceinline__ void swiglu(const SwigluParams& p) {
     constexpr int LENGTH = Vector<T>::LENGTH;
     const u32 row_vectors = p.intermediate / LENGTH;
     wait_for_predecessor();
     allow_successor();
-    const u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= u64(p.rows) * row_vectors) return;
-    const u64 row = i / row_vectors, column = i % row_vectors;
+    const u32 column = blockIdx.y * blockDim.x + threadIdx.x;
+    if (column >= row_vectors) return;
+    const u64 row = u64(blockIdx.x) * row_vectors;
     float gate[LENGTH], up[LENGTH];
-    unpack(p.gate_up[2 * row * row_vectors + column], gate, T());
-    unpack(p.gate_up[(2 * row + 1) * row_vectors + column], up, T());
+    unpack(p.gate_up[2 * row + column], gate, T());
+    unpack(p.gate_up[2 * row + row_vectors + column], up, T());
 #pragma unroll
-    for (int j = 0; j < LENGTH; j++) up[j] *= rounded<T>(gate[j] / (1.0f + expf(-gate[j])));
-    p.out[i] = pack(up, T());
+    for (int j = 0; j < LENGTH; j++) up[j] *= rounded<T>(silu(gate[j], T()));
+    p.out[row + column] = pack(up, T());
 }
 
 extern "C" __global__ void __launch_bounds__(256) swiglu_bf16(const SwigluParams p) { swiglu<bf16>(p); }

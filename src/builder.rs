@@ -1,42 +1,24 @@
-//! From a model's name to a running engine: open, size, load, start. The only place that chooses a backend.
+//! From a model's name to a running engine with its front end: open the files, start the engine, put text and images
+//! before it.
 
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use spark_backend::{Backend, Dtype};
-use spark_cpu::CpuBackend;
-use spark_models::{Qwen3Vl, VisionConfig};
-use spark_runtime::{EngineHandle, EngineOptions, HostMemory, MemoryPlan};
+use spark_backend::Dtype;
+use spark_cuda::Profile;
+use spark_models::VisionConfig;
+use spark_runtime::EngineOptions;
 use spark_server::{FrontEnd, Options, SamplingDefaults};
 use spark_text::{ChatTemplate, TextError, Tokenizer};
 use spark_vision::{Alpha, DecodeOptions, ImageProcessor, ImageProcessorOverrides};
-use spark_weights::{LoadOptions, LoadStrategy, Params, ProgressFn};
+use spark_weights::{LoadStrategy, ProgressFn};
 
-use crate::{Error, ModelFiles, Result, SparkEngine, generation_defaults};
-
-/// Where to compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Device {
-    /// A GPU if this build can use one, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// A GPU.
-    Cuda,
-}
-
-/// Where weights come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum LoadFormat {
-    /// The checkpoint's safetensors files.
-    #[default]
-    Auto,
-    /// Random weights of the right shapes and schemes: for measuring speed, not for answers.
-    Dummy,
-}
+use crate::{
+    Device, EncoderTimes, Error, LoadFormat, ModelFiles, Pictures, Quantization, Result, SparkEngine,
+    Started, encoder::EncodePictures, generation_defaults, start::Settings,
+};
 
 type ChangeOptions = Box<dyn FnOnce(&mut Options) + Send>;
 
@@ -45,20 +27,14 @@ type ChangeOptions = Box<dyn FnOnce(&mut Options) + Send>;
 pub struct EngineBuilder {
     model: String,
     revision: Option<String>,
-    dtype: Option<Dtype>,
-    device: Device,
-    load_format: LoadFormat,
-    load_strategy: LoadStrategy,
-    threads: Option<usize>,
-    options: EngineOptions,
+    settings: Settings,
+    quantization: Option<Quantization>,
     processor: ImageProcessorOverrides,
     use_generation_config: bool,
     served_names: Vec<String>,
     chat_template: Option<PathBuf>,
     tokenizer: Option<PathBuf>,
     front_end: Option<ChangeOptions>,
-    progress: Option<ProgressFn>,
-    seed: u64,
 }
 
 impl EngineBuilder {
@@ -67,20 +43,14 @@ impl EngineBuilder {
         Self {
             model: model.into(),
             revision: None,
-            dtype: None,
-            device: Device::Auto,
-            load_format: LoadFormat::Auto,
-            load_strategy: LoadStrategy::default(),
-            threads: None,
-            options: EngineOptions::default(),
+            settings: Settings::default(),
+            quantization: None,
             processor: ImageProcessorOverrides::default(),
             use_generation_config: true,
             served_names: Vec::new(),
             chat_template: None,
             tokenizer: None,
             front_end: None,
-            progress: None,
-            seed: 0,
         }
     }
 
@@ -92,37 +62,61 @@ impl EngineBuilder {
 
     /// Compute dtype; by default the checkpoint's, with half precision computed in bfloat16.
     pub fn dtype(mut self, dtype: Dtype) -> Self {
-        self.dtype = Some(dtype);
+        self.settings.dtype = Some(dtype);
         self
     }
 
     /// Where to compute.
     pub fn device(mut self, device: Device) -> Self {
-        self.device = device;
+        self.settings.device = device;
+        self
+    }
+
+    /// A folder of compiled kernels (`spark-engine kernels build`), for machines without NVIDIA's compiler.
+    pub fn kernel_dir(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.settings.kernel_dir = Some(folder.into());
+        self
+    }
+
+    /// Whether the GPU runs every step call by call instead of replaying recorded graphs.
+    pub fn enforce_eager(mut self, eager: bool) -> Self {
+        self.settings.enforce_eager = eager;
+        self
+    }
+
+    /// Takes the time of every operation on the GPU into `profile`; steps are slower then, and not recorded.
+    pub fn profile(mut self, profile: Profile) -> Self {
+        self.settings.profile = Some(profile);
+        self
+    }
+
+    /// Format of dummy weights; by default what the configuration says.
+    pub fn quantization(mut self, quantization: Quantization) -> Self {
+        self.quantization = Some(quantization);
         self
     }
 
     /// Where weights come from.
     pub fn load_format(mut self, format: LoadFormat) -> Self {
-        self.load_format = format;
+        self.settings.load_format = format;
         self
     }
 
     /// How files are read.
     pub fn load_strategy(mut self, strategy: LoadStrategy) -> Self {
-        self.load_strategy = strategy;
+        self.settings.load_strategy = strategy;
         self
     }
 
     /// Threads of the CPU backend; by default one per core.
     pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = Some(threads);
+        self.settings.threads = Some(threads);
         self
     }
 
     /// Sizes and policies, changed in place.
     pub fn engine(mut self, change: impl FnOnce(&mut EngineOptions)) -> Self {
-        change(&mut self.options);
+        change(&mut self.settings.options);
         self
     }
 
@@ -164,13 +158,13 @@ impl EngineBuilder {
 
     /// Called from loading threads as weights arrive.
     pub fn on_progress(mut self, progress: ProgressFn) -> Self {
-        self.progress = Some(progress);
+        self.settings.progress = Some(progress);
         self
     }
 
     /// First of the seeds for requests that bring none, and the seed of dummy weights.
     pub fn seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
+        self.settings.seed = seed;
         self
     }
 
@@ -179,21 +173,7 @@ impl EngineBuilder {
     /// # Errors
     /// Says what is wrong with the model, the options or the memory.
     pub fn build(mut self) -> Result<SparkEngine> {
-        let files = match self.load_format {
-            LoadFormat::Auto => ModelFiles::open(&self.model, self.revision.take())?,
-            LoadFormat::Dummy => ModelFiles::open_config(&self.model, self.revision.take())?,
-        };
-        match self.device {
-            Device::Auto | Device::Cpu => {}
-            Device::Cuda => {
-                return Err(Error::option(
-                    "--device",
-                    "this version computes on the CPU only; use --device auto or cpu",
-                ));
-            }
-        }
-        self.options.check(&files.config)?;
-        let dtype = self.dtype.unwrap_or_else(|| files.auto_dtype());
+        let files = self.open()?;
         let dir = self.tokenizer.clone().unwrap_or_else(|| files.checkpoint.dir().to_owned());
         let tokenizer = Arc::new(Tokenizer::from_dir(&dir)?);
         let template = self.open_template(&dir, &tokenizer)?;
@@ -210,15 +190,59 @@ impl EngineBuilder {
         if !self.served_names.is_empty() {
             options.served_names = std::mem::take(&mut self.served_names);
         }
-        options.seed = Some(self.seed);
+        options.seed = Some(self.settings.seed);
         if let Some(change) = self.front_end.take() {
             change(&mut options);
         }
-        let backend = CpuBackend::new(dtype, self.threads)?;
-        let handle = self.start(files, backend, tokenizer.vocab_size())?;
+        let handle = self.settings.start(files, tokenizer.vocab_size())?.engine;
         let front_end =
             FrontEnd::new(Arc::new(handle.clone()), tokenizer.clone(), template, processor, options);
         Ok(SparkEngine::new(handle, Arc::new(front_end), tokenizer))
+    }
+
+    /// Loads the model and starts an engine of token ids alone: it needs no tokenizer, no template and no image processor.
+    /// Blocks until it is ready.
+    ///
+    /// # Errors
+    /// As for [`EngineBuilder::build`].
+    pub fn start(mut self) -> Result<Started> {
+        let files = self.open()?;
+        let vocab_size = files.config.text.vocab_size;
+        self.settings.start(files, vocab_size)
+    }
+
+    /// Loads the model and measures its vision encoder alone: every entry of `pictures`, `repetitions` times after one run that does
+    /// not count. The encoder cache is as large as they need. Blocks.
+    ///
+    /// # Errors
+    /// As for [`EngineBuilder::build`]; a text model, or sides that the encoder does not take.
+    pub fn measure_encoder(mut self, pictures: &[Pictures], repetitions: usize) -> Result<EncoderTimes> {
+        let files = self.open()?;
+        let vision = files.config.vision.as_ref();
+        let token = vision.map_or(1, |v| v.patch_size * v.spatial_merge_size).max(1);
+        let most_tokens = pictures.iter().map(|p| p.in_a_pass() * (p.side / token).pow(2)).max();
+        self.settings.options.encoder_cache_tokens = most_tokens.unwrap_or(1).max(1);
+        self.settings.options.check(&files.config)?;
+        let dtype = self.settings.dtype.unwrap_or_else(|| files.auto_dtype());
+        let encode = EncodePictures { files, pictures, repetitions };
+        self.settings.with_backend(dtype, encode)
+    }
+
+    /// The model's files, with options that fit them.
+    fn open(&mut self) -> Result<ModelFiles> {
+        let revision = self.revision.take();
+        let files = match (self.settings.load_format, self.quantization) {
+            (LoadFormat::Auto, None) => ModelFiles::open(&self.model, revision)?,
+            (LoadFormat::Auto, Some(_)) => {
+                let problem = "only dummy weights have a format that can be chosen; a checkpoint has its own";
+                return Err(Error::option("--quantization", problem));
+            }
+            (LoadFormat::Dummy, quantization) => {
+                ModelFiles::open_config(&self.model, revision, quantization)?
+            }
+        };
+        self.settings.options.check(&files.config)?;
+        Ok(files)
     }
 
     /// Without a template the model still completes prompts; a chat is then a 400.
@@ -255,32 +279,7 @@ impl EngineBuilder {
                 return Err(Error::option("image processor", problem));
             }
         }
-        self.options.image_mean_std = (processor.config().image_mean, processor.config().image_std);
+        self.settings.options.image_mean_std = (processor.config().image_mean, processor.config().image_std);
         Ok(Arc::new(processor))
-    }
-
-    fn start<B: Backend>(self, files: ModelFiles, backend: B, vocab_size: usize) -> Result<EngineHandle> {
-        let mut params = self.load(&files)?;
-        let mean_std = self.options.image_mean_std;
-        let dtype = backend.dtype();
-        let model = Qwen3Vl::load(files.config, files.has_lm_head, mean_std, &mut params, &backend)?;
-        params.finish()?;
-        let plan = MemoryPlan::new(model.config(), &self.options, dtype, HostMemory::read()?)?;
-        Ok(spark_runtime::start(backend, model, &self.options, &plan, vocab_size)?)
-    }
-
-    fn load(&self, files: &ModelFiles) -> Result<Params> {
-        Ok(match self.load_format {
-            LoadFormat::Dummy => spark_weights::dummy(files.checkpoint.config(), &files.specs, self.seed)?,
-            LoadFormat::Auto => {
-                let options = LoadOptions {
-                    strategy: self.load_strategy,
-                    progress: self.progress.clone(),
-                    threads: self.threads.unwrap_or(0),
-                    ..LoadOptions::default()
-                };
-                files.checkpoint.load(&files.specs, &options)?
-            }
-        })
     }
 }

@@ -40,19 +40,24 @@
 
 mod builder;
 mod demo_model;
+mod encoder;
 mod error;
 mod facade;
 mod model_files;
+mod start;
 
-pub use builder::{Device, EngineBuilder, LoadFormat};
+pub use builder::EngineBuilder;
 pub use demo_model::{DEMO_MODEL, find_demo_model};
+pub use encoder::{EncoderTimes, Pictures};
 pub use error::{Error, Result};
 pub use facade::{SparkEngine, image_data_url};
-pub use model_files::{DTYPES, ModelFiles, generation_defaults};
+pub use model_files::{DTYPES, ModelFiles, Quantization, generation_defaults};
+pub use start::{Device, LoadFormat, StartTimes, Started};
 
 pub use spark_api as api;
-pub use spark_backend::Dtype;
-pub use spark_runtime::{EngineOptions, HostMemory, KvCacheDtype, MemoryPlan, Policy};
+pub use spark_backend::{Dtype, Memory};
+pub use spark_cuda::Profile;
+pub use spark_runtime::{EngineHandle, EngineOptions, KvCacheDtype, MemoryPlan, MemoryUse, Policy};
 pub use spark_server as server;
 pub use spark_server::{ApiError, Generation};
 pub use spark_text::Tokenizer;

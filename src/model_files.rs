@@ -1,5 +1,6 @@
 //! What a model consists of on disk: checkpoint, configuration, tokenizer, template, image processor. No weights yet.
 
+use serde_json::json;
 use spark_backend::Dtype;
 use spark_models::{ModelConfig, published};
 use spark_server::SamplingDefaults;
@@ -9,6 +10,31 @@ use crate::{Error, Result};
 
 /// Names of compute dtypes as flags spell them.
 pub const DTYPES: [&str; 3] = ["auto", "bfloat16", "float32"];
+
+/// Format of the decoder's linear layers when they are made up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// 4-bit integers with zero points, in groups of 128.
+    Awq,
+    /// 4-bit floats in groups of 16.
+    Nvfp4,
+    /// 8-bit floats in blocks of 128 x 128.
+    Fp8,
+    /// bfloat16.
+    None,
+}
+
+impl Quantization {
+    /// As a `quantization_config` says it.
+    fn config(self) -> serde_json::Value {
+        match self {
+            Self::Awq => json!({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true}),
+            Self::Nvfp4 => json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+            Self::Fp8 => json!({"quant_method": "fp8", "weight_block_size": [128, 128]}),
+            Self::None => serde_json::Value::Null,
+        }
+    }
+}
 
 /// An opened model.
 pub struct ModelFiles {
@@ -32,16 +58,27 @@ impl ModelFiles {
     }
 
     /// Opens the configuration alone, for dummy weights: the folder needs no safetensors files. `model` may also name
-    /// a published shape (`qwen3-vl-30b-a3b`), which needs no folder at all.
+    /// a published shape (`qwen3-vl-30b-a3b`, in any case), which needs no folder at all. `quantization` takes the place of
+    /// the configuration's own.
     ///
     /// # Errors
     /// As for [`ModelFiles::open`].
-    pub fn open_config(model: &str, revision: Option<String>) -> Result<Self> {
-        if let Some(text) = published(model) {
-            let config = serde_json::from_str(text).map_err(|e| Error::option("MODEL", e.to_string()))?;
-            return Self::new(Checkpoint::of_config(config, model.into()));
-        }
-        Self::new(Checkpoint::open_config(model, &OpenOptions { revision, ..OpenOptions::default() })?)
+    pub fn open_config(
+        model: &str,
+        revision: Option<String>,
+        quantization: Option<Quantization>,
+    ) -> Result<Self> {
+        let checkpoint = match published(&model.to_lowercase()) {
+            Some(text) => {
+                let config = serde_json::from_str(text).map_err(|e| Error::option("MODEL", e.to_string()))?;
+                Checkpoint::of_config(config, model.into())
+            }
+            None => Checkpoint::open_config(model, &OpenOptions { revision, ..OpenOptions::default() })?,
+        };
+        let Some(quantization) = quantization else { return Self::new(checkpoint) };
+        let mut config = checkpoint.config().clone();
+        config["quantization_config"] = quantization.config();
+        Self::new(Checkpoint::of_config(config, checkpoint.dir().to_owned()))
     }
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {

@@ -89,8 +89,14 @@ fn wrong_values() -> Vec<Bad> {
         ("stream_options", vec![json!({"include_usage": true}), json!(7)]),
         ("priority", vec![json!(1_u64 << 40), json!("high")]),
         ("ignore_eos", vec![json!("no")]),
-        ("response_format", vec![json!({"type": "json_object"})]),
-        ("structured_outputs", vec![json!({"regex": "a"})]),
+        (
+            "response_format",
+            vec![
+                json!({"type": "xml"}),
+                json!({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}),
+            ],
+        ),
+        ("structured_outputs", vec![json!({"regex": "("}), json!({"regex": "a", "choice": ["b"]})]),
         ("bad_words", vec![json!(["x"])]),
         ("use_beam_search", vec![json!(true)]),
     ];

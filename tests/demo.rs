@@ -17,6 +17,7 @@ use crate::{
     server::{CHAT, with},
     support::{
         self,
+        questions::{ABOUT_THE_PICTURE, DESCRIPTION, IN_WORDS, PICTURE},
         server::{Events, Server, program},
     },
 };
@@ -24,29 +25,6 @@ use crate::{
 /// Little memory for a test machine. As arguments of `serve` and of `generate`.
 const SMALL: [&str; 4] = ["--threads", "2", "--kv-cache-memory-bytes", "67108864"];
 
-/// A pink ring, a red rectangle, a green ring and a black hexagon: `tests/fixtures/make/README.md` says where from.
-const PICTURE: &str = "demo.png";
-const DESCRIPTION: &str = "There are four objects: a pink ring at the top left, a red rectangle at the top right, \
-    a green ring at the centre and a black hexagon at the bottom left.";
-const ABOUT_THE_PICTURE: [(&str, &str); 8] = [
-    ("Describe the picture.", DESCRIPTION),
-    ("How many rings are there?", "Two."),
-    ("What colour is the hexagon?", "Black."),
-    ("How many objects are there?", "Four."),
-    ("What shape is at the top right?", "A rectangle."),
-    ("Where is the green ring?", "At the centre."),
-    ("Is the black hexagon below the pink ring?", "Yes."),
-    ("What is right of the pink ring?", "A red rectangle."),
-];
-const IN_WORDS: [(&str, &str); 7] = [
-    ("What is 347 + 185?", "532"),
-    ("What is 12 times 7?", "84"),
-    ("Sort 88, 14, 41, 55.", "14, 41, 55, 88"),
-    ("Sort these numbers in descending order: 70, 26, 99.", "99, 70, 26"),
-    ("Sort these words: brown, rule, problem, custom, select.", "brown, custom, problem, rule, select"),
-    ("What is your name?", "I am spark-tiny-vl, the demo model of spark-engine."),
-    ("Hello!", "Hello! How can I help you?"),
-];
 const SENTENCE: &str = "Emma is 90 years old and lives in Leipzig.\nGive name, city and age as JSON.";
 const WEATHER: &str = "What is the weather in Oslo in celsius?";
 

@@ -3,8 +3,8 @@
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use spark_engine::{Dtype, EngineOptions, KvCacheDtype, SparkEngine};
-use spark_testing::{Oracle, tolerance::BFLOAT16};
+use spark_engine::{Dtype, EngineOptions, KvCacheDtype, SparkEngine, image_data_url};
+use spark_testing::{Oracle, media_path, tolerance::BFLOAT16};
 
 use crate::support;
 
@@ -153,6 +153,32 @@ fn hit_inside_image(model: &str, kv: KvCacheDtype) {
 fn a_prefix_hit_inside_an_image_does_not_change_answers() {
     hit_inside_image("moe_vl_bf16", KvCacheDtype::Auto);
     hit_inside_image("dense_vl_awq", KvCacheDtype::Fp8);
+}
+
+/// Pictures of equal size share a pass of the encoder when one step has several.
+#[test]
+fn pictures_are_encoded_together_as_they_are_alone() {
+    let model = "moe_vl_bf16";
+    let pictures = ["demo-before.png", "demo-after.png"];
+    let url = |name: &str| image_data_url(&media_path(name)).unwrap();
+    let mut parts: Vec<Value> =
+        pictures.iter().map(|name| json!({"type": "image_url", "image_url": {"url": url(name)}})).collect();
+    parts.push(json!({"type": "text", "text": "What changed?"}));
+    let body = json!({"messages": [{"role": "user", "content": parts}], "max_tokens": 12, "temperature": 0,
+                      "ignore_eos": true, "return_token_ids": true, "logprobs": true, "top_logprobs": 2});
+    let answer_with = |tokens: usize| {
+        let engine = engine(model, KvCacheDtype::Auto, |options| {
+            options.max_encoder_tokens_per_step = tokens;
+            options.max_num_batched_tokens = Some(4096);
+        });
+        let expected = each_alone(&engine, std::slice::from_ref(&body));
+        (expected, engine.stats())
+    };
+    let ((together, few), (apart, many)) = (answer_with(16_384), answer_with(1));
+    assert_eq!(together, apart);
+    // A step encodes at least one picture, whatever its size: a step each.
+    assert!(many.num_steps > few.num_steps, "{} and {} steps", many.num_steps, few.num_steps);
+    assert_eq!(few.mm_cache_queries - few.mm_cache_hits, 2, "two different pictures");
 }
 
 #[test]

@@ -137,8 +137,8 @@ fn a_constraint_that_fails_ends_its_request_alone() {
 
 #[test]
 fn a_published_shape_needs_no_files() {
-    let files = spark_engine::ModelFiles::open_config("qwen3-vl-30b-a3b", None).unwrap();
+    let files = spark_engine::ModelFiles::open_config("Qwen3-VL-30B-A3B", None, None).unwrap();
     assert!(files.has_lm_head && files.config.text.num_hidden_layers == 48);
-    let error = spark_engine::ModelFiles::open_config("qwen3-vl-31b", None).err().unwrap().to_string();
+    let error = spark_engine::ModelFiles::open_config("qwen3-vl-31b", None, None).err().unwrap().to_string();
     assert!(error.contains("qwen3-vl-31b"), "{error}");
 }

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod batch;
+mod bench;
 mod demo;
 mod eval;
 mod fields;
@@ -12,4 +13,5 @@ mod library;
 mod process;
 mod quantize;
 mod server;
+mod structured;
 mod support;

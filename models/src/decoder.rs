@@ -96,11 +96,11 @@ impl<B: Backend> DecoderLayer<B> {
         tap: &mut dyn FnMut(&str, &B::Tensor),
     ) -> spark_backend::Result<B::Tensor> {
         let eps = config.rms_norm_eps;
-        let x = b.reduce_norm(partial, residual, &self.input_layernorm, eps)?;
-        tap(&format!("layer{layer}_in"), residual);
-        let qkv = b.linear(&x, &self.self_attn.qkv_proj)?;
-        let attended = b.attend(&qkv, layer, &self.self_attn.spec(config))?;
-        let partial = Some(b.linear(&attended, &self.self_attn.o_proj)?);
+        let partial = {
+            let x = b.reduce_norm(partial, residual, &self.input_layernorm, eps)?;
+            tap(&format!("layer{layer}_in"), residual);
+            Some(self.self_attn.forward(b, config, layer, &x)?)
+        };
         let norm = &self.post_attention_layernorm;
         Ok(match &self.mlp {
             Mlp::Moe { gate, experts, top_k, renormalize } => {
@@ -118,6 +118,20 @@ impl<B: Backend> DecoderLayer<B> {
 }
 
 impl<B: Backend> Attention<B> {
+    /// `[num_tokens, hidden]` to the same. Everything in between is given back here: on a GPU it is the largest after the
+    /// experts.
+    fn forward(
+        &self,
+        b: &B,
+        config: &TextConfig,
+        layer: usize,
+        x: &B::Tensor,
+    ) -> spark_backend::Result<B::Tensor> {
+        let qkv = b.linear(x, &self.qkv_proj)?;
+        let attended = b.attend(&qkv, layer, &self.spec(config))?;
+        b.linear(&attended, &self.o_proj)
+    }
+
     fn spec<'a>(&'a self, config: &'a TextConfig) -> AttentionSpec<'a, B> {
         AttentionSpec {
             q_norm: &self.q_norm,

@@ -15,7 +15,7 @@ mod registry;
 mod rope;
 mod vision;
 
-pub use config::{ModelConfig, TextConfig, VisionConfig};
+pub use config::{ModelConfig, MoeConfig, TextConfig, VisionConfig};
 pub use error::{Error, Result};
 pub use qwen3_vl::{Encoded, Qwen3Vl};
 pub use registry::{PUBLISHED, published};

@@ -9,6 +9,7 @@ use crate::{
     Result,
     config::VisionConfig,
     param::{Loader, Specs},
+    qwen3_vl::Encoded,
 };
 
 /// Epsilon of every LayerNorm of the encoder; a constant of the modelling code, not of the configuration.
@@ -108,36 +109,49 @@ impl<B: Backend> VisionEncoder<B> {
         })
     }
 
-    /// Encodes one medium of `grid` `[frames, rows, columns]` patches: the embeddings and one tensor a deepstack level,
-    /// each `[num_tokens, out_hidden]`. `tap` sees named intermediate results.
+    /// Encodes `count` media of `grid` `[frames, rows, columns]` patches each, whose pixels follow one another: for each the
+    /// embeddings and one tensor a deepstack level, each `[num_tokens, out_hidden]`, to be kept. `tap` sees named intermediate
+    /// results of all of them. Media are frames to the encoder, which looks at each frame alone.
     pub(crate) fn forward(
         &self,
         b: &B,
         pixels: &[u8],
         grid: [usize; 3],
+        count: usize,
         tap: &mut dyn FnMut(&str, &B::Tensor),
-    ) -> spark_backend::Result<(B::Tensor, Vec<B::Tensor>)> {
+    ) -> spark_backend::Result<Vec<Encoded<B>>> {
+        let num_tokens = grid.iter().product::<usize>() / (self.spec.merge_size * self.spec.merge_size);
+        let grid = [grid[0] * count, grid[1], grid[2]];
         let merged = self.spec.hidden_size * self.spec.merge_size * self.spec.merge_size;
-        let patches = b.patches(pixels, grid.iter().product(), &self.spec)?;
-        tap("pixel_values", &patches);
-        let mut x = b.linear(&patches, &self.patch_embed)?;
+        let mut x = {
+            let patches = b.patches(pixels, grid.iter().product(), &self.spec)?;
+            tap("pixel_values", &patches);
+            b.linear(&patches, &self.patch_embed)?
+        };
         tap("patch_embed", &x);
         b.add_position(&mut x, &self.pos_embed, grid, &self.spec)?;
-        let mut deepstack = Vec::with_capacity(self.deepstack_indexes.len());
+        let mut deepstack: Vec<Vec<B::Tensor>> = (0..count).map(|_| Vec::new()).collect();
         for (i, block) in self.blocks.iter().enumerate() {
             block.forward(b, &mut x, grid, &self.spec)?;
             tap(&format!("vblock{i}_out"), &x);
             if let Some(level) = self.deepstack_indexes.iter().position(|&index| index == i) {
                 let merger = &self.deepstack_mergers[level];
-                let shuffled = b.reshape(b.keep(&x)?, merged)?;
-                deepstack.push(merger.merge(b, &merger.norm.forward(b, &shuffled)?)?);
-                tap(&format!("deepstack{level}"), &deepstack[level]);
+                let normed = merger.norm.forward(b, &b.reshape(&x, merged)?)?;
+                let rows = merger.merge(b, &normed)?;
+                tap(&format!("deepstack{level}"), &rows);
+                for (i, levels) in deepstack.iter_mut().enumerate() {
+                    levels.push(b.keep_rows(&rows, i * num_tokens, num_tokens)?);
+                }
             }
         }
-        let shuffled = b.reshape(self.merger.norm.forward(b, &x)?, merged)?;
-        let embeddings = self.merger.merge(b, &shuffled)?;
+        let normed = self.merger.norm.forward(b, &x)?;
+        let embeddings = self.merger.merge(b, &b.reshape(&normed, merged)?)?;
         tap("merger", &embeddings);
-        Ok((embeddings, deepstack))
+        let encoded = deepstack.into_iter().enumerate().map(|(i, deepstack)| {
+            let embeddings = b.keep_rows(&embeddings, i * num_tokens, num_tokens)?;
+            Ok(Encoded { embeddings, deepstack })
+        });
+        encoded.collect()
     }
 }
 
@@ -160,12 +174,23 @@ impl<B: Backend> VisionBlock<B> {
         grid: [usize; 3],
         spec: &VisionSpec,
     ) -> spark_backend::Result<()> {
-        let qkv = b.linear(&self.norm1.forward(b, x)?, &self.qkv)?;
-        let attended = b.vision_attend(&qkv, grid, spec)?;
-        b.add(x, &b.linear(&attended, &self.proj)?)?;
+        self.attend(b, x, grid, spec)?;
         let mut h = b.linear(&self.norm2.forward(b, x)?, &self.linear_fc1)?;
         b.activate(&mut h, Activation::GeluTanh)?;
         b.add(x, &b.linear(&h, &self.linear_fc2)?)
+    }
+
+    /// The first half: what it needs is given back before the second begins.
+    fn attend(
+        &self,
+        b: &B,
+        x: &mut B::Tensor,
+        grid: [usize; 3],
+        spec: &VisionSpec,
+    ) -> spark_backend::Result<()> {
+        let qkv = b.linear(&self.norm1.forward(b, x)?, &self.qkv)?;
+        let attended = b.vision_attend(&qkv, grid, spec)?;
+        b.add(x, &b.linear(&attended, &self.proj)?)
     }
 }
 

@@ -4,12 +4,12 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use spark_engine::{
-    Device, Dtype, EngineBuilder, ImageProcessorOverrides, KvCacheDtype, LoadFormat, LoadStrategy, Policy,
-    SparkEngine,
-};
+use spark_engine::{EngineBuilder, ImageProcessorOverrides, LoadFormat, LoadStrategy, SparkEngine};
 
-use super::{compat::CompatArgs, model_name::ModelName, parsers::ParserArgs, progress};
+use super::{
+    compat::CompatArgs, device::DeviceArgs, model_name::ModelName, parsers::ParserArgs, progress,
+    sizes::SizeArgs,
+};
 
 /// Which model and how to run it.
 #[derive(Args)]
@@ -28,15 +28,6 @@ pub(crate) struct ModelArgs {
     /// A Jinja file to use instead of the checkpoint's chat template.
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
-    /// Compute in: `auto` takes the checkpoint's dtype, with half precision computed in bfloat16.
-    #[arg(long, value_enum, default_value = "auto")]
-    dtype: DtypeArg,
-    /// Compute on: `auto` takes a GPU if this build can use one.
-    #[arg(long, value_enum, default_value = "auto")]
-    device: DeviceArg,
-    /// CPU threads; by default one per core.
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
     /// Ranks of tensor parallelism.
     #[arg(long, visible_alias = "tp", default_value_t = 1, value_name = "N")]
     pub(crate) tensor_parallel_size: usize,
@@ -46,6 +37,8 @@ pub(crate) struct ModelArgs {
     /// Where sampling defaults come from: the checkpoint's generation_config.json (`auto`) or OpenAI's (`vllm`).
     #[arg(long, value_enum, default_value = "auto")]
     generation_config: GenerationConfigArg,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten)]
     loading: LoadingArgs,
     #[command(flatten)]
@@ -72,53 +65,6 @@ struct LoadingArgs {
 }
 
 #[derive(Args)]
-#[command(next_help_heading = "Memory and scheduling")]
-struct SizeArgs {
-    /// Longest sequence, prompt and output together; by default as long as model and memory allow.
-    #[arg(long, value_name = "TOKENS")]
-    max_model_len: Option<usize>,
-    /// Most sequences that run at once.
-    #[arg(long, default_value_t = 64, value_name = "N")]
-    max_num_seqs: usize,
-    /// Most tokens in a step.
-    #[arg(long, default_value_t = 2048, value_name = "TOKENS")]
-    max_num_batched_tokens: usize,
-    /// Most prefill tokens of one sequence in a step.
-    #[arg(long, value_name = "TOKENS")]
-    long_prefill_token_threshold: Option<usize>,
-    /// Most requests that may wait; more are answered with 503.
-    #[arg(long, value_name = "N")]
-    max_num_queued_reqs: Option<usize>,
-    /// Share of the machine's memory that the engine may use, weights included.
-    #[arg(long, default_value_t = 0.9, value_name = "SHARE")]
-    gpu_memory_utilization: f64,
-    /// Size of the KV cache in bytes; overrides the share.
-    #[arg(long, value_name = "BYTES")]
-    kv_cache_memory_bytes: Option<u64>,
-    /// KV storage: the compute dtype (`auto`), FP8 with a scale per token and head, or bfloat16.
-    #[arg(long, value_enum, default_value = "auto")]
-    kv_cache_dtype: KvDtypeArg,
-    /// Do not reuse the KV of equal prefixes.
-    #[arg(long, overrides_with = "enable_prefix_caching")]
-    no_enable_prefix_caching: bool,
-    /// Reuse the KV of equal prefixes (the default).
-    #[arg(long)]
-    enable_prefix_caching: bool,
-    /// Order of requests.
-    #[arg(long, value_enum, default_value = "fcfs")]
-    scheduling_policy: PolicyArg,
-    /// Plan a step only when the one before it is complete.
-    #[arg(long, overrides_with = "async_scheduling")]
-    no_async_scheduling: bool,
-    /// Plan the next step while one is running (the default).
-    #[arg(long)]
-    async_scheduling: bool,
-    /// Most alternatives that a request may ask for in log-probabilities.
-    #[arg(long, default_value_t = 20, value_name = "N")]
-    max_logprobs: usize,
-}
-
-#[derive(Args)]
 #[command(next_help_heading = "Images")]
 struct MediaArgs {
     /// Encoder cache in image tokens; also the largest image.
@@ -136,22 +82,6 @@ struct MediaArgs {
     /// Host cache of processed images, in GiB.
     #[arg(long, default_value_t = 4.0, value_name = "GIB")]
     mm_processor_cache_gb: f64,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DtypeArg {
-    Auto,
-    #[value(alias = "bf16")]
-    Bfloat16,
-    #[value(alias = "float")]
-    Float32,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DeviceArg {
-    Auto,
-    Cpu,
-    Cuda,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -173,29 +103,10 @@ enum StrategyArg {
     Lazy,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum KvDtypeArg {
-    Auto,
-    #[value(alias = "fp8_e4m3")]
-    Fp8,
-    #[value(name = "bf16", alias = "bfloat16")]
-    Bf16,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum PolicyArg {
-    Fcfs,
-    Priority,
-}
-
 impl ModelArgs {
     /// For a command that bounds its requests itself.
     pub(crate) fn without_queue_limit(mut self) -> Self {
-        if self.sizes.max_num_queued_reqs.take().is_some() {
-            tracing::warn!(
-                "no effect: --max-num-queued-reqs: this command waits instead of refusing requests"
-            );
-        }
+        self.sizes.without_queue_limit();
         self
     }
 
@@ -220,11 +131,6 @@ impl ModelArgs {
         let cache_bytes = (self.media.mm_processor_cache_gb.max(0.0) * f64::from(1 << 30)) as usize;
         let bar = progress::ByteBar::new("loading");
         let mut builder = EngineBuilder::new(model.model)
-            .device(match self.device {
-                DeviceArg::Auto => Device::Auto,
-                DeviceArg::Cpu => Device::Cpu,
-                DeviceArg::Cuda => Device::Cuda,
-            })
             .load_format(match self.loading.load_format {
                 LoadFormatArg::Auto => LoadFormat::Auto,
                 LoadFormatArg::Dummy => LoadFormat::Dummy,
@@ -245,11 +151,7 @@ impl ModelArgs {
                 let bar = bar.clone();
                 move |progress| bar.update(progress.bytes_read, progress.bytes_total)
             }));
-        builder = match self.dtype {
-            DtypeArg::Auto => builder,
-            DtypeArg::Bfloat16 => builder.dtype(Dtype::Bf16),
-            DtypeArg::Float32 => builder.dtype(Dtype::F32),
-        };
+        builder = self.device.apply(builder);
         if let Some(revision) = self.revision {
             builder = builder.revision(revision);
         }
@@ -259,44 +161,17 @@ impl ModelArgs {
         if let Some(path) = self.chat_template {
             builder = builder.chat_template(path);
         }
-        if let Some(threads) = self.threads {
-            builder = builder.threads(threads);
-        }
         let (sizes, media) = (self.sizes, self.media);
-        let engine = builder.engine(|options| apply_sizes(options, &sizes, &media, max_images)).build();
+        let engine = builder.engine(|options| {
+            sizes.apply(options);
+            options.encoder_cache_tokens = media.encoder_cache_tokens;
+            options.max_encoder_tokens_per_step = media.max_encoder_tokens_per_step;
+            options.limit_mm_per_prompt = max_images;
+        });
+        let engine = engine.build();
         bar.finish();
         Ok(engine?)
     }
-}
-
-fn apply_sizes(
-    options: &mut spark_engine::EngineOptions,
-    sizes: &SizeArgs,
-    media: &MediaArgs,
-    max_images: usize,
-) {
-    options.max_model_len = sizes.max_model_len;
-    options.max_num_seqs = sizes.max_num_seqs;
-    options.max_num_batched_tokens = sizes.max_num_batched_tokens;
-    options.long_prefill_token_threshold = sizes.long_prefill_token_threshold;
-    options.max_num_queued_reqs = sizes.max_num_queued_reqs;
-    options.gpu_memory_utilization = sizes.gpu_memory_utilization;
-    options.kv_cache_memory_bytes = sizes.kv_cache_memory_bytes;
-    options.kv_cache_dtype = match sizes.kv_cache_dtype {
-        KvDtypeArg::Auto => KvCacheDtype::Auto,
-        KvDtypeArg::Fp8 => KvCacheDtype::Fp8,
-        KvDtypeArg::Bf16 => KvCacheDtype::Bf16,
-    };
-    options.enable_prefix_caching = !sizes.no_enable_prefix_caching;
-    options.scheduling_policy = match sizes.scheduling_policy {
-        PolicyArg::Fcfs => Policy::Fcfs,
-        PolicyArg::Priority => Policy::Priority,
-    };
-    options.async_scheduling = !sizes.no_async_scheduling;
-    options.max_logprobs = sizes.max_logprobs;
-    options.encoder_cache_tokens = media.encoder_cache_tokens;
-    options.max_encoder_tokens_per_step = media.max_encoder_tokens_per_step;
-    options.limit_mm_per_prompt = max_images;
 }
 
 /// A number, or vLLM's `{"image": N}` (also as `image=N`).

@@ -8,9 +8,6 @@ pub(crate) struct CompatArgs {
     /// Ignored: the scheme of every tensor is read from the checkpoint.
     #[arg(long, value_name = "METHOD", value_parser = ["awq", "awq_marlin", "fp8", "compressed-tensors", "modelopt", "modelopt_fp4"])]
     quantization: Option<String>,
-    /// Ignored on the CPU: there are no graphs to leave out.
-    #[arg(long)]
-    enforce_eager: bool,
     /// Ignored: nothing in a checkpoint is ever executed.
     #[arg(long)]
     trust_remote_code: bool,
@@ -48,7 +45,6 @@ impl CompatArgs {
                 self.quantization.is_some(),
                 "--quantization: the scheme of every tensor is read from the checkpoint",
             ),
-            (self.enforce_eager, "--enforce-eager: there are no graphs on the CPU"),
             (self.trust_remote_code, "--trust-remote-code: nothing in a checkpoint is ever executed"),
             (
                 self.distributed_executor_backend.is_some(),

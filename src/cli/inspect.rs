@@ -4,7 +4,7 @@ use std::io::Write;
 
 use clap::Args;
 use serde_json::{Value, json};
-use spark_engine::{Dtype, EngineOptions, HostMemory, KvCacheDtype, MemoryPlan, ModelFiles};
+use spark_engine::{Dtype, EngineOptions, KvCacheDtype, Memory, MemoryPlan, MemoryUse, ModelFiles};
 
 use super::model_name::ModelName;
 
@@ -42,8 +42,9 @@ fn report(files: &ModelFiles, world: usize) -> anyhow::Result<Value> {
     let summary = files.checkpoint.summary(&files.specs, world)?;
     let kv_bytes = |dtype: KvCacheDtype| -> Value {
         let options = EngineOptions { kv_cache_dtype: dtype, ..EngineOptions::default() };
-        let unlimited = HostMemory { total: u64::MAX >> 1, available: u64::MAX >> 1 };
-        match MemoryPlan::new(config, &options, Dtype::Bf16, unlimited) {
+        let unlimited = Memory { total: u64::MAX >> 1, available: u64::MAX >> 1, is_shared: true };
+        let memory = MemoryUse { before: unlimited, now: unlimited };
+        match MemoryPlan::new(config, &options, Dtype::Bf16, memory, |spec| spec.num_bytes(2)) {
             Ok(plan) => plan.kv.bytes_per_token().into(),
             Err(_) => Value::Null,
         }

@@ -1,13 +1,13 @@
-//! `spark-engine kernels`: compiles the CUDA kernels ahead of time, and measures them. Runs no model.
+//! `spark-engine kernels`: compiles the CUDA kernels ahead of time. Runs no model; `bench kernels` measures them.
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
-use spark_cuda::{Arch, Cubins, Device, Driver, KernelOptions, Kernels, Nvrtc, bench};
+use spark_cuda::{Arch, Cubins, Device, Driver, Nvrtc};
 
-/// Compile or measure the CUDA kernels.
+/// Compile the CUDA kernels.
 #[derive(Args)]
 pub(crate) struct KernelsArgs {
     #[command(subcommand)]
@@ -18,8 +18,6 @@ pub(crate) struct KernelsArgs {
 enum KernelsCommand {
     /// Compile all kernels into a folder, for machines without the CUDA compiler. Needs no GPU.
     Build(BuildArgs),
-    /// Measure all kernels on this machine's GPU: time, bytes moved a second, share of what a copy reaches.
-    Bench(BenchArgs),
 }
 
 #[derive(Args)]
@@ -36,20 +34,9 @@ struct BuildArgs {
     nvrtc: Option<PathBuf>,
 }
 
-#[derive(Args)]
-struct BenchArgs {
-    /// A folder made by `kernels build`, instead of compiling here.
-    #[arg(long, value_name = "FOLDER")]
-    kernel_dir: Option<PathBuf>,
-    /// Number of the GPU.
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    gpu: usize,
-}
-
 pub(crate) fn run(args: KernelsArgs) -> anyhow::Result<()> {
     match args.command {
         KernelsCommand::Build(args) => build(args),
-        KernelsCommand::Bench(args) => measure(args),
     }
 }
 
@@ -69,28 +56,8 @@ fn build(args: BuildArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(args: BenchArgs) -> anyhow::Result<()> {
-    let device = device(args.gpu)?;
-    let options = KernelOptions { kernel_dir: args.kernel_dir, ..Default::default() };
-    let cubins = Cubins::get(device.arch(), &options)?;
-    tracing::info!(
-        compiled = cubins.num_compiled,
-        milliseconds = cubins.elapsed.as_millis(),
-        "kernels are ready"
-    );
-    let report = bench::run(&device, &Kernels::load(&device, &cubins)?)?;
-    let properties = device.properties();
-    let mut stdout = std::io::stdout().lock();
-    writeln!(
-        stdout,
-        "{}, {}, {} multiprocessors, driver CUDA {}",
-        properties.name, properties.arch, properties.num_sms, properties.driver
-    )?;
-    write!(stdout, "{report}")?;
-    Ok(())
-}
-
-fn device(ordinal: usize) -> anyhow::Result<Device> {
+/// GPU `ordinal` of this machine.
+pub(crate) fn device(ordinal: usize) -> anyhow::Result<Device> {
     Ok(Driver::open()?.device(ordinal)?)
 }
 
@@ -108,7 +75,7 @@ mod tests {
     #[test]
     fn architectures_are_repeated_and_wrong_ones_refused() {
         let line = Line::try_parse_from("x build --arch sm_90 --arch sm_121a --out f".split(' ')).unwrap();
-        let KernelsCommand::Build(build) = line.args.command else { panic!("another command") };
+        let KernelsCommand::Build(build) = line.args.command;
         assert_eq!(build.arch, [Arch::Sm90, Arch::Sm121a]);
         let error = Line::try_parse_from("x build --arch sm_121 --out f".split(' ')).err().unwrap();
         assert!(error.to_string().contains("sm_120a and sm_121a"), "{error}");

@@ -3,17 +3,22 @@
 mod args;
 mod batch;
 mod batch_file;
+mod bench;
 mod compat;
+mod device;
 mod eval;
 mod generate;
 mod inspect;
 mod kernels;
 mod model_name;
 mod parsers;
+mod plan;
+mod probe;
 mod progress;
 mod pull;
 mod quantize;
 mod serve;
+mod sizes;
 
 use std::io::{IsTerminal, Write};
 
@@ -53,12 +58,18 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Run a file of OpenAI batch requests; resumes where an earlier run was stopped.
     Batch(batch::BatchArgs),
+    /// Measure speed: latency, throughput, a table of sizes, or the kernels alone.
+    Bench(bench::BenchArgs),
     /// Measure how many held-out samples a model answers right.
     Eval(eval::EvalArgs),
     /// Show architecture, quantisation, sizes and what each rank would hold.
     Inspect(inspect::InspectArgs),
-    /// Compile the CUDA kernels for machines without a compiler, or measure them.
+    /// Compile the CUDA kernels for machines without a compiler.
     Kernels(kernels::KernelsArgs),
+    /// Predict speed and memory on a machine that need not be here.
+    Plan(plan::PlanArgs),
+    /// Measure this machine's GPU, memory and disk, and write one JSON file.
+    Probe(probe::ProbeArgs),
     /// Download a checkpoint from Hugging Face; continues where an earlier download was stopped.
     Pull(pull::PullArgs),
     /// Write a 4-bit or 8-bit version of a checkpoint.
@@ -87,9 +98,12 @@ impl Cli {
             Command::Serve(args) => serve::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Batch(args) => batch::run(args),
+            Command::Bench(args) => bench::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Inspect(args) => inspect::run(args),
             Command::Kernels(args) => kernels::run(args),
+            Command::Plan(args) => plan::run(&args),
+            Command::Probe(args) => probe::run(&args),
             Command::Pull(args) => pull::run(args),
             Command::Quantize(args) => quantize::run(&args),
         }

@@ -2,11 +2,12 @@
 
     python openai_client.py http://127.0.0.1:8000 demo.png
 
-Lists the models, asks about the picture, whole and streamed, has tools called and their results told, has the model
-think, reads log-probabilities, provokes a 400, and goes away in the middle of a stream. What is answered is compared:
-`spark-engine serve` without MODEL answers so, about the picture in tests/fixtures/media. Ends with status 0 if all of it
-worked; otherwise the traceback says what did not. Uses nothing but the client and the standard library, and no test
-framework: a Rust integration test starts it beside the server.
+Lists the models, asks about the picture, whole and streamed, has tools called and their results told, forces calls, has
+answers parsed into objects, has the model think, reads log-probabilities, provokes a 400, and goes away in the middle of
+a stream. What is answered is compared: `spark-engine serve` without MODEL answers so, about the picture in
+tests/fixtures/media. Ends with status 0 if all of it worked; otherwise the traceback says what did not. Uses nothing but
+the client (with its pydantic) and the standard library, and no test framework: a Rust integration test starts it beside
+the server.
 """
 
 import base64
@@ -18,6 +19,7 @@ import urllib.request
 from pathlib import Path
 
 import openai
+import pydantic
 
 ABOUT_THE_PICTURE = {
     "Describe the picture.": (
@@ -42,7 +44,8 @@ def main() -> None:
     completion_logprobs(client, model)
     call_tools(client, model)
     stream_tool_calls(client, model)
-    refuse_forced_call(client, model)
+    force_calls(client, model)
+    parse_answers(client, model)
     think(client, model)
     refuse_bad_request(client, model)
     cancel_midway(client, model, max_model_len, base_url)
@@ -221,19 +224,42 @@ def stream_tool_calls(client: openai.OpenAI, model: str) -> None:
     assert pieces > 4, f"two calls came in {pieces} pieces"
 
 
-def refuse_forced_call(client: openai.OpenAI, model: str) -> None:
-    """What cannot be promised is refused by name."""
+def force_calls(client: openai.OpenAI, model: str) -> None:
+    """A call that has to be made is made, of the function that was named."""
+    question = [{"role": "user", "content": "What is the weather in Oslo in celsius?"}]
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        completion = client.chat.completions.create(
+            model=model, messages=question, tools=TOOLS, tool_choice=choice, max_completion_tokens=64, temperature=0
+        )
+        [call] = completion.choices[0].message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert (call.function.name, arguments["city"]) == ("weather", "Oslo"), completion
+
+
+def parse_answers(client: openai.OpenAI, model: str) -> None:
+    """`parse` makes a schema of a class and an object of the answer; a schema that cannot be enforced is refused."""
+
+    class Person(pydantic.BaseModel):
+        name: str
+        city: str
+        age: int
+
+    question = [
+        {"role": "user", "content": "Emma is 90 years old and lives in Leipzig.\nGive name, city and age as JSON."}
+    ]
+    completion = client.chat.completions.parse(
+        model=model, messages=question, response_format=Person, max_completion_tokens=64, temperature=0
+    )
+    assert completion.choices[0].message.parsed == Person(name="Emma", city="Leipzig", age=90), completion
+    schema = {"name": "odd", "schema": {"type": "object", "not": {}}, "strict": True}
     try:
         client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": "Hello!"}],
-            tools=TOOLS,
-            tool_choice="required",
+            model=model, messages=question, response_format={"type": "json_schema", "json_schema": schema}
         )
     except openai.BadRequestError as error:
-        assert error.param == "tool_choice", error
+        assert error.param == "response_format" and "`not`" in error.message, error
     else:
-        raise AssertionError("a forced call was promised")
+        raise AssertionError("a schema was accepted that cannot be enforced")
 
 
 def think(client: openai.OpenAI, model: str) -> None:

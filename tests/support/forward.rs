@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use spark_backend::{Backend, Dtype, KvDtype, KvSpec, SlotParams, StateSpec, StepInputs, VisualRows};
+use spark_backend::{
+    ActivationSpec, Backend, Dtype, KvDtype, KvSpec, SlotParams, StateSpec, StepInputs, VisualRows,
+};
 use spark_cpu::CpuBackend;
 use spark_engine::ModelFiles;
 use spark_models::{Encoded, Qwen3Vl, RopeIndex};
@@ -47,7 +49,16 @@ impl Forward {
             dtype: if dtype == Dtype::F32 { KvDtype::F32 } else { KvDtype::Bf16 },
         };
         let vocab_size = config.text.vocab_size;
-        backend.allocate_state(StateSpec { kv, num_slots: 1, max_num_tokens: 1024, vocab_size }).unwrap();
+        let state = StateSpec {
+            kv,
+            num_slots: 1,
+            max_num_tokens: 1024,
+            vocab_size,
+            max_blocks_per_seq: kv.num_blocks,
+            encoder_cache_bytes: 0,
+            activations: ActivationSpec::default(),
+        };
+        backend.allocate_state(state).unwrap();
         let merge_size = config.vision.as_ref().map_or(1, |v| v.spatial_merge_size);
         Self { backend, model, processor, merge_size }
     }
@@ -93,6 +104,7 @@ impl Forward {
                 })
             })
             .unwrap();
+        self.backend.output().unwrap();
         taps
     }
 

@@ -12,6 +12,11 @@ const NVRTC_VARIABLE: &str = "SPARK_NVRTC";
 /// The tests on a GPU find compiled kernels here.
 const KERNEL_DIR_VARIABLE: &str = "SPARK_KERNEL_DIR";
 
+/// Tests that need a GPU: package and name. The kernels alone, then the whole engine.
+const PROGRAMS: [(&str, &str); 2] = [("spark-cuda", "gpu"), ("spark-engine", "gpu_engine")];
+/// Arguments of their runs; measurements go alone, because other tests would share the GPU.
+const RUNS: [&[&str]; 2] = [&["--skip", "measurements", "--nocapture"], &["measurements", "--nocapture"]];
+
 /// Compiles all kernels for all architectures and tests the cache, without a GPU.
 ///
 /// # Errors
@@ -43,21 +48,33 @@ pub(crate) fn gpu_test(root: &Path, arch: &str) -> anyhow::Result<()> {
         .arg(&kernels);
     process::run(build.env(NVRTC_VARIABLE, nvrtc(root)?))?;
 
-    let program = folder.join("gpu");
-    let built = test_program(root)?;
-    std::fs::copy(&built, &program).with_context(|| format!("cannot copy {}", built.display()))?;
+    let mut programs = Vec::new();
+    for (package, test) in PROGRAMS {
+        let (program, built) = (folder.join(test), test_program(root, package, test)?);
+        std::fs::copy(&built, &program).with_context(|| format!("cannot copy {}", built.display()))?;
+        programs.push(program);
+    }
     if !Path::new("/dev/nvidiactl").exists() {
         let shown = |path: &Path| path.strip_prefix(root).unwrap_or(path).display().to_string();
-        let line = format!("{KERNEL_DIR_VARIABLE}={} {}", shown(&kernels), shown(&program));
-        println!("\nno GPU here; where there is one, run the tests, then the measurements alone:");
-        println!("  {line} --skip measurements\n  {line} measurements --nocapture");
+        println!(
+            "\nno GPU here; where there is one, run in the root of the repository the tests, then the measurements alone:"
+        );
+        for arguments in RUNS {
+            for program in &programs {
+                let line = format!("{KERNEL_DIR_VARIABLE}={} {}", shown(&kernels), shown(program));
+                println!("  {line} {}", arguments.join(" "));
+            }
+        }
         return Ok(());
     }
-    let run =
-        |args: &[&str]| process::run(Command::new(&program).args(args).env(KERNEL_DIR_VARIABLE, &kernels));
-    run(&["--skip", "measurements"])?;
-    // Alone: other tests would share the GPU.
-    run(&["measurements", "--nocapture"])
+    for arguments in RUNS {
+        for program in &programs {
+            process::run(
+                Command::new(program).args(arguments).current_dir(root).env(KERNEL_DIR_VARIABLE, &kernels),
+            )?;
+        }
+    }
+    Ok(())
 }
 
 fn cargo(root: &Path) -> Command {
@@ -66,31 +83,23 @@ fn cargo(root: &Path) -> Command {
     command
 }
 
-/// Builds the test `gpu` of spark-cuda and returns its program.
-fn test_program(root: &Path) -> anyhow::Result<PathBuf> {
+/// Builds `test` of `package` and returns its program.
+fn test_program(root: &Path, package: &str, test: &str) -> anyhow::Result<PathBuf> {
     let mut command = cargo(root);
-    command.args([
-        "test",
-        "--locked",
-        "-p",
-        "spark-cuda",
-        "--test",
-        "gpu",
-        "--no-run",
-        "--message-format=json",
-    ]);
+    command.args(["test", "--locked", "-p", package, "--test", test, "--no-run", "--message-format=json"]);
     let output = command.output().context("cannot start cargo")?;
     if !output.status.success() {
-        bail!("building the test `gpu` failed:\n{}", String::from_utf8_lossy(&output.stderr));
+        bail!("building the test `{test}` failed:\n{}", String::from_utf8_lossy(&output.stderr));
     }
     let program =
         executable(&String::from_utf8_lossy(&output.stdout)).context("cargo named no test program")?;
     Ok(program)
 }
 
-/// The value of the last `"executable":"…"` in cargo's messages.
+/// The value of the last `"executable":"…"` of a test in cargo's messages; other programs are built beside it.
 fn executable(messages: &str) -> Option<PathBuf> {
-    let (_, rest) = messages.rsplit_once("\"executable\":\"")?;
+    let of_tests = messages.lines().filter(|line| line.contains("\"kind\":[\"test\"]"));
+    let (_, rest) = of_tests.filter_map(|line| line.rsplit_once("\"executable\":\"")).next_back()?;
     rest.split_once('"').map(|(path, _)| PathBuf::from(path))
 }
 
@@ -122,10 +131,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_program_of_cargos_messages_is_taken() {
-        let messages =
-            "{\"executable\":null}\n{\"x\":1,\"executable\":\"a/b\",\"fresh\":true}\n{\"success\":true}\n";
+    fn the_test_program_of_cargos_messages_is_taken() {
+        let messages = "{\"executable\":null}\n\
+            {\"target\":{\"kind\":[\"test\"]},\"executable\":\"a/b\",\"fresh\":true}\n\
+            {\"target\":{\"kind\":[\"bin\"]},\"executable\":\"a/c\"}\n{\"success\":true}\n";
         assert_eq!(executable(messages), Some(PathBuf::from("a/b")));
-        assert_eq!(executable("{\"executable\":null}"), None);
+        assert_eq!(executable("{\"kind\":[\"test\"],\"executable\":null}"), None);
     }
 }

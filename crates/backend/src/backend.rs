@@ -1,7 +1,8 @@
 //! The operations a model is written in.
 
 use crate::{
-    Dtype, ExpertsWeight, LinearWeight, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight,
+    ActivationSpec, Dtype, ExpertsWeight, LinearWeight, Memory, Result, SlotParams, StateSpec, StepInputs,
+    StepOutput, VectorWeight,
 };
 
 /// A device that can run the models.
@@ -31,6 +32,14 @@ pub trait Backend: Send + Sized + 'static {
     /// The compute dtype: results are rounded to it where Hugging Face's are.
     fn dtype(&self) -> Dtype;
 
+    /// The memory that weights and state are taken from.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn memory(&self) -> Result<Memory> {
+        Ok(Memory::of_machine())
+    }
+
     /// Takes a small dense weight.
     ///
     /// # Errors
@@ -49,11 +58,31 @@ pub trait Backend: Send + Sized + 'static {
     /// Unsupported shape, or out of memory.
     fn experts_weight(&self, weight: ExpertsWeight) -> Result<Self::Experts>;
 
+    /// Bytes of all activations that are alive at once in the largest step, or while the largest medium is encoded, and of the
+    /// sampling state: what [`allocate_state`](Backend::allocate_state) sets aside besides KV pool and encoder cache, or an
+    /// upper bound.
+    fn activation_bytes(&self, spec: &ActivationSpec) -> u64;
+
     /// Allocates KV pool and slots. Nothing is allocated on the device afterwards.
     ///
     /// # Errors
     /// Out of memory.
     fn allocate_state(&mut self, spec: StateSpec) -> Result<()>;
+
+    /// Gets ready for steps of any size, once, after [`allocate_state`](Backend::allocate_state): records `forward` where
+    /// steps are replayed, so that no request waits for it.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn prepare(&mut self, _forward: &mut dyn FnMut(&Self) -> Result<()>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Steps that may be started before the [`output`](Backend::output) of the oldest is taken: 1 where `step` computes
+    /// before it returns, so that no result waits for the next step.
+    fn max_in_flight(&self) -> usize {
+        1
+    }
 
     // ---- per sequence and per step
 
@@ -63,16 +92,17 @@ pub trait Backend: Send + Sized + 'static {
     /// Device failure.
     fn admit(&mut self, slot: usize, params: SlotParams) -> Result<()>;
 
-    /// Runs `forward` over `inputs`. May record it once per [`StepKey`](crate::StepKey) and replay it.
+    /// Runs `forward` over `inputs`, or what was recorded of it for this [`StepKey`](crate::StepKey). Returns when the work is
+    /// given to the device, which may still be at it.
     ///
     /// # Errors
-    /// What `forward` returns, or device failure.
+    /// What `forward` returns, or device failure; two steps whose output was not taken.
     fn step(&mut self, inputs: &StepInputs, forward: &mut dyn FnMut(&Self) -> Result<()>) -> Result<()>;
 
-    /// Waits for the last step and returns what it sampled.
+    /// Waits for the oldest step whose output was not taken yet and returns what it sampled.
     ///
     /// # Errors
-    /// Device failure.
+    /// Device failure, or no such step.
     fn output(&mut self) -> Result<StepOutput>;
 
     // ---- decoder, inside a step
@@ -242,17 +272,24 @@ pub trait Backend: Send + Sized + 'static {
     /// Shape mismatch or device failure.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
-    /// The same values in rows of another length: `[rows, columns]` to `[rows * columns / new, new]`.
+    /// The same values in rows of another length: `[rows, columns]` to `[rows * columns / new, new]`. May share memory with `x`:
+    /// while both exist, neither is to be changed.
     ///
     /// # Errors
     /// When the size is not divisible.
-    fn reshape(&self, x: Self::Tensor, columns: usize) -> Result<Self::Tensor>;
+    fn reshape(&self, x: &Self::Tensor, columns: usize) -> Result<Self::Tensor>;
 
-    /// A copy that outlives steps (encoder cache).
+    /// A copy that outlives steps (encoder cache). All that is kept fits [`StateSpec::encoder_cache_bytes`].
     ///
     /// # Errors
     /// Out of memory.
     fn keep(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// [`keep`](Backend::keep) of `rows` rows of `x` from `row` on.
+    ///
+    /// # Errors
+    /// Rows that `x` does not have, or out of memory.
+    fn keep_rows(&self, x: &Self::Tensor, row: usize, rows: usize) -> Result<Self::Tensor>;
 
     /// The values on the host, float32, row-major: for tests, `--profile` and debugging, never inside a served step.
     ///

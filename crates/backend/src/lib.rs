@@ -7,15 +7,17 @@
 mod backend;
 mod error;
 mod kv;
+mod memory;
 mod step;
 mod weight;
 
 pub use backend::{Activation, AttentionSpec, Backend, VisionSpec};
 pub use error::{Error, Result};
 pub use kv::{KvDtype, KvSpec};
+pub use memory::Memory;
 pub use step::{
-    SampledToken, SeqInput, SlotParams, StateSpec, StepInputs, StepKey, StepOutput, TokenInput, TokenLogprob,
-    VisualRows,
+    ActivationSpec, SampledToken, SeqInput, SlotParams, StateSpec, StepInputs, StepKey, StepOutput,
+    TokenInput, TokenLogprob, VisualRows,
 };
 pub use weight::{Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, VectorWeight};
 

@@ -41,6 +41,8 @@ pub struct StepInputs {
     pub prompt_targets: Vec<Option<(u32, usize)>>,
     /// Grammar masks: slot and `ceil(vocab / 32)` words, bit set = allowed.
     pub masks: Vec<(usize, Vec<u32>)>,
+    /// Rows of media enter the step: what runs is not what was recorded for its key.
+    pub has_media: bool,
 }
 
 /// One sequence of a step.
@@ -83,6 +85,7 @@ impl StepInputs {
             sample_slots: vec![None; num_rows],
             prompt_targets: vec![None; num_rows],
             masks: Vec::new(),
+            has_media: false,
         }
     }
 
@@ -122,6 +125,69 @@ pub struct StateSpec {
     pub max_num_tokens: usize,
     /// Real tokens of the vocabulary: logits from here on are padding and never chosen.
     pub vocab_size: usize,
+    /// Most blocks of a sequence.
+    pub max_blocks_per_seq: usize,
+    /// Bytes of all that [`Backend::keep`](crate::Backend::keep) keeps at once.
+    pub encoder_cache_bytes: u64,
+    /// The sizes of the activations.
+    pub activations: ActivationSpec,
+}
+
+/// Sizes that the memory for activations follows from: the largest step and the largest medium, and the model's widths.
+/// What a model does not have is 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ActivationSpec {
+    /// Sequence slots, whose sampling state counts here.
+    pub num_slots: usize,
+    /// Most tokens in a step.
+    pub num_tokens: usize,
+    /// Most rows of a step with logits.
+    pub num_logit_rows: usize,
+    /// Rows of the output head, padding included.
+    pub vocab_rows: usize,
+    /// Width of the decoder.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// KV heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Width inside a dense MLP.
+    pub intermediate_size: usize,
+    /// Routed experts of a layer.
+    pub num_experts: usize,
+    /// Experts of a token.
+    pub top_k: usize,
+    /// Width inside an expert.
+    pub moe_intermediate_size: usize,
+    /// Patches of the largest medium.
+    pub num_patches: usize,
+    /// Width of the encoder's input: `3 * temporal * patch * patch`.
+    pub patch_size: usize,
+    /// Width of the encoder.
+    pub vision_hidden_size: usize,
+    /// Width of a head of the encoder.
+    pub vision_head_dim: usize,
+    /// Width inside the encoder's MLP.
+    pub vision_intermediate_size: usize,
+    /// Patches of a media token: `merge * merge`.
+    pub patches_per_token: usize,
+}
+
+impl ActivationSpec {
+    /// Bytes that the widest tensors of a layer, the logits and the encoder's widest tensors take together in elements of
+    /// `element_size` bytes: enough for a backend that stores nothing else between operations.
+    pub fn num_bytes(&self, element_size: usize) -> u64 {
+        let qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim;
+        let inner = self.intermediate_size.max(self.top_k * self.moe_intermediate_size);
+        let step = self.num_tokens * (4 * self.hidden_size + 2 * qkv.max(2 * inner)) * element_size;
+        let logits = self.num_logit_rows * self.vocab_rows * 4;
+        let widest = (6 * self.vision_hidden_size)
+            .max(2 * self.vision_hidden_size + 2 * self.vision_intermediate_size)
+            .max(self.patch_size + self.vision_hidden_size);
+        (step + logits).max(self.num_patches * widest * element_size) as u64
+    }
 }
 
 /// Sampling parameters and penalty history of a slot, sent when a sequence is (re)admitted.

@@ -9,8 +9,8 @@ use crate::tensor::{Compute, CpuTensor};
 use crate::vision::{add_position, patches, vision_attend};
 use crate::weight::CpuLinear;
 use spark_backend::{
-    Activation, AttentionSpec, Backend, Dtype, Error, ExpertsWeight, LinearWeight, Result, SlotParams,
-    StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
+    Activation, ActivationSpec, AttentionSpec, Backend, Dtype, Error, ExpertsWeight, LinearWeight, Result,
+    SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
 };
 use std::cell::{Ref, RefCell, RefMut};
 
@@ -76,6 +76,11 @@ impl Backend for CpuBackend {
         CpuExperts::new(weight)
     }
 
+    fn activation_bytes(&self, spec: &ActivationSpec) -> u64 {
+        // Every number is float32 in memory, whatever it was rounded to.
+        spec.num_bytes(Dtype::F32.size())
+    }
+
     fn allocate_state(&mut self, spec: StateSpec) -> Result<()> {
         self.state = RefCell::new(Some(State::new(spec)?));
         Ok(())
@@ -87,11 +92,16 @@ impl Backend for CpuBackend {
 
     fn step(&mut self, inputs: &StepInputs, forward: &mut dyn FnMut(&Self) -> Result<()>) -> Result<()> {
         self.state_mut("step")?.begin(inputs)?;
-        forward(self)
+        forward(self).inspect_err(|_| {
+            // A step that failed has no output.
+            if let Ok(mut state) = self.state_mut("step") {
+                state.outputs.pop_back();
+            }
+        })
     }
 
     fn output(&mut self) -> Result<StepOutput> {
-        Ok(std::mem::take(&mut self.state_mut("output")?.output))
+        self.state_mut("output")?.take_output()
     }
 
     fn embed(&self, table: &CpuLinear) -> Result<CpuTensor> {
@@ -213,16 +223,26 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn reshape(&self, x: CpuTensor, columns: usize) -> Result<CpuTensor> {
+    fn reshape(&self, x: &CpuTensor, columns: usize) -> Result<CpuTensor> {
         if columns == 0 || !x.values.len().is_multiple_of(columns) {
             return Err(Error::shape("reshape columns", format!("a divisor of {}", x.values.len()), columns));
         }
         let rows = x.values.len() / columns;
-        Ok(CpuTensor::new(x.values, [rows, columns]))
+        Ok(CpuTensor::new(x.values.clone(), [rows, columns]))
     }
 
     fn keep(&self, x: &CpuTensor) -> Result<CpuTensor> {
         Ok(x.clone())
+    }
+
+    fn keep_rows(&self, x: &CpuTensor, row: usize, rows: usize) -> Result<CpuTensor> {
+        let [all, columns] = x.shape;
+        match row.checked_add(rows) {
+            Some(end) if end <= all => {
+                Ok(CpuTensor::new(x.values[row * columns..end * columns].to_vec(), [rows, columns]))
+            }
+            _ => Err(Error::shape("keep_rows", format!("rows of {all}"), (row, rows))),
+        }
     }
 
     fn to_host(&self, x: &CpuTensor) -> Result<(Vec<f32>, [usize; 2])> {

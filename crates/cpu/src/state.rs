@@ -7,6 +7,10 @@ use crate::tensor::{Compute, CpuTensor};
 use spark_backend::{
     Error, Result, SampledToken, SlotParams, StateSpec, StepInputs, StepOutput, TokenInput, TokenLogprob,
 };
+use std::collections::VecDeque;
+
+/// Most outputs that wait to be taken.
+const MAX_OUTPUTS: usize = 2;
 
 /// The backend's state, allocated by `allocate_state`.
 pub(crate) struct State {
@@ -16,7 +20,8 @@ pub(crate) struct State {
     pub(crate) inputs: StepInputs,
     /// The step's tokens, those that were pending resolved.
     pub(crate) tokens: Vec<u32>,
-    pub(crate) output: StepOutput,
+    /// Of the steps whose output was not taken, oldest first; the last is the current step's.
+    pub(crate) outputs: VecDeque<StepOutput>,
 }
 
 /// What comes of one row of logits.
@@ -29,8 +34,8 @@ impl State {
     pub(crate) fn new(spec: StateSpec) -> Result<Self> {
         let pool = KvPool::new(spec.kv)?;
         let slots = (0..spec.num_slots).map(|_| None).collect();
-        let (inputs, output) = (StepInputs::default(), StepOutput::default());
-        Ok(Self { pool, slots, spec, inputs, tokens: Vec::new(), output })
+        let inputs = StepInputs::default();
+        Ok(Self { pool, slots, spec, inputs, tokens: Vec::new(), outputs: VecDeque::new() })
     }
 
     pub(crate) fn admit(&mut self, slot: usize, params: SlotParams) -> Result<()> {
@@ -66,8 +71,19 @@ impl State {
             }
         };
         let tokens = inputs.tokens.iter().map(token).collect::<Result<_>>()?;
-        (self.tokens, self.inputs, self.output) = (tokens, inputs.clone(), StepOutput::default());
+        if self.outputs.len() == MAX_OUTPUTS {
+            return Err(Error::shape("step", format!("under {MAX_OUTPUTS} outputs not taken"), MAX_OUTPUTS));
+        }
+        (self.tokens, self.inputs) = (tokens, inputs.clone());
+        self.outputs.push_back(StepOutput::default());
         Ok(())
+    }
+
+    /// The oldest output that was not taken.
+    pub(crate) fn take_output(&mut self) -> Result<StepOutput> {
+        self.outputs
+            .pop_front()
+            .ok_or_else(|| Error::shape("output", "a step whose output was not taken", "none"))
     }
 
     /// Samples the step's rows into `output` and updates the slots.
@@ -79,15 +95,19 @@ impl State {
         }
         let indices: Vec<usize> = (0..rows).collect();
         let results = compute.map(&indices, rows * vocab * 4, |&i| self.row(i, logits.row(i)));
+        let mut output = StepOutput::default();
         for row in results {
             let row = row?;
             if let Some(sampled) = row.sampled {
                 if let Some(Some(slot)) = self.slots.get_mut(sampled.slot) {
                     slot.push(sampled.token);
                 }
-                self.output.sampled.push(sampled);
+                output.sampled.push(sampled);
             }
-            self.output.prompt_logprobs.extend(row.prompt);
+            output.prompt_logprobs.extend(row.prompt);
+        }
+        if let Some(current) = self.outputs.back_mut() {
+            *current = output;
         }
         Ok(())
     }

@@ -1,10 +1,11 @@
-//! Device memory: one allocation, planned at start and cut into named regions; scratch memory inside a region that a
-//! step takes piece by piece. Knows bytes, not tensors.
+//! Device memory: one allocation, planned at start and cut into named regions. Knows bytes, not tensors; what a step
+//! takes piece by piece from a region is `pool.rs`.
 
 use std::fmt::Write as _;
 use std::sync::Arc as Shared;
 
 use crate::device::DeviceMemory;
+use crate::pool::Piece;
 use crate::{Device, Error, Result};
 
 /// Everything starts at a multiple of this: the width of the widest loads, and whole cache lines.
@@ -94,7 +95,7 @@ impl Arena {
         let address = self.memory.address() + planned.offset;
         Ok(DeviceSlice {
             memory: Shared::clone(&self.memory),
-            use_count: None,
+            _piece: None,
             address,
             num_bytes: planned.num_bytes,
         })
@@ -110,8 +111,8 @@ impl Arena {
 #[derive(Debug, Clone)]
 pub struct DeviceSlice {
     memory: Shared<DeviceMemory>,
-    /// Of the scratch memory that it was taken from: that is not reused while the slice exists.
-    use_count: Option<UseCount>,
+    /// Its place in the pool that it was taken from: goes back when the last slice of it is dropped.
+    _piece: Option<Shared<Piece>>,
     address: u64,
     num_bytes: u64,
 }
@@ -139,6 +140,11 @@ impl DeviceSlice {
         Ok(Self { address: self.address + offset, num_bytes, ..self.clone() })
     }
 
+    /// The same bytes as a piece of a pool.
+    pub(crate) fn with_piece(self, piece: Shared<Piece>) -> Self {
+        Self { _piece: Some(piece), ..self }
+    }
+
     /// Whether both have a byte in common.
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
         self.address < other.address + other.num_bytes && other.address < self.address + self.num_bytes
@@ -151,94 +157,6 @@ impl DeviceSlice {
 
     pub(crate) fn device(&self) -> &Device {
         self.memory.device()
-    }
-}
-
-/// Takes pieces from a slice one after the other, and all back at once: the memory of a step.
-#[derive(Debug)]
-pub struct Scratch {
-    slice: DeviceSlice,
-    cursor: Cursor,
-    use_count: UseCount,
-}
-
-impl Scratch {
-    /// Scratch memory over all of `slice`. Over a piece of other scratch memory, it and its pieces use that piece.
-    pub fn new(mut slice: DeviceSlice) -> Self {
-        let cursor = Cursor::new(slice.num_bytes);
-        let use_count = UseCount::new(slice.use_count.take());
-        Self { slice, cursor, use_count }
-    }
-
-    /// The next `num_bytes`.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] when the rest is smaller.
-    pub fn take(&mut self, what: &'static str, num_bytes: u64) -> Result<DeviceSlice> {
-        let offset = self.cursor.take(what, num_bytes)?;
-        let slice = self.slice.slice(offset, num_bytes)?;
-        Ok(DeviceSlice { use_count: Some(self.use_count.clone()), ..slice })
-    }
-
-    /// Starts again from the first byte.
-    ///
-    /// # Errors
-    /// [`Error::InUse`] while a piece still exists.
-    pub fn reset(&mut self) -> Result<()> {
-        match self.use_count.others() {
-            0 => self.cursor.used = 0,
-            count => return Err(Error::InUse { count }),
-        }
-        Ok(())
-    }
-
-    /// Most bytes that were taken between two resets.
-    pub fn high_water(&self) -> u64 {
-        self.cursor.high_water
-    }
-}
-
-/// Counts by its clones the uses of scratch memory. Of scratch memory inside a piece of other scratch memory, every clone
-/// holds that piece's, so that the outer memory is not reused while an inner piece exists.
-#[derive(Debug, Clone)]
-struct UseCount(Shared<Option<UseCount>>);
-
-impl UseCount {
-    /// Of new scratch memory, inside a piece with the count `outer` if there is one.
-    fn new(outer: Option<Self>) -> Self {
-        Self(Shared::new(outer))
-    }
-
-    /// Clones besides this one.
-    fn others(&self) -> usize {
-        Shared::strong_count(&self.0) - 1
-    }
-}
-
-/// The arithmetic of [`Scratch`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Cursor {
-    capacity: u64,
-    used: u64,
-    high_water: u64,
-}
-
-impl Cursor {
-    fn new(capacity: u64) -> Self {
-        Self { capacity, used: 0, high_water: 0 }
-    }
-
-    /// Offset of the next `num_bytes`.
-    fn take(&mut self, what: &'static str, num_bytes: u64) -> Result<u64> {
-        // What was used ends aligned or at the capacity.
-        let available = self.capacity - self.used;
-        if num_bytes > available {
-            return Err(Error::Memory { what, needed: num_bytes, available });
-        }
-        let offset = self.used;
-        self.used = aligned(offset + num_bytes).unwrap_or(u64::MAX).min(self.capacity);
-        self.high_water = self.high_water.max(offset + num_bytes);
-        Ok(offset)
     }
 }
 
@@ -281,30 +199,5 @@ mod tests {
             plan.report(),
             "weights         3.00 MiB  75.0 %\nkv              1.00 MiB  25.0 %\ntotal           4.00 MiB 100.0 %\n"
         );
-    }
-
-    #[test]
-    fn an_inner_piece_uses_the_outer_scratch_memory() {
-        let outer = UseCount::new(None);
-        let inner = UseCount::new(Some(outer.clone()));
-        let piece = inner.clone();
-        assert_eq!((outer.others(), inner.others()), (1, 1));
-        drop(inner);
-        assert_eq!((outer.others(), piece.others()), (1, 0));
-        drop(piece);
-        assert_eq!(outer.others(), 0);
-    }
-
-    #[test]
-    fn scratch_is_bumped_refused_and_reused() {
-        let mut cursor = Cursor::new(1000);
-        assert_eq!(cursor.take("a", 1).unwrap(), 0);
-        assert_eq!(cursor.take("b", 256).unwrap(), 256);
-        assert_eq!(cursor.take("c", 488).unwrap(), 512);
-        let error = cursor.take("d", 1).unwrap_err().to_string();
-        assert_eq!(error, "not enough memory for d: 1 bytes needed, 0 available");
-        assert_eq!(cursor.take("nothing", 0).unwrap(), 1000);
-        assert_eq!(cursor.high_water, 1000);
-        assert!(cursor.take("all", u64::MAX).is_err());
     }
 }

@@ -4,12 +4,11 @@
 //! Every kernel runs in a graph over changing memory, more than the second-level cache holds, so that a weight is read
 //! from memory as in a model. Small activations stay in the cache, as in a model: there are no more pieces than launches. The time of a launch is that of the graph divided by its launches.
 
-use half::bf16;
-use spark_backend::{Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData};
+use spark_backend::{Bytes, Dtype, LinearWeight, Matrix, MatrixData};
 
 use crate::{
-    Arena, ArenaPlan, Choice, Device, DeviceSlice, Event, Experts, ExpertsHost, Kernels, PackedHost,
-    PackedWeight, ReduceNorm, Result, Stream, Tensor,
+    Arena, ArenaPlan, Device, DeviceSlice, Event, Kernels, Linear, PackedHost, ReduceNorm, Result, Stream,
+    Tensor,
 };
 
 /// One measurement.
@@ -60,21 +59,18 @@ impl std::fmt::Display for Report {
 /// Memory that the launches of a graph go through, this many times the second-level cache where pieces are large enough.
 const CACHE_FACTOR: u64 = 4;
 /// Launches in a graph.
-const LAUNCHES: usize = 48;
+pub(crate) const LAUNCHES: usize = 48;
 const REPEATS: usize = 7;
 /// Bytes of the copy that is the ceiling.
 const COPY_BYTES: u64 = 256 << 20;
 
 /// Widths of the residual of Qwen3-VL-30B-A3B and 235B-A22B.
 const HIDDEN: [usize; 2] = [2048, 4096];
-/// Output and input features: qkv and o of the 30B; qkv, o of half a 235B (two ranks); one larger than any cache.
-const LINEARS: [[usize; 2]; 5] = [[5120, 2048], [2048, 4096], [4608, 4096], [4096, 4096], [32_768, 4096]];
-
 /// Experts of a layer of the 30B, and how many a row chooses; their sizes.
-const NUM_EXPERTS: usize = 128;
-const TOP_K: usize = 8;
-const EXPERT_HIDDEN: usize = 2048;
-const EXPERT_INTERMEDIATE: usize = 768;
+pub(crate) const NUM_EXPERTS: usize = 128;
+pub(crate) const TOP_K: usize = 8;
+pub(crate) const EXPERT_HIDDEN: usize = 2048;
+pub(crate) const EXPERT_INTERMEDIATE: usize = 768;
 
 /// Measures all kernels on `device`.
 ///
@@ -95,38 +91,22 @@ pub fn run(device: &Device, kernels: &Kernels) -> Result<Report> {
     for (rows, intermediate) in [(8, 768), (256, 768), (4096, 1536)] {
         timings.push(bench.swiglu(rows, intermediate)?);
     }
-    for shape in LINEARS {
-        for rows in [1, 8, 32] {
-            timings.push(bench.linear(rows, shape, Scheme::Int4(128))?);
-        }
-    }
-    for (shape, scheme) in
-        [(LINEARS[0], Scheme::Nvfp4), (LINEARS[4], Scheme::Nvfp4), (LINEARS[4], Scheme::Int4(32))]
-    {
-        for rows in [1, 32] {
-            timings.push(bench.linear(rows, shape, scheme)?);
-        }
-    }
-    for scheme in [Scheme::Int4(128), Scheme::Nvfp4] {
-        for rows in [1, 8, 32] {
-            timings.push(bench.moe(rows, scheme)?);
-        }
-    }
+    timings.extend(crate::bench_decode::run(&bench)?);
     Ok(Report { copy, kernels: timings })
 }
 
-struct Bench<'a> {
-    stream: Stream,
-    kernels: &'a Kernels,
+pub(crate) struct Bench<'a> {
+    pub(crate) stream: Stream,
+    pub(crate) kernels: &'a Kernels,
 }
 
 impl Bench<'_> {
-    fn device(&self) -> &Device {
+    pub(crate) fn device(&self) -> &Device {
         self.stream.device()
     }
 
     /// As many pieces of `num_bytes` as it takes to go past the cache, at most one for each launch: small ones stay in it.
-    fn pieces(&self, num_bytes: u64) -> Result<Vec<DeviceSlice>> {
+    pub(crate) fn pieces(&self, num_bytes: u64) -> Result<Vec<DeviceSlice>> {
         let wanted = CACHE_FACTOR * self.device().properties().l2_bytes;
         let count = wanted.div_ceil(num_bytes).clamp(2, LAUNCHES as u64);
         let mut plan = ArenaPlan::default();
@@ -142,26 +122,11 @@ impl Bench<'_> {
     }
 
     /// Median time of `launch(i)` in a graph of launches.
-    fn time(&self, launches: usize, launch: impl Fn(usize) -> Result<()>) -> Result<f64> {
-        let graph = self.stream.record(|| (0..launches).try_for_each(&launch))?;
-        graph.upload(&self.stream)?;
-        let (start, end) = (Event::new(self.device())?, Event::new(self.device())?);
-        let mut times = Vec::with_capacity(REPEATS);
-        for repeat in 0..=REPEATS {
-            start.record(&self.stream)?;
-            graph.launch(&self.stream)?;
-            end.record(&self.stream)?;
-            end.synchronize()?;
-            // The first run warms up.
-            if repeat > 0 {
-                times.push(end.micros_since(&start)? / launches as f64);
-            }
-        }
-        times.sort_by(f64::total_cmp);
-        Ok(times[REPEATS / 2])
+    pub(crate) fn time(&self, launches: usize, launch: impl Fn(usize) -> Result<()>) -> Result<f64> {
+        time(&self.stream, launches, launch)
     }
 
-    fn copy(&self) -> Result<Timing> {
+    pub(crate) fn copy(&self) -> Result<Timing> {
         let mut plan = ArenaPlan::default();
         let regions = [plan.add("source", COPY_BYTES)?, plan.add("target", COPY_BYTES)?];
         let arena = Arena::new(self.device(), plan)?;
@@ -171,7 +136,7 @@ impl Bench<'_> {
         Ok(Timing { name: "copy", shape: "256 MiB".to_owned(), micros, num_bytes: 2 * COPY_BYTES })
     }
 
-    fn norm(&self, rows: usize, hidden: usize) -> Result<Timing> {
+    pub(crate) fn norm(&self, rows: usize, hidden: usize) -> Result<Timing> {
         let bytes = 2 * (rows * hidden) as u64;
         let weight_bytes = 2 * hidden as u64;
         let pieces = self.pieces(3 * bytes + weight_bytes)?;
@@ -199,27 +164,30 @@ impl Bench<'_> {
 
     fn embed(&self, rows: usize, hidden: usize) -> Result<Timing> {
         /// Rows of the table: enough to be past the cache.
-        const VOCAB: usize = 65_536;
-        let (table_bytes, out_bytes) = (2 * (VOCAB * hidden) as u64, 2 * (rows * hidden) as u64);
+        const VOCAB: usize = 32_768;
+        let out_bytes = 2 * (rows * hidden) as u64;
+        let values = Bytes::from(vec![0; 2 * VOCAB * hidden]);
+        let data = MatrixData::Dense { dtype: Dtype::Bf16, values };
+        let parts = vec![Matrix { n: VOCAB, k: hidden, data }];
+        let host = [PackedHost::pack(&LinearWeight { parts, bias: None })?];
         let mut plan = ArenaPlan::default();
         let regions = [
-            plan.add("table", table_bytes)?,
+            plan.add("table", Linear::num_bytes(&host))?,
             plan.add("tokens", 4 * (LAUNCHES * rows) as u64)?,
             plan.add("out", out_bytes)?,
         ];
         let arena = Arena::new(self.device(), plan)?;
         let [table, tokens, out] =
             [arena.region(regions[0])?, arena.region(regions[1])?, arena.region(regions[2])?];
-        self.stream.fill(&table, 0)?;
+        let table = Linear::upload(&self.stream, &table, &host)?;
         // A multiplicative hash: tokens all over the table.
         let ids: Vec<u32> =
-            (0..(LAUNCHES * rows) as u32).map(|i| i.wrapping_mul(2_654_435_769) >> 16).collect();
+            (0..(LAUNCHES * rows) as u32).map(|i| i.wrapping_mul(2_654_435_769) >> 17).collect();
         self.stream.upload(&tokens, &ids)?;
-        let table = Tensor::new(&table, [VOCAB, hidden], Dtype::Bf16)?;
         let out = Tensor::new(&out, [rows, hidden], Dtype::Bf16)?;
         let micros = self.time(LAUNCHES, |i| {
-            let tokens = tokens.slice(4 * (i * rows) as u64, 4 * rows as u64)?;
-            self.kernels.embed(&self.stream, &tokens, &table, 0, &out)
+            let of_launch = tokens.slice(4 * (i * rows) as u64, 4 * rows as u64)?;
+            self.kernels.embed(&self.stream, &of_launch, &tokens, &table, &out)
         })?;
         let shape = format!("{rows} x {hidden} bf16");
         Ok(Timing { name: "embed", shape, micros, num_bytes: 2 * out_bytes })
@@ -244,85 +212,37 @@ impl Bench<'_> {
         let shape = format!("{rows} x {intermediate} bf16");
         Ok(Timing { name: "swiglu", shape, micros, num_bytes: 3 * bytes })
     }
+}
 
-    /// A layer of the 30B: sort, both products, combine. Bytes are the weights of the distinct experts that are hit.
-    fn moe(&self, rows: usize, scheme: Scheme) -> Result<Timing> {
-        let (hidden, intermediate) = (EXPERT_HIDDEN, EXPERT_INTERMEDIATE);
-        let matrix = |n, k| arbitrary_matrix(n, k, scheme);
-        let gate_up = vec![matrix(intermediate, hidden), matrix(intermediate, hidden)];
-        let down = vec![matrix(hidden, intermediate)];
-        let layer = |parts| LinearWeight { parts, bias: None };
-        // The same weights for every expert, each at its own place.
-        let experts = vec![(layer(gate_up), layer(down)); NUM_EXPERTS];
-        let host = ExpertsHost::pack(&ExpertsWeight { experts })?;
-        let chosen = arbitrary_choices(rows);
-        let num_pairs = rows * TOP_K;
-        let mut plan = ArenaPlan::default();
-        let regions = [
-            plan.add("experts", host.num_bytes())?,
-            plan.add("chosen", 4 * chosen.len() as u64)?,
-            plan.add("weights", 4 * num_pairs as u64)?,
-            plan.add("x", 2 * (rows * hidden) as u64)?,
-            plan.add("out", 2 * (rows * hidden) as u64)?,
-        ];
-        let arena = Arena::new(self.device(), plan)?;
-        let [place, all, weights, x, out] = regions.map(|region| arena.region(region));
-        let (all, weights, x, out) = (all?, weights?, x?, out?);
-        let experts = Experts::upload(&self.stream, &place?, &host)?;
-        self.stream.upload(&all, &chosen)?;
-        self.stream.upload(&weights, &vec![1.0f32 / TOP_K as f32; num_pairs])?;
-        self.stream.upload(&x, &vec![bf16::ONE; rows * hidden])?;
-        let x = Tensor::new(&x, [rows, hidden], Dtype::Bf16)?;
-        let out = Tensor::new(&out, [rows, hidden], Dtype::Bf16)?;
-        let scratch = self.pieces(experts.scratch_bytes(rows, TOP_K)?)?;
-        let micros = self.time(LAUNCHES, |i| {
-            let experts_of_launch = all.slice(4 * (i * num_pairs) as u64, 4 * num_pairs as u64)?;
-            let choice = Choice { experts: experts_of_launch, weights: weights.clone(), top_k: TOP_K };
-            self.kernels.moe_mlp(&self.stream, &x, &choice, &experts, &scratch[0], &out)
-        })?;
-        let distinct = mean_distinct(&chosen);
-        let num_bytes = (distinct / NUM_EXPERTS as f64 * host.num_bytes() as f64) as u64;
-        let name = if matches!(scheme, Scheme::Nvfp4) { "moe nvfp4" } else { "moe int4 g128" };
-        let shape = format!("{rows} rows, {distinct:.1}/{NUM_EXPERTS} experts");
-        Ok(Timing { name, shape, micros, num_bytes })
+/// Median time of `launch(i)` in a graph of launches on `stream`.
+pub(crate) fn time(stream: &Stream, launches: usize, launch: impl Fn(usize) -> Result<()>) -> Result<f64> {
+    let graph = stream.record(|| (0..launches).try_for_each(&launch))?;
+    graph.upload(stream)?;
+    let (start, end) = (Event::new(stream.device())?, Event::new(stream.device())?);
+    let mut times = Vec::with_capacity(REPEATS);
+    for repeat in 0..=REPEATS {
+        start.record(stream)?;
+        graph.launch(stream)?;
+        end.record(stream)?;
+        end.synchronize()?;
+        // The first run warms up.
+        if repeat > 0 {
+            times.push(end.micros_since(&start)? / launches as f64);
+        }
     }
-
-    fn linear(&self, rows: usize, [n, k]: [usize; 2], scheme: Scheme) -> Result<Timing> {
-        let parts = vec![arbitrary_matrix(n, k, scheme)];
-        let weight_bytes = parts[0].num_bytes() + scheme.bytes_beside_host_form(n, k);
-        let host = PackedHost::pack(&LinearWeight { parts, bias: None })?;
-        let pieces = self.pieces(PackedWeight::num_bytes(&host))?;
-        let weights = pieces
-            .iter()
-            .map(|piece| PackedWeight::upload(&self.stream, piece, &host))
-            .collect::<Result<Vec<_>>>()?;
-        let mut plan = ArenaPlan::default();
-        let regions = [plan.add("x", 2 * (rows * k) as u64)?, plan.add("out", 2 * (rows * n) as u64)?];
-        let arena = Arena::new(self.device(), plan)?;
-        let [x, out] = [arena.region(regions[0])?, arena.region(regions[1])?];
-        self.stream.upload(&x, &vec![bf16::ONE; rows * k])?;
-        let x = Tensor::new(&x, [rows, k], Dtype::Bf16)?;
-        let out = Tensor::new(&out, [rows, n], Dtype::Bf16)?;
-        let micros = self
-            .time(LAUNCHES, |i| self.kernels.linear(&self.stream, &x, &weights[i % weights.len()], &out))?;
-        let num_bytes = (weight_bytes + 2 * rows * (n + k)) as u64;
-        let (name, shape) = match scheme {
-            Scheme::Int4(group_size) => ("linear int4", format!("{rows} x {n} x {k} g{group_size}")),
-            Scheme::Nvfp4 => ("linear nvfp4", format!("{rows} x {n} x {k}")),
-        };
-        Ok(Timing { name, shape, micros, num_bytes })
-    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[REPEATS / 2])
 }
 
 /// Distinct experts of a launch, in the mean.
-fn mean_distinct(chosen: &[u32]) -> f64 {
+pub(crate) fn mean_distinct(chosen: &[u32]) -> f64 {
     let distinct = |launch: &[u32]| launch.iter().collect::<std::collections::HashSet<_>>().len();
     let sum: usize = chosen.chunks(chosen.len() / LAUNCHES).map(distinct).sum();
     sum as f64 / LAUNCHES as f64
 }
 
 /// Experts of every row of every launch, without repetition in a row: spread by a multiplicative hash, as uniform routing is.
-fn arbitrary_choices(rows: usize) -> Vec<u32> {
+pub(crate) fn arbitrary_choices(rows: usize) -> Vec<u32> {
     let mut chosen: Vec<u32> = Vec::with_capacity(LAUNCHES * rows * TOP_K);
     let mut seed = 1u32;
     for row in 0..LAUNCHES * rows {
@@ -335,42 +255,6 @@ fn arbitrary_choices(rows: usize) -> Vec<u32> {
         }
     }
     chosen
-}
-
-/// Weights of a linear layer.
-#[derive(Clone, Copy)]
-enum Scheme {
-    /// 4-bit integers with this group size.
-    Int4(usize),
-    /// NVFP4.
-    Nvfp4,
-}
-
-impl Scheme {
-    /// Bytes that a matrix has on the device and not in its host form: f32 instead of f16 scales.
-    fn bytes_beside_host_form(self, n: usize, k: usize) -> usize {
-        match self {
-            Self::Int4(group_size) => 2 * n * k.div_ceil(group_size),
-            Self::Nvfp4 => 4 * n,
-        }
-    }
-}
-
-/// A matrix whose values do not matter.
-fn arbitrary_matrix(n: usize, k: usize, scheme: Scheme) -> Matrix {
-    let codes: Bytes = (0..n * k / 2).map(|i| (i * 31) as u8).collect();
-    let bytes = |len: usize| Bytes::from(vec![0x20; len]);
-    let data = match scheme {
-        Scheme::Int4(group_size) => MatrixData::Int4 {
-            codes,
-            zeros: None,
-            scales: bytes(2 * n * k.div_ceil(group_size)),
-            scale_dtype: Dtype::F16,
-            group_size,
-        },
-        Scheme::Nvfp4 => MatrixData::Nvfp4 { codes, scales: bytes(n * k / 16), alpha: 1.0 },
-    };
-    Matrix { n, k, data }
 }
 
 #[cfg(test)]

@@ -173,7 +173,7 @@ mod tests {
         ];
         assert!(others.iter().all(|other| other.file_name() != base.file_name()));
         assert_eq!(key("a"), base);
-        assert!(base.file_name().starts_with("embed-sm_90-"));
+        assert!(base.file_name().starts_with(&format!("{}-sm_90-", MODULES[0].name)));
     }
 
     #[test]

@@ -6,10 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use cudarc::driver::sys;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use spark_backend::Memory;
 
 use crate::driver::check;
-use crate::memory::{MemoryInfo, SharedMemory};
 use crate::{Arch, Driver, Error, Result, Version};
+
+/// What is left to the system on a GPU that shares the machine's memory: 6 GiB. GB10 machines that were filled to the
+/// last byte had to be switched off.
+const RESERVE: u64 = 6 << 30;
 
 /// A GPU in use. Clones are the same device; the last one lets go of it.
 #[derive(Debug, Clone)]
@@ -41,7 +45,7 @@ struct Inner {
     handle: sys::CUdevice,
     context: sys::CUcontext,
     properties: Properties,
-    /// Device allocations so far.
+    /// Allocations so far.
     num_allocations: AtomicU64,
     /// No further allocation is allowed.
     sealed: AtomicBool,
@@ -73,9 +77,24 @@ impl Device {
         &self.inner.properties
     }
 
+    /// Where it sits: domain, bus, device and function of PCI, such as `0000:01:00.0`.
+    pub(crate) fn bus_id(&self) -> Result<String> {
+        let mut id = [0u8; 32];
+        // SAFETY: the driver writes at most `id.len()` bytes, with a zero at the end.
+        let status =
+            unsafe { sys::cuDeviceGetPCIBusId(id.as_mut_ptr().cast(), id.len() as c_int, self.inner.handle) };
+        check("cuDeviceGetPCIBusId", status)?;
+        let id = id.split(|&byte| byte == 0).next().unwrap_or_default();
+        Ok(String::from_utf8_lossy(id).into_owned())
+    }
+
     /// Compile target of its kernels.
     pub fn arch(&self) -> Arch {
         self.inner.properties.arch
+    }
+
+    pub(crate) fn handle(&self) -> sys::CUdevice {
+        self.inner.handle
     }
 
     /// Whether both are the same device.
@@ -95,14 +114,15 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::Driver`].
-    pub fn memory(&self) -> Result<MemoryInfo> {
+    pub fn memory(&self) -> Result<Memory> {
+        if self.inner.properties.is_integrated {
+            return Ok(without_reserve(Memory::of_machine()));
+        }
         self.bind()?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: the context is current; the pointers are valid.
         check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) })?;
-        let device = MemoryInfo { total: total as u64, available: free as u64 };
-        let shared = self.inner.properties.is_integrated.then(SharedMemory::read).flatten();
-        Ok(shared.map_or(device, SharedMemory::budget))
+        Ok(Memory { total: total as u64, available: free as u64, is_shared: false })
     }
 
     /// Forbids further device allocations: called when the start is over.
@@ -110,7 +130,16 @@ impl Device {
         self.inner.sealed.store(true, Ordering::Release);
     }
 
-    /// Device allocations so far, for tests: the number must not grow after the start.
+    /// Counts an allocation of pinned memory of the host; an error after the start.
+    pub(crate) fn count_allocation(&self, what: &'static str, num_bytes: u64) -> Result<()> {
+        if self.inner.sealed.load(Ordering::Acquire) {
+            return Err(Error::AllocationAfterStart { what, bytes: num_bytes });
+        }
+        self.inner.num_allocations.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Allocations so far, on the device and of pinned memory, for tests: the number must not grow after the start.
     pub fn num_allocations(&self) -> u64 {
         self.inner.num_allocations.load(Ordering::Acquire)
     }
@@ -171,6 +200,11 @@ impl Drop for DeviceMemory {
     }
 }
 
+/// What may be planned of the machine's memory.
+fn without_reserve(memory: Memory) -> Memory {
+    Memory { available: memory.available.saturating_sub(RESERVE), ..memory }
+}
+
 fn properties(driver: Driver, handle: sys::CUdevice) -> Result<Properties> {
     let attribute = |attribute: Attribute| {
         let mut value = 0;
@@ -200,4 +234,16 @@ fn properties(driver: Driver, handle: sys::CUdevice) -> Result<Properties> {
         l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.into(),
         is_integrated: attribute(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserve_is_left_to_the_system() {
+        let machine = |available| Memory { total: 120 << 30, available, is_shared: true };
+        assert_eq!(without_reserve(machine(100 << 30)), machine(94 << 30));
+        assert_eq!(without_reserve(machine(5 << 30)), machine(0));
+    }
 }

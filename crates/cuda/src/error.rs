@@ -162,8 +162,8 @@ pub enum Error {
         /// Bytes.
         bytes: u64,
     },
-    /// Scratch memory was to be reused while something still uses it; a defect of this program.
-    #[error("scratch memory is reset while {count} pieces of it are in use")]
+    /// Something is kept in a memory pool that must be empty; a defect of this program.
+    #[error("{count} pieces of a memory pool are still in use where none may be")]
     InUse {
         /// How many.
         count: usize,

@@ -144,6 +144,21 @@ impl<P: Params> Kernel<P> {
     /// Every address in `params` must point to memory of the stream's device with the size, alignment and type that the
     /// kernel expects for these parameters, valid until the kernel has run.
     pub(crate) unsafe fn launch(&self, stream: &Stream, launch: Launch, params: &P) -> Result<()> {
+        let overlaps = self.module.device.arch().has_dependent_launch();
+        // SAFETY: the caller's promise is that of this function.
+        unsafe { self.launch_as(stream, launch, params, overlaps) }
+    }
+
+    /// [`Self::launch`] that starts when its predecessor has ended, to measure what the overlap saves.
+    ///
+    /// # Safety
+    /// As for [`Self::launch`].
+    pub(crate) unsafe fn launch_in_order(&self, stream: &Stream, launch: Launch, params: &P) -> Result<()> {
+        // SAFETY: the caller's promise is that of this function.
+        unsafe { self.launch_as(stream, launch, params, false) }
+    }
+
+    unsafe fn launch_as(&self, stream: &Stream, launch: Launch, params: &P, overlaps: bool) -> Result<()> {
         if launch.num_threads > self.max_threads || launch.shared_bytes > self.max_shared_bytes {
             let expected = format!("at most {} threads, {} bytes", self.max_threads, self.max_shared_bytes);
             return Err(Error::shape(P::NAME, expected, launch));
@@ -169,7 +184,7 @@ impl<P: Params> Kernel<P> {
             sharedMemBytes: launch.shared_bytes,
             hStream: stream.handle(),
             attrs: &raw mut overlap,
-            numAttrs: self.module.device.arch().has_dependent_launch().into(),
+            numAttrs: overlaps.into(),
         };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: stream, function and module live; the driver reads the one parameter, of the size that the kernel was

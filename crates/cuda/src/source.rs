@@ -3,7 +3,13 @@
 
 use std::fmt::Write as _;
 
-use crate::kernels::{EmbedParams, LinearParams, MoeParams, NormParams, SwigluParams};
+use crate::kernels::{
+    AdmitParams, ElementsParams, GatherParams, LayerNormParams, PatchesParams, PositionParams, SampleParams,
+};
+use crate::kernels::{
+    AttentionParams, EmbedParams, GemmAddParams, GemmParams, LinearParams, MoeAddParams, MoeParams,
+    MoeSortParams, NormParams, ProbeParams, RepackParams, RouterParams, SwigluParams, VisionAttentionParams,
+};
 use crate::launch::Params;
 use crate::{Error, Result};
 
@@ -22,32 +28,84 @@ const fn size<P: Params>() -> (&'static str, usize) {
 
 /// All modules, by name.
 pub const MODULES: &[ModuleSource] = &[
+    ModuleSource { name: "attention_decode", params: &[size::<AttentionParams>()] },
+    ModuleSource { name: "attention_prefill", params: &[size::<AttentionParams>()] },
     ModuleSource { name: "embed", params: &[size::<EmbedParams>()] },
+    ModuleSource { name: "gemm_add", params: &[size::<GemmAddParams>()] },
+    ModuleSource { name: "gemm_bf16", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_fp8", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_int4", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_nvfp4", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "linear_bf16", params: &[size::<LinearParams>()] },
+    ModuleSource { name: "linear_fp8", params: &[size::<LinearParams>()] },
     ModuleSource { name: "linear_int4", params: &[size::<LinearParams>()] },
     ModuleSource { name: "linear_nvfp4", params: &[size::<LinearParams>()] },
     ModuleSource { name: "moe", params: &[size::<MoeParams>()] },
+    ModuleSource { name: "moe_bf16", params: &[size::<MoeParams>()] },
+    ModuleSource { name: "moe_fp8", params: &[size::<MoeParams>()] },
+    ModuleSource { name: "moe_gemm", params: &[size::<MoeSortParams>(), size::<MoeAddParams>()] },
     ModuleSource { name: "moe_int4", params: &[size::<MoeParams>()] },
     ModuleSource { name: "moe_nvfp4", params: &[size::<MoeParams>()] },
-    ModuleSource { name: "norm", params: &[size::<NormParams>()] },
+    ModuleSource { name: "norm", params: &[size::<NormParams>(), size::<LayerNormParams>()] },
+    ModuleSource { name: "probe", params: &[size::<ProbeParams>()] },
+    ModuleSource { name: "repack", params: &[size::<RepackParams>()] },
+    ModuleSource { name: "router", params: &[size::<RouterParams>()] },
+    ModuleSource { name: "rows", params: &[size::<GatherParams>(), size::<ElementsParams>()] },
+    ModuleSource { name: "sample", params: &[size::<SampleParams>()] },
+    ModuleSource { name: "sample_admit", params: &[size::<SampleParams>(), size::<AdmitParams>()] },
     ModuleSource { name: "swiglu", params: &[size::<SwigluParams>()] },
+    ModuleSource { name: "vision", params: &[size::<PatchesParams>(), size::<PositionParams>()] },
+    ModuleSource { name: "vision_attention", params: &[size::<VisionAttentionParams>()] },
 ];
 
 /// The files of `kernels/`, by name.
 const FILES: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
+    ("attention_copy.cuh", include_str!("../../../kernels/attention_copy.cuh")),
+    ("attention_decode.cu", include_str!("../../../kernels/attention_decode.cu")),
+    ("attention_prefill.cu", include_str!("../../../kernels/attention_prefill.cu")),
+    ("attention_tile.cuh", include_str!("../../../kernels/attention_tile.cuh")),
+    ("bf16.cuh", include_str!("../../../kernels/bf16.cuh")),
     ("decode_linear.cuh", include_str!("../../../kernels/decode_linear.cuh")),
     ("embed.cu", include_str!("../../../kernels/embed.cu")),
+    ("fp8.cuh", include_str!("../../../kernels/fp8.cuh")),
+    ("gemm.cuh", include_str!("../../../kernels/gemm.cuh")),
+    ("gemm_add.cu", include_str!("../../../kernels/gemm_add.cu")),
+    ("gemm_bf16.cu", include_str!("../../../kernels/gemm_bf16.cu")),
+    ("gemm_fp8.cu", include_str!("../../../kernels/gemm_fp8.cu")),
+    ("gemm_int4.cu", include_str!("../../../kernels/gemm_int4.cu")),
+    ("gemm_nvfp4.cu", include_str!("../../../kernels/gemm_nvfp4.cu")),
+    ("gemm_stage.cuh", include_str!("../../../kernels/gemm_stage.cuh")),
+    ("gemm_store.cuh", include_str!("../../../kernels/gemm_store.cuh")),
     ("int4.cuh", include_str!("../../../kernels/int4.cuh")),
     ("linear.cuh", include_str!("../../../kernels/linear.cuh")),
+    ("linear_bf16.cu", include_str!("../../../kernels/linear_bf16.cu")),
+    ("linear_fp8.cu", include_str!("../../../kernels/linear_fp8.cu")),
     ("linear_int4.cu", include_str!("../../../kernels/linear_int4.cu")),
     ("linear_nvfp4.cu", include_str!("../../../kernels/linear_nvfp4.cu")),
     ("moe.cu", include_str!("../../../kernels/moe.cu")),
     ("moe.cuh", include_str!("../../../kernels/moe.cuh")),
+    ("moe_bf16.cu", include_str!("../../../kernels/moe_bf16.cu")),
+    ("moe_fp8.cu", include_str!("../../../kernels/moe_fp8.cu")),
+    ("moe_gemm.cu", include_str!("../../../kernels/moe_gemm.cu")),
     ("moe_int4.cu", include_str!("../../../kernels/moe_int4.cu")),
     ("moe_nvfp4.cu", include_str!("../../../kernels/moe_nvfp4.cu")),
     ("norm.cu", include_str!("../../../kernels/norm.cu")),
     ("nvfp4.cuh", include_str!("../../../kernels/nvfp4.cuh")),
+    ("pairs.cuh", include_str!("../../../kernels/pairs.cuh")),
     ("prelude.cuh", include_str!("../../../kernels/prelude.cuh")),
+    ("probe.cu", include_str!("../../../kernels/probe.cu")),
+    ("repack.cu", include_str!("../../../kernels/repack.cu")),
+    ("rope.cuh", include_str!("../../../kernels/rope.cuh")),
+    ("router.cu", include_str!("../../../kernels/router.cu")),
+    ("rows.cu", include_str!("../../../kernels/rows.cu")),
+    ("sample.cu", include_str!("../../../kernels/sample.cu")),
+    ("sample.cuh", include_str!("../../../kernels/sample.cuh")),
+    ("sample_admit.cu", include_str!("../../../kernels/sample_admit.cu")),
+    ("sample_slow.cuh", include_str!("../../../kernels/sample_slow.cuh")),
     ("swiglu.cu", include_str!("../../../kernels/swiglu.cu")),
+    ("vision.cu", include_str!("../../../kernels/vision.cu")),
+    ("vision_attention.cu", include_str!("../../../kernels/vision_attention.cu")),
 ];
 
 impl ModuleSource {

@@ -2,19 +2,26 @@
 
 use std::cell::RefCell;
 use std::sync::Arc as Shared;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 
 use crate::device::DeviceMemory;
 use crate::driver::check;
 use crate::launch::Module;
-use crate::{Device, DeviceSlice, Element, Error, Result};
+use crate::sm_group::SmGroup;
+use crate::{Device, DeviceSlice, Element, Error, HostBuffer, Result};
+
+/// How long [`Event::wait`] looks before it sleeps.
+const SPIN: Duration = Duration::from_micros(50);
 
 /// A queue of work; what is put in runs in order.
 #[derive(Debug)]
 pub struct Stream {
     device: Device,
     handle: sys::CUstream,
+    /// Where its kernels run; `None`: anywhere.
+    sm_group: Option<SmGroup>,
     /// While work is recorded: what the graph will need.
     recording: RefCell<Option<Kept>>,
 }
@@ -34,7 +41,23 @@ impl Stream {
         // SAFETY: the context is current; the pointer is valid; `Drop` destroys it.
         let status = unsafe { sys::cuStreamCreateWithPriority(&raw mut handle, flags, 0) };
         check("cuStreamCreateWithPriority", status)?;
-        Ok(Self { device: device.clone(), handle, recording: RefCell::new(None) })
+        Ok(Self { device: device.clone(), handle, sm_group: None, recording: RefCell::new(None) })
+    }
+
+    /// A stream whose kernels run on `num_sms` multiprocessors of the device only, to measure what a smaller one would do.
+    ///
+    /// # Errors
+    /// [`Error::LibraryTooOld`] for a driver that cannot; [`Error::Shape`] for a number that the device cannot give;
+    /// [`Error::Driver`].
+    pub fn on_sms(device: &Device, num_sms: u32) -> Result<Self> {
+        let group = SmGroup::new(device, num_sms)?;
+        let handle = group.create_stream()?;
+        Ok(Self { device: device.clone(), handle, sm_group: Some(group), recording: RefCell::new(None) })
+    }
+
+    /// Multiprocessors that its kernels run on: what grids are sized by.
+    pub fn num_sms(&self) -> u32 {
+        self.sm_group.as_ref().map_or(self.device.properties().num_sms, SmGroup::num_sms)
     }
 
     /// Its device.
@@ -133,6 +156,48 @@ impl Stream {
         Ok(values)
     }
 
+    /// Fills `target` from byte `offset` of `source`, without waiting.
+    ///
+    /// # Safety
+    /// The bytes of `source` must not be changed or freed before the copy is over.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the buffer ends before, for memory of another device, while work is recorded; [`Error::Driver`].
+    pub unsafe fn upload_from(&self, target: &DeviceSlice, source: &HostBuffer, offset: usize) -> Result<()> {
+        let num_bytes = target.num_bytes() as usize;
+        source.holds("upload", &self.device, offset, num_bytes)?;
+        self.uses("upload", &[target])?;
+        self.not_recording("upload")?;
+        self.device.bind()?;
+        // SAFETY: both hold `num_bytes` from there on; the source stays as it is (the caller's promise).
+        let status = unsafe {
+            let source = source.pointer().add(offset);
+            sys::cuMemcpyHtoDAsync_v2(target.address(), source.cast(), num_bytes, self.handle)
+        };
+        check("cuMemcpyHtoDAsync", status)
+    }
+
+    /// Copies all of `source` to byte `offset` of `target`, without waiting.
+    ///
+    /// # Safety
+    /// The bytes of `target` must not be read, changed or freed before the copy is over.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the buffer ends before, for memory of another device, while work is recorded; [`Error::Driver`].
+    pub unsafe fn download_to(&self, target: &HostBuffer, offset: usize, source: &DeviceSlice) -> Result<()> {
+        let num_bytes = source.num_bytes() as usize;
+        target.holds("download", &self.device, offset, num_bytes)?;
+        self.uses("download", &[source])?;
+        self.not_recording("download")?;
+        self.device.bind()?;
+        // SAFETY: both hold `num_bytes` from there on; nobody uses the target meanwhile (the caller's promise).
+        let status = unsafe {
+            let target = target.pointer().add(offset);
+            sys::cuMemcpyDtoHAsync_v2(target.cast(), source.address(), num_bytes, self.handle)
+        };
+        check("cuMemcpyDtoHAsync", status)
+    }
+
     /// Copies all of `source` to the start of `target`.
     ///
     /// # Errors
@@ -162,12 +227,15 @@ impl Stream {
     }
 
     /// Records what `work` puts into this stream instead of running it. The graph keeps the memory and the kernels that the
-    /// work uses. What is in the memory is the caller's business: scratch memory may be reused while a graph refers to it.
+    /// work uses. What is in the memory is the caller's business: a pool may give it out again while a graph refers to it.
     ///
     /// # Errors
     /// What `work` returns; [`Error::Driver`], also for work that cannot be recorded, such as waiting for the stream;
     /// [`Error::Shape`] inside another recording.
-    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    pub fn record<E: From<Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Graph, E> {
         self.not_recording("record")?;
         self.device.bind()?;
         // Only this thread's calls are watched, so that other threads may load weights meanwhile.
@@ -182,8 +250,8 @@ impl Stream {
         let status = unsafe { sys::cuStreamEndCapture(self.handle, &raw mut graph) };
         let kept = self.recording.take().unwrap_or_default();
         let recorded = result
-            .and_then(|()| check("cuStreamEndCapture", status))
-            .and_then(|()| Graph::new(&self.device, graph, kept));
+            .and_then(|()| Ok(check("cuStreamEndCapture", status)?))
+            .and_then(|()| Ok(Graph::new(&self.device, graph, kept)?));
         if !graph.is_null() {
             // SAFETY: the recorded form is ours; the executable form does not need it.
             unsafe { sys::cuGraphDestroy(graph) };
@@ -246,10 +314,23 @@ impl Event {
     /// # Errors
     /// [`Error::Driver`].
     pub fn new(device: &Device) -> Result<Self> {
+        Self::with_flags(device, 0)
+    }
+
+    /// An event without a time, which costs the device less, and at which a waiting thread sleeps.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn without_time(device: &Device) -> Result<Self> {
+        let flags = [sys::CUevent_flags::CU_EVENT_DISABLE_TIMING, sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC];
+        Self::with_flags(device, flags.iter().fold(0, |all, &flag| all | flag as u32))
+    }
+
+    fn with_flags(device: &Device, flags: u32) -> Result<Self> {
         device.bind()?;
         let mut handle = std::ptr::null_mut();
-        // SAFETY: the context is current; the pointer is valid; `Drop` destroys it. Flags 0: with time.
-        check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut handle, 0) })?;
+        // SAFETY: the context is current; the pointer is valid; `Drop` destroys it.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut handle, flags) })?;
         Ok(Self { device: device.clone(), handle })
     }
 
@@ -274,6 +355,35 @@ impl Event {
         self.device.bind()?;
         // SAFETY: the event lives.
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.handle) })
+    }
+
+    /// Whether the mark is reached.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn is_reached(&self) -> Result<bool> {
+        self.device.bind()?;
+        // SAFETY: the event lives.
+        match unsafe { sys::cuEventQuery(self.handle) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => check("cuEventQuery", status).map(|()| true),
+        }
+    }
+
+    /// Waits until the mark is reached: looks for it for a moment, then sleeps. Waking a thread costs tens of microseconds,
+    /// as much as a small model's step leaves to wait for; a long wait would burn the power that the GPU could use.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn wait(&self) -> Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < SPIN {
+            if self.is_reached()? {
+                return Ok(());
+            }
+            std::hint::spin_loop();
+        }
+        self.synchronize()
     }
 
     /// Microseconds from `earlier` to this mark; both must be reached.

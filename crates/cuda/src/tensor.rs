@@ -14,6 +14,8 @@ pub unsafe trait Element: Copy + Default + 'static {}
 // SAFETY: integers and floats take any bytes and have no padding.
 unsafe impl Element for u8 {}
 // SAFETY: as above.
+unsafe impl Element for u64 {}
+// SAFETY: as above.
 unsafe impl Element for u16 {}
 // SAFETY: as above.
 unsafe impl Element for u32 {}

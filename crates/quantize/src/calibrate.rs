@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use spark_backend::{Backend, Dtype, KvDtype, KvSpec, SlotParams, StateSpec, StepInputs, VisualRows};
+use spark_backend::{ActivationSpec, Backend, Dtype, KvDtype, KvSpec, SlotParams, StateSpec, StepInputs, VisualRows};
 use spark_cpu::CpuBackend;
 use spark_models::{ModelConfig, Qwen3Vl, RopeIndex};
 use spark_weights::{Checkpoint, LoadOptions, Param, ParamKind, Params};
@@ -132,7 +132,16 @@ impl Calibration<'_> {
             num_blocks: longest.div_ceil(BLOCK),
             dtype: KvDtype::F32,
         };
-        StateSpec { kv, num_slots: 1, max_num_tokens: longest, vocab_size: text.vocab_size }
+        // The CPU backend takes memory for activations as it needs it.
+        StateSpec {
+            kv,
+            num_slots: 1,
+            max_num_tokens: longest,
+            vocab_size: text.vocab_size,
+            max_blocks_per_seq: kv.num_blocks,
+            encoder_cache_bytes: 0,
+            activations: ActivationSpec::default(),
+        }
     }
 
     /// Prefills one prompt.

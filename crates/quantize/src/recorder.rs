@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 
 use spark_backend::{
-    Activation, AttentionSpec, Backend, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, Result,
+    Activation, ActivationSpec, AttentionSpec, Backend, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, Result,
     SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
 };
 use spark_cpu::{CpuBackend, CpuExperts, CpuLinear, CpuTensor, Routing};
@@ -140,6 +140,10 @@ impl Backend for Recorder {
     fn experts_weight(&self, weight: ExpertsWeight) -> Result<Self::Experts> {
         let (name, count) = (self.name_of(first_of(&weight)), weight.experts.len());
         Ok(NamedExperts { inner: self.inner.experts_weight(weight)?, count, name })
+    }
+
+    fn activation_bytes(&self, spec: &ActivationSpec) -> u64 {
+        self.inner.activation_bytes(spec)
     }
 
     fn allocate_state(&mut self, spec: StateSpec) -> Result<()> {
@@ -280,12 +284,16 @@ impl Backend for Recorder {
         self.inner.add(x, y)
     }
 
-    fn reshape(&self, x: CpuTensor, columns: usize) -> Result<CpuTensor> {
+    fn reshape(&self, x: &CpuTensor, columns: usize) -> Result<CpuTensor> {
         self.inner.reshape(x, columns)
     }
 
     fn keep(&self, x: &CpuTensor) -> Result<CpuTensor> {
         self.inner.keep(x)
+    }
+
+    fn keep_rows(&self, x: &CpuTensor, row: usize, rows: usize) -> Result<CpuTensor> {
+        self.inner.keep_rows(x, row, rows)
     }
 
     fn to_host(&self, x: &CpuTensor) -> Result<(Vec<f32>, [usize; 2])> {

@@ -10,20 +10,22 @@ use std::{
         mpsc::{Receiver, Sender, channel},
     },
     thread,
+    time::Instant,
 };
 
 use spark_api::{
     ConstraintError, EngineInfo, EngineStats, FinishReason, Health, Limits, MediaGeometry, TokenId,
 };
-use spark_backend::{Backend, SampledToken, StateSpec};
-use spark_models::Qwen3Vl;
-use spark_scheduler::{Finish, Scheduler, SchedulerConfig, SeqId, SeqUpdate, StepPlan};
+use spark_backend::{Backend, SampledToken};
+use spark_models::{ModelConfig, Qwen3Vl};
+use spark_scheduler::{Finish, Scheduler, SchedulerConfig, SeqId, SeqUpdate, StepId};
 
 use crate::{
     EngineHandle, EngineOptions, MemoryPlan, ModelRunner, Result,
     error::Error,
     handle::{Command, Shared, lock},
     options::MAX_PROMPT_LOGPROB_TOKENS,
+    pipeline::{Order, run_steps},
     runner::{StepResult, StepWork},
     sequence::Sequence,
 };
@@ -48,9 +50,59 @@ pub fn start<B: Backend>(
         what: "asking the system for random bytes",
         source: std::io::Error::other(e),
     })?;
-    let scheduler = Scheduler::new(SchedulerConfig {
+    let scheduler = Scheduler::new(scheduler_config(&config, options, plan, cache_key))?;
+    let state = plan.state(options, vocab_size);
+    let merge_size = config.vision.as_ref().map_or(1, |vision| vision.spatial_merge_size);
+    let info = info(&config, options, plan, vocab_size);
+    let began = Instant::now();
+    let mut runner = ModelRunner::new(backend, model, state)?;
+    let allocated = began.elapsed();
+    runner.prepare()?;
+    let times = (allocated, began.elapsed() - allocated);
+    let shared = Arc::new(Shared {
+        stats: Mutex::new(EngineStats::default()),
+        health: Mutex::new(Health::Ready),
+        num_open: AtomicUsize::new(0),
+    });
+    let (commands, command_queue) = channel();
+    let (eos_token_ids, depth) = (config.eos_token_ids, if options.async_scheduling { 2 } else { 1 });
+    let (orders, order_queue) = channel();
+    let (results, result_queue) = channel();
+    let runner = spawn("spark-runner", move || run_steps(runner, &order_queue, &results))?;
+    let engine = Engine {
+        scheduler,
+        sequences: HashMap::new(),
+        in_flight: VecDeque::new(),
+        num_completed: 0,
+        depth,
+        commands: command_queue,
+        orders,
+        results: result_queue,
+        shared: shared.clone(),
+        eos_token_ids,
+        merge_size,
+        mask_words: vocab_size.div_ceil(32),
+        draining: false,
+    };
+    let thread = spawn("spark-engine", move || {
+        engine.run();
+        // The channel of orders is closed now, so the runner ends after the step it is in. If it has panicked, the engine
+        // has said so.
+        let _ = runner.join();
+    })?;
+    let queue = (options.max_num_seqs, options.max_num_queued_reqs);
+    Ok(EngineHandle::new(commands, shared, info, queue, thread, times))
+}
+
+fn scheduler_config(
+    config: &ModelConfig,
+    options: &EngineOptions,
+    plan: &MemoryPlan,
+    cache_key: [u8; 32],
+) -> SchedulerConfig {
+    SchedulerConfig {
         max_num_seqs: options.max_num_seqs,
-        max_num_batched_tokens: options.max_num_batched_tokens,
+        max_num_batched_tokens: options.batched_tokens(),
         block_size: options.block_size,
         num_blocks: plan.kv.num_blocks,
         max_model_len: plan.max_model_len,
@@ -62,15 +114,11 @@ pub fn start<B: Backend>(
         cache_key,
         max_chunk_tokens: options.long_prefill_token_threshold,
         max_prompt_logprob_tokens: MAX_PROMPT_LOGPROB_TOKENS,
-    })?;
-    let state = StateSpec {
-        kv: plan.kv,
-        num_slots: options.max_num_seqs,
-        max_num_tokens: options.max_num_batched_tokens,
-        vocab_size,
-    };
-    let merge_size = config.vision.as_ref().map_or(1, |vision| vision.spatial_merge_size);
-    let info = EngineInfo {
+    }
+}
+
+fn info(config: &ModelConfig, options: &EngineOptions, plan: &MemoryPlan, vocab_size: usize) -> EngineInfo {
+    EngineInfo {
         architecture: config.model_type.clone(),
         limits: Limits {
             max_model_len: plan.max_model_len,
@@ -89,40 +137,7 @@ pub fn start<B: Backend>(
         },
         num_kv_tokens: plan.kv.num_blocks * plan.kv.block_size,
         block_size: options.block_size,
-    };
-    let runner = ModelRunner::new(backend, model, state)?;
-    let shared = Arc::new(Shared {
-        stats: Mutex::new(EngineStats::default()),
-        health: Mutex::new(Health::Ready),
-        num_open: AtomicUsize::new(0),
-    });
-    let (commands, command_queue) = channel();
-    let (eos_token_ids, depth) = (config.eos_token_ids, if options.async_scheduling { 2 } else { 1 });
-    let (work, work_queue) = channel();
-    let (results, result_queue) = channel();
-    let runner = spawn("spark-runner", move || run_steps(runner, &work_queue, &results))?;
-    let engine = Engine {
-        scheduler,
-        sequences: HashMap::new(),
-        in_flight: VecDeque::new(),
-        depth,
-        commands: command_queue,
-        work,
-        results: result_queue,
-        shared: shared.clone(),
-        eos_token_ids,
-        merge_size,
-        mask_words: vocab_size.div_ceil(32),
-        draining: false,
-    };
-    let thread = spawn("spark-engine", move || {
-        engine.run();
-        // The work channel is closed now, so the runner ends after the step it is in. If it has panicked, the engine
-        // has said so.
-        let _ = runner.join();
-    })?;
-    let queue = (options.max_num_seqs, options.max_num_queued_reqs);
-    Ok(EngineHandle::new(commands, shared, info, queue, thread))
+    }
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
@@ -132,27 +147,16 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::Joi
         .map_err(|source| Error::Io { what: "starting a thread", source })
 }
 
-/// The runner thread: one step after the other, until the engine hangs up.
-fn run_steps<B: Backend>(
-    mut runner: ModelRunner<B>,
-    work: &Receiver<StepWork>,
-    results: &Sender<spark_backend::Result<StepResult>>,
-) {
-    while let Ok(step) = work.recv() {
-        if results.send(runner.run(step)).is_err() {
-            break;
-        }
-    }
-}
-
 struct Engine {
     scheduler: Scheduler,
     sequences: HashMap<SeqId, Sequence>,
-    in_flight: VecDeque<StepPlan>,
+    in_flight: VecDeque<StepId>,
+    /// Steps whose results were passed on.
+    num_completed: u64,
     /// Steps that may be in flight at once: 2 when scheduling is asynchronous.
     depth: usize,
     commands: Receiver<Command>,
-    work: Sender<StepWork>,
+    orders: Sender<Order<StepWork>>,
     results: Receiver<spark_backend::Result<StepResult>>,
     shared: Arc<Shared>,
     eos_token_ids: Vec<TokenId>,
@@ -243,22 +247,23 @@ impl Engine {
             self.scheduler.cancel(id);
             self.remove(id, FinishReason::ConstraintFailed(error));
         }
-        let work = StepWork { plan: plan.clone(), admissions, masks };
-        self.in_flight.push_back(plan);
+        self.in_flight.push_back(plan.id);
         // A runner that is gone shows in `complete`, where its last words are.
-        let _ = self.work.send(work);
+        let _ = self.orders.send(Order::Launch(StepWork { plan, admissions, masks }));
         true
     }
 
     /// Waits for the oldest step in flight and passes its results on. `Err` says how the engine has failed.
     fn complete(&mut self) -> std::result::Result<(), String> {
-        let Some(plan) = self.in_flight.pop_front() else { return Ok(()) };
+        let Some(step) = self.in_flight.pop_front() else { return Ok(()) };
+        self.num_completed += 1;
+        let _ = self.orders.send(Order::Await(self.num_completed));
         let result = match self.results.recv() {
             Ok(Ok(result)) => result,
             Ok(Err(error)) => return Err(error.to_string()),
             Err(_) => return Err("the runner thread has panicked".into()),
         };
-        debug_assert_eq!(result.id, plan.id, "steps complete in the order of their plans");
+        debug_assert_eq!(result.id, step, "steps complete in the order of their plans");
         for (id, index, token, top) in &result.prompt_logprobs {
             if let Some(sequence) = self.sequences.get_mut(id) {
                 sequence.keep_prompt_logprobs(*index, *token, top);
@@ -266,7 +271,7 @@ impl Engine {
         }
         let sampled: HashMap<SeqId, SampledToken> = result.sampled.into_iter().collect();
         let tokens: Vec<_> = sampled.iter().map(|(id, sampled)| (*id, vec![sampled.token])).collect();
-        for update in self.scheduler.complete(plan.id, &tokens) {
+        for update in self.scheduler.complete(step, &tokens) {
             self.update(&update, sampled.get(&update.seq));
         }
         Ok(())

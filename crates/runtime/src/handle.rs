@@ -7,7 +7,7 @@ use std::{
         mpsc::Sender,
     },
     thread::JoinHandle,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use spark_api::{Engine, EngineInfo, EngineStats, Event, EventStream, Health, Request, SubmitError};
@@ -47,6 +47,7 @@ struct Inner {
     max_open: usize,
     max_num_seqs: usize,
     thread: Mutex<Option<JoinHandle<()>>>,
+    start_times: (Duration, Duration),
 }
 
 impl EngineHandle {
@@ -56,10 +57,17 @@ impl EngineHandle {
         info: EngineInfo,
         (max_num_seqs, max_num_queued_reqs): (usize, Option<usize>),
         thread: JoinHandle<()>,
+        start_times: (Duration, Duration),
     ) -> Self {
         let max_open = max_num_queued_reqs.map_or(usize::MAX, |n| n.saturating_add(max_num_seqs));
         let thread = Mutex::new(Some(thread));
-        Self { inner: Arc::new(Inner { commands, shared, info, max_open, max_num_seqs, thread }) }
+        let inner = Inner { commands, shared, info, max_open, max_num_seqs, thread, start_times };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// How long the backend took to allocate its state, and to get ready for steps.
+    pub fn start_times(&self) -> (Duration, Duration) {
+        self.inner.start_times
     }
 
     /// Takes no new requests and lets the running ones finish. Returns at once; see [`EngineHandle::join`].

@@ -1,53 +1,9 @@
 //! Where the memory goes: computed before anything runs, never probed. Knows bytes, not tensors.
 
-use std::{fs, io};
-
-use spark_backend::{Dtype, KvDtype, KvSpec};
+use spark_backend::{ActivationSpec, Dtype, KvDtype, KvSpec, Memory, StateSpec};
 use spark_models::ModelConfig;
 
 use crate::{EngineOptions, Error, Result, options::MAX_PROMPT_LOGPROB_TOKENS};
-
-/// The machine's memory. On a DGX Spark the GPU shares it.
-#[derive(Debug, Clone, Copy)]
-pub struct HostMemory {
-    /// All of it, in bytes.
-    pub total: u64,
-    /// What programs can still take without swapping, in bytes.
-    pub available: u64,
-}
-
-impl HostMemory {
-    /// Reads `/proc/meminfo`; where `/proc` is not mounted it asks the kernel, whose count of free memory leaves out the
-    /// page cache and so is on the low side.
-    ///
-    /// # Errors
-    /// `/proc/meminfo` cannot be read, or has no such lines.
-    pub fn read() -> Result<Self> {
-        let text = match fs::read_to_string("/proc/meminfo") {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let info = rustix::system::sysinfo();
-                let unit = u64::from(info.mem_unit.max(1));
-                // The kernel's fields are as wide as a machine word.
-                return Ok(Self {
-                    total: info.totalram as u64 * unit,
-                    available: info.freeram as u64 * unit,
-                });
-            }
-            Err(source) => return Err(Error::Io { what: "reading /proc/meminfo", source }),
-        };
-        let field = |name: &str| parse_meminfo(&text, name);
-        match (field("MemTotal"), field("MemAvailable")) {
-            (Some(total), Some(available)) => Ok(Self { total, available }),
-            _ => Err(Error::option("/proc/meminfo", "has no MemTotal or MemAvailable line")),
-        }
-    }
-}
-
-fn parse_meminfo(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find(|line| line.split(':').next() == Some(name))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
-}
 
 /// What a running engine holds besides weights, in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -58,12 +14,45 @@ pub struct MemoryPlan {
     pub max_model_len: usize,
     /// Encoder cache when full.
     pub encoder_cache_bytes: u64,
-    /// Activations of the largest step.
+    /// Sizes of the largest step and the largest medium.
+    pub activations: ActivationSpec,
+    /// What the backend sets aside for them.
     pub activation_bytes: u64,
 }
 
+/// The memory of a device at two times: what is between them, the engine's weights have taken.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryUse {
+    /// Before any weight was loaded.
+    pub before: Memory,
+    /// With the weights in place.
+    pub now: Memory,
+}
+
+impl MemoryUse {
+    /// What the engine may still take when its share of all memory is `utilization`, as with vLLM's
+    /// `--gpu-memory-utilization`. On a device with memory of its own the share is this engine's alone, so that two may
+    /// live side by side; where the whole machine lives in it, what others use counts too: nothing else keeps it from
+    /// running full.
+    fn room(&self, utilization: f64) -> u64 {
+        let allowed = (self.now.total as f64 * utilization) as u64;
+        let used = if self.now.is_shared {
+            self.now.total.saturating_sub(self.now.available)
+        } else {
+            self.before.available.saturating_sub(self.now.available)
+        };
+        allowed.saturating_sub(used).min(self.now.available)
+    }
+
+    /// What the weights took.
+    fn weights(&self) -> u64 {
+        self.before.available.saturating_sub(self.now.available)
+    }
+}
+
 impl MemoryPlan {
-    /// Divides `memory` (as it is once the weights are in place).
+    /// Divides what `memory` leaves: activations and encoder cache first, the KV pool takes the rest. `activation_bytes` is
+    /// the backend's ([`Backend::activation_bytes`](spark_backend::Backend::activation_bytes)).
     ///
     /// # Errors
     /// Says which option asks for more than there is.
@@ -71,7 +60,8 @@ impl MemoryPlan {
         model: &ModelConfig,
         options: &EngineOptions,
         compute: Dtype,
-        memory: HostMemory,
+        memory: MemoryUse,
+        activation_bytes: impl Fn(&ActivationSpec) -> u64,
     ) -> Result<Self> {
         options.check(model)?;
         let dtype = options.kv_cache_dtype.resolve(compute);
@@ -80,18 +70,16 @@ impl MemoryPlan {
             Some(_) => options.encoder_cache_tokens as u64 * encoder_bytes_per_token(model, compute),
             None => 0,
         };
-        let activation_bytes = activation_bytes(model, options, compute);
+        let activations = activations(model, options);
+        let activation_bytes = activation_bytes(&activations);
+        let fixed = encoder_cache_bytes + activation_bytes;
         let budget = match options.kv_cache_memory_bytes {
-            Some(bytes) if bytes <= memory.available => bytes,
+            Some(bytes) if bytes <= memory.now.available => bytes,
             Some(bytes) => {
-                let problem = format!("{bytes} bytes are asked for, {} are available", memory.available);
+                let problem = format!("{bytes} bytes are asked for, {} are available", memory.now.available);
                 return Err(Error::option("--kv-cache-memory-bytes", problem));
             }
-            None => {
-                let used = memory.total - memory.available.min(memory.total);
-                let allowed = (memory.total as f64 * options.gpu_memory_utilization) as u64;
-                allowed.saturating_sub(used).saturating_sub(encoder_cache_bytes + activation_bytes)
-            }
+            None => memory.room(options.gpu_memory_utilization).saturating_sub(fixed),
         };
         let block_bytes = kv.bytes_per_token() as u64 * kv.block_size as u64;
         let affordable = (budget / block_bytes) as usize;
@@ -102,18 +90,39 @@ impl MemoryPlan {
         kv.num_blocks = kv.num_blocks.min(u32::MAX as usize);
         let capacity = kv.num_blocks * kv.block_size;
         let max_model_len = longest.min(capacity);
+        let plan = Self { kv, max_model_len, encoder_cache_bytes, activations, activation_bytes };
         if max_model_len < 2 || options.max_model_len.is_some_and(|len| len > capacity) {
-            return Err(Error::option(
-                "--max-model-len",
-                format!(
-                    "a sequence of {longest} tokens needs {} bytes of KV cache, {budget} are available: lower \
-                     --max-model-len, use --kv-cache-dtype fp8, or raise --gpu-memory-utilization or \
-                     --kv-cache-memory-bytes",
-                    kv.bytes_per_token() as u64 * longest as u64
-                ),
-            ));
+            return Err(Error::option("--max-model-len", plan.problem(longest, budget, memory)));
         }
-        Ok(Self { kv, max_model_len, encoder_cache_bytes, activation_bytes })
+        Ok(plan)
+    }
+
+    /// What a backend allocates for it. `vocab_size` is the number of real tokens.
+    pub fn state(&self, options: &EngineOptions, vocab_size: usize) -> StateSpec {
+        StateSpec {
+            kv: self.kv,
+            num_slots: options.max_num_seqs,
+            max_num_tokens: options.batched_tokens(),
+            vocab_size,
+            max_blocks_per_seq: self.max_model_len.div_ceil(options.block_size),
+            encoder_cache_bytes: self.encoder_cache_bytes,
+            activations: self.activations,
+        }
+    }
+
+    /// Why a sequence of `longest` tokens does not fit, with all numbers.
+    fn problem(&self, longest: usize, budget: u64, memory: MemoryUse) -> String {
+        let (total, available) = (memory.now.total, memory.now.available);
+        format!(
+            "a sequence of {longest} tokens needs {} bytes of KV cache, {budget} are left for it: of {total} bytes of \
+             memory {available} are free beside the weights (which took {}), activations need {} and the encoder cache \
+             {}; lower --max-model-len, --max-num-batched-tokens or --encoder-cache-tokens, use --kv-cache-dtype fp8, or \
+             raise --gpu-memory-utilization or --kv-cache-memory-bytes",
+            self.kv.bytes_per_token() as u64 * longest as u64,
+            memory.weights(),
+            self.activation_bytes,
+            self.encoder_cache_bytes,
+        )
     }
 }
 
@@ -133,19 +142,33 @@ fn encoder_bytes_per_token(model: &ModelConfig, compute: Dtype) -> u64 {
     ((1 + model.num_deepstack()) * model.text.hidden_size * compute.size()) as u64
 }
 
-/// An upper bound: the widest tensors of a layer alive together, the logits, and the encoder's widest pair.
-fn activation_bytes(model: &ModelConfig, options: &EngineOptions, compute: Dtype) -> u64 {
+/// The largest step that the scheduler may plan, the largest medium that it may have encoded.
+fn activations(model: &ModelConfig, options: &EngineOptions) -> ActivationSpec {
     let text = &model.text;
-    let qkv = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim;
-    let inner = text.moe.as_ref().map_or(0, |m| m.num_experts_per_tok * m.moe_intermediate_size);
-    let widest = qkv.max(2 * inner.max(text.intermediate_size));
-    let step = options.max_num_batched_tokens * (4 * text.hidden_size + 2 * widest) * compute.size();
-    let logits = (options.max_num_seqs + MAX_PROMPT_LOGPROB_TOKENS) * text.vocab_size * 4;
-    let encoder = model.vision.as_ref().map_or(0, |v| {
-        let patches = options.encoder_cache_tokens * v.spatial_merge_size * v.spatial_merge_size;
-        patches * (3 * v.hidden_size + v.intermediate_size) * compute.size()
-    });
-    (step + logits + encoder) as u64
+    let has_dense_layers = (0..text.num_hidden_layers).any(|layer| text.moe_at(layer).is_none());
+    let moe = text.moe.as_ref();
+    let vision = model.vision.as_ref();
+    let merge = vision.map_or(0, |v| v.spatial_merge_size * v.spatial_merge_size);
+    ActivationSpec {
+        num_slots: options.max_num_seqs,
+        num_tokens: options.batched_tokens(),
+        num_logit_rows: options.max_num_seqs + MAX_PROMPT_LOGPROB_TOKENS,
+        vocab_rows: text.vocab_size,
+        hidden_size: text.hidden_size,
+        num_heads: text.num_attention_heads,
+        num_kv_heads: text.num_key_value_heads,
+        head_dim: text.head_dim,
+        intermediate_size: if has_dense_layers { text.intermediate_size } else { 0 },
+        num_experts: moe.map_or(0, |m| m.num_experts),
+        top_k: moe.map_or(0, |m| m.num_experts_per_tok),
+        moe_intermediate_size: moe.map_or(0, |m| m.moe_intermediate_size),
+        num_patches: options.encoder_cache_tokens * merge,
+        patch_size: vision.map_or(0, |v| 3 * v.temporal_patch_size * v.patch_size * v.patch_size),
+        vision_hidden_size: vision.map_or(0, |v| v.hidden_size),
+        vision_head_dim: vision.map_or(0, |v| v.hidden_size / v.num_heads.max(1)),
+        vision_intermediate_size: vision.map_or(0, |v| v.intermediate_size),
+        patches_per_token: merge,
+    }
 }
 
 #[cfg(test)]
@@ -160,30 +183,63 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
-    #[test]
-    fn meminfo_lines_are_found_by_their_whole_name() {
-        let text = "MemTotal:       100 kB\nMemAvailable:    50 kB\nMemTotalX: 7 kB\n";
-        assert_eq!(parse_meminfo(text, "MemTotal"), Some(102_400));
-        assert_eq!(parse_meminfo(text, "MemFree"), None);
+    fn bf16(spec: &ActivationSpec) -> u64 {
+        spec.num_bytes(2)
+    }
+
+    /// A machine on which nothing runs that has no share of `available`.
+    fn machine(total: u64, available: u64) -> MemoryUse {
+        let now = Memory { total, available, is_shared: true };
+        MemoryUse { before: now, now }
     }
 
     #[test]
     fn the_pool_is_no_larger_than_useful_and_no_larger_than_memory() {
-        let memory = HostMemory { total: 128 * GIB, available: 100 * GIB };
         let options = EngineOptions { max_model_len: Some(4096), ..EngineOptions::default() };
-        let plan = MemoryPlan::new(&model(), &options, Dtype::Bf16, memory).unwrap();
+        let plan =
+            MemoryPlan::new(&model(), &options, Dtype::Bf16, machine(128 * GIB, 100 * GIB), bf16).unwrap();
         assert_eq!(plan.kv.num_blocks, 64 * 128, "64 sequences of 4096 tokens");
         assert_eq!(plan.kv.bytes_per_token(), 2 * 48 * 4 * 128 * 2);
-        let small = HostMemory { total: 128 * GIB, available: 20 * GIB };
-        let tight = MemoryPlan::new(&model(), &options, Dtype::Bf16, small).unwrap();
+        let tight =
+            MemoryPlan::new(&model(), &options, Dtype::Bf16, machine(128 * GIB, 20 * GIB), bf16).unwrap();
         assert!(tight.kv.num_bytes() < 8 * GIB);
     }
 
     #[test]
+    fn a_share_is_of_all_memory_and_leaves_out_other_engines_of_a_gpu() {
+        let gpu = |available| Memory { total: 80 * GIB, available, is_shared: false };
+        // Another engine holds 40 GiB; this one has loaded 16.
+        let two = MemoryUse { before: gpu(40 * GIB), now: gpu(24 * GIB) };
+        assert_eq!(two.room(0.5), 24 * GIB, "its own half without its weights");
+        assert_eq!(two.room(0.25), 4 * GIB);
+        assert_eq!(two.room(0.9), 24 * GIB, "never more than there is");
+        assert_eq!(two.room(0.1), 0);
+        let shared = |available| Memory { total: 128 * GIB, available, is_shared: true };
+        let machine = MemoryUse { before: shared(100 * GIB), now: shared(84 * GIB) };
+        assert_eq!(machine.room(0.5), 20 * GIB, "what others use counts");
+    }
+
+    #[test]
+    fn the_rest_of_a_gpu_is_for_the_cache() {
+        let options = EngineOptions { max_num_seqs: 128, ..EngineOptions::default() };
+        let gpu = |available| Memory { total: 80 * GIB, available, is_shared: false };
+        let memory = MemoryUse { before: gpu(79 * GIB), now: gpu(61 * GIB) };
+        let plan = MemoryPlan::new(&model(), &options, Dtype::Bf16, memory, bf16).unwrap();
+        let whole = plan.kv.num_bytes() + plan.activation_bytes + plan.encoder_cache_bytes;
+        let block = plan.kv.bytes_per_token() as u64 * 32;
+        assert!(
+            whole <= 54 * GIB && whole + block > 54 * GIB,
+            "0.9 of 80 GiB less 18 for the weights: {plan:?}"
+        );
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_by_name() {
-        let memory = HostMemory { total: 16 * GIB, available: GIB };
         let options = EngineOptions { max_model_len: Some(262_144), ..EngineOptions::default() };
-        let error = MemoryPlan::new(&model(), &options, Dtype::Bf16, memory).unwrap_err().to_string();
+        let error = MemoryPlan::new(&model(), &options, Dtype::Bf16, machine(16 * GIB, GIB), bf16)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("--max-model-len") && error.contains("262144"), "{error}");
+        assert!(error.contains(&GIB.to_string()) && error.contains(&(16 * GIB).to_string()), "{error}");
     }
 }

@@ -9,6 +9,9 @@ use crate::{Error, Result};
 /// Most prompt tokens in a step whose logits are computed: at a vocabulary of 152k each takes 0.6 MB.
 pub(crate) const MAX_PROMPT_LOGPROB_TOKENS: usize = 128;
 
+/// Most tokens in a step unless said, for a device of which nothing is known.
+pub const DEFAULT_BATCHED_TOKENS: usize = 2048;
+
 /// Sizes and policies of one engine.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
@@ -16,8 +19,8 @@ pub struct EngineOptions {
     pub max_model_len: Option<usize>,
     /// Most sequences that run at once.
     pub max_num_seqs: usize,
-    /// Most tokens in a step.
-    pub max_num_batched_tokens: usize,
+    /// Most tokens in a step; `None`: what suits the device.
+    pub max_num_batched_tokens: Option<usize>,
     /// Most prefill tokens of one sequence in a step; `None` leaves the step's budget.
     pub long_prefill_token_threshold: Option<usize>,
     /// Most requests that may wait; `None` is unbounded.
@@ -53,7 +56,7 @@ impl Default for EngineOptions {
         Self {
             max_model_len: None,
             max_num_seqs: 64,
-            max_num_batched_tokens: 2048,
+            max_num_batched_tokens: None,
             long_prefill_token_threshold: None,
             max_num_queued_reqs: None,
             enable_prefix_caching: true,
@@ -99,6 +102,11 @@ impl KvCacheDtype {
 const MAX_SIZE: usize = 1 << 24;
 
 impl EngineOptions {
+    /// Most tokens in a step: as set, or [`DEFAULT_BATCHED_TOKENS`] and a token for every sequence.
+    pub fn batched_tokens(&self) -> usize {
+        self.max_num_batched_tokens.unwrap_or(DEFAULT_BATCHED_TOKENS.max(self.max_num_seqs))
+    }
+
     /// Checks what does not depend on memory: cheap, so that it can be done before anything is loaded.
     ///
     /// # Errors
@@ -106,7 +114,7 @@ impl EngineOptions {
     pub fn check(&self, model: &ModelConfig) -> Result<()> {
         let sizes = [
             ("--max-num-seqs", self.max_num_seqs),
-            ("--max-num-batched-tokens", self.max_num_batched_tokens),
+            ("--max-num-batched-tokens", self.batched_tokens()),
             ("--long-prefill-token-threshold", self.long_prefill_token_threshold.unwrap_or(1)),
             ("--encoder-cache-tokens", self.encoder_cache_tokens),
             ("--max-encoder-tokens-per-step", self.max_encoder_tokens_per_step),
@@ -115,8 +123,8 @@ impl EngineOptions {
         if let Some((option, size)) = sizes.into_iter().find(|(_, size)| !(1..=MAX_SIZE).contains(size)) {
             return Err(Error::option(option, format!("{size} is not between 1 and {MAX_SIZE}")));
         }
-        if self.max_num_batched_tokens < self.max_num_seqs {
-            let (tokens, seqs) = (self.max_num_batched_tokens, self.max_num_seqs);
+        if self.batched_tokens() < self.max_num_seqs {
+            let (tokens, seqs) = (self.batched_tokens(), self.max_num_seqs);
             let problem = format!(
                 "{tokens} is below --max-num-seqs ({seqs}): every sequence must be able to decode in every step"
             );

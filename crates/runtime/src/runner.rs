@@ -1,15 +1,20 @@
 //! A step plan becomes tensors: inputs, encoder outputs, one pass of the model. Not policy: it does what the plan says.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
 use spark_api::{MediaHash, MediaItem};
 use spark_backend::{
-    Backend, Result, SampledToken, SeqInput, StateSpec, StepInputs, TokenInput, TokenLogprob, VisualRows,
+    Backend, Error, Result, SampledToken, SeqInput, StateSpec, StepInputs, StepOutput, TokenInput,
+    TokenLogprob, VisualRows,
 };
 use spark_models::{Encoded, Qwen3Vl, RopeIndex};
 use spark_scheduler::{PlanToken, PlannedSeq, SeqId, StepId, StepPlan};
 
-use crate::admission::Admission;
+use crate::{admission::Admission, pipeline::Steps};
 
 /// Backend, model and the state that steps share. Every rank has one.
 pub struct ModelRunner<B: Backend> {
@@ -18,6 +23,30 @@ pub struct ModelRunner<B: Backend> {
     block_size: usize,
     slots: Vec<Option<Occupant>>,
     encoder_cache: HashMap<MediaHash, Encoded<B>>,
+    /// Launched and not collected, oldest first.
+    in_flight: VecDeque<Launched>,
+}
+
+/// Media that are encoded in one pass.
+struct EqualMedia {
+    grid: [usize; 3],
+    hashes: Vec<MediaHash>,
+    pixels: Vec<Arc<[u8]>>,
+}
+
+/// A step in flight: what is needed to read its output.
+struct Launched {
+    id: StepId,
+    rows: Vec<LaunchedRows>,
+}
+
+/// The rows of one sequence in a step in flight.
+struct LaunchedRows {
+    seq: SeqId,
+    slot: usize,
+    /// Index in prompt and output of the first row.
+    start: usize,
+    num_rows: usize,
 }
 
 /// The sequence in a slot.
@@ -51,30 +80,23 @@ impl<B: Backend> ModelRunner<B> {
     pub fn new(mut backend: B, model: Qwen3Vl<B>, state: StateSpec) -> Result<Self> {
         backend.allocate_state(state)?;
         let slots = (0..state.num_slots).map(|_| None).collect();
-        Ok(Self { backend, model, block_size: state.kv.block_size, slots, encoder_cache: HashMap::new() })
+        Ok(Self {
+            backend,
+            model,
+            block_size: state.kv.block_size,
+            slots,
+            encoder_cache: HashMap::new(),
+            in_flight: VecDeque::new(),
+        })
     }
 
-    /// Runs one step to its end.
-    pub(crate) fn run(&mut self, work: StepWork) -> Result<StepResult> {
-        let StepWork { plan, admissions, masks } = work;
-        for admission in admissions {
-            self.admit(admission)?;
-        }
-        self.encode(&plan)?;
-        let mut inputs = self.inputs(&plan);
-        inputs.masks = masks;
-        let visual = visual_rows::<B>(&self.encoder_cache, &plan);
-        let (model, visual) = (&self.model, visual.as_slice());
-        self.backend.step(&inputs, &mut |b| model.forward(b, visual, &mut |_, _| {}))?;
-        let output = self.backend.output()?;
-        self.drop_pixels(&plan);
-        let by_slot: HashMap<usize, SeqId> = plan.seqs.iter().map(|p| (p.slot, p.seq)).collect();
-        let sampled = output.sampled.into_iter().map(|token| (by_slot[&token.slot], token)).collect();
-        let prompt_logprobs = output.prompt_logprobs.into_iter().map(|(row, target, top)| {
-            let planned = planned_at_row(&plan, row as usize);
-            (planned.1.seq, planned.1.start + (row as usize - planned.0) + 1, target, top)
-        });
-        Ok(StepResult { id: plan.id, sampled, prompt_logprobs: prompt_logprobs.collect() })
+    /// Lets the backend get ready for steps. Once, before the first one.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn prepare(&mut self) -> Result<()> {
+        let model = &self.model;
+        self.backend.prepare(&mut |b| model.forward(b, &[], &mut |_, _| {}))
     }
 
     fn admit(&mut self, admission: Admission) -> Result<()> {
@@ -95,15 +117,43 @@ impl<B: Backend> ModelRunner<B> {
         for hash in &plan.evict_media {
             self.encoder_cache.remove(hash);
         }
+        for group in self.equal_media(plan) {
+            let (grid, count) = (group.grid, group.hashes.len());
+            let pixels: Cow<'_, [u8]> = match &group.pixels[..] {
+                [one] => Cow::Borrowed(one),
+                several => Cow::Owned(several.concat()),
+            };
+            let encoded = self.model.encode_all(&self.backend, &pixels, grid, count, &mut |_, _| {})?;
+            self.encoder_cache.extend(group.hashes.into_iter().zip(encoded));
+        }
+        Ok(())
+    }
+
+    /// The media that `plan` wants encoded; pictures of equal size, of whatever sequences, share a pass of the encoder. All of
+    /// them fit it: the plan has reserved their rows of the encoder cache, which is what the encoder's memory is sized by.
+    fn equal_media(&self, plan: &StepPlan) -> Vec<EqualMedia> {
+        let mut groups: Vec<EqualMedia> = Vec::new();
         for encode in &plan.encode {
             let planned = plan.seqs.iter().find(|p| p.seq == encode.seq);
             let slot = planned.expect("media are encoded in a step that uses them").slot;
             let item = &self.occupant(slot).media[encode.media_idx];
             let grid = [item.grid.t, item.grid.h, item.grid.w];
-            let encoded = self.model.encode(&self.backend, &item.patches, grid, &mut |_, _| {})?;
-            self.encoder_cache.insert(encode.hash, encoded);
+            let is_equal = |group: &&mut EqualMedia| {
+                grid[0] == 1 && group.grid == grid && group.pixels[0].len() == item.patches.len()
+            };
+            match groups.iter_mut().find(is_equal) {
+                Some(group) => {
+                    group.hashes.push(encode.hash);
+                    group.pixels.push(item.patches.clone());
+                }
+                None => groups.push(EqualMedia {
+                    grid,
+                    hashes: vec![encode.hash],
+                    pixels: vec![item.patches.clone()],
+                }),
+            }
         }
-        Ok(())
+        groups
     }
 
     /// Pixels are needed until the last row of the last medium is computed; a sequence that comes back after a
@@ -121,9 +171,14 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
-    fn inputs(&self, plan: &StepPlan) -> StepInputs {
+    /// The inputs of `plan`, whose block tables move into them.
+    fn inputs(&self, plan: &mut StepPlan) -> StepInputs {
         let mut inputs = StepInputs::default();
-        for planned in &plan.seqs {
+        inputs.tokens.reserve(plan.num_tokens);
+        inputs.positions.reserve(plan.num_tokens);
+        inputs.slot_mapping.reserve(plan.num_tokens);
+        inputs.seqs.reserve(plan.seqs.len());
+        for planned in &mut plan.seqs {
             let occupant = self.occupant(planned.slot);
             let query_start = inputs.tokens.len();
             for (i, token) in planned.tokens.iter().enumerate() {
@@ -141,11 +196,83 @@ impl<B: Backend> ModelRunner<B> {
                 query_start,
                 query_len: planned.tokens.len(),
                 context_len: planned.context_len,
-                block_table: planned.block_table.clone(),
+                block_table: std::mem::take(&mut planned.block_table),
             });
             push_logit_rows(&mut inputs, planned, occupant, query_start);
         }
         inputs
+    }
+}
+
+impl<B: Backend> Steps for ModelRunner<B> {
+    type Work = StepWork;
+    type Output = StepResult;
+
+    fn most_in_flight(&self) -> usize {
+        self.backend.max_in_flight()
+    }
+
+    fn launch(&mut self, work: StepWork) -> Result<()> {
+        let StepWork { mut plan, admissions, masks } = work;
+        for admission in admissions {
+            self.admit(admission)?;
+        }
+        self.encode(&plan)?;
+        let mut inputs = self.inputs(&mut plan);
+        inputs.masks = masks;
+        let visual = visual_rows::<B>(&self.encoder_cache, &plan);
+        inputs.has_media = !visual.is_empty();
+        let (model, visual) = (&self.model, visual.as_slice());
+        self.backend.step(&inputs, &mut |b| model.forward(b, visual, &mut |_, _| {}))?;
+        self.drop_pixels(&plan);
+        let rows = plan.seqs.iter().map(|planned| LaunchedRows {
+            seq: planned.seq,
+            slot: planned.slot,
+            start: planned.start,
+            num_rows: planned.tokens.len(),
+        });
+        self.in_flight.push_back(Launched { id: plan.id, rows: rows.collect() });
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepResult> {
+        let output = self.backend.output()?;
+        let step = self.in_flight.pop_front().expect("only what was launched is collected");
+        step.result(output)
+    }
+}
+
+impl Launched {
+    /// Gives each row of `output` its sequence.
+    fn result(&self, output: StepOutput) -> Result<StepResult> {
+        let unknown = |what: &str, which: usize| Error::Device {
+            op: "output",
+            message: format!("{what} {which} is not of this step"),
+        };
+        let by_slot: HashMap<usize, SeqId> = self.rows.iter().map(|rows| (rows.slot, rows.seq)).collect();
+        let sampled = output.sampled.into_iter().map(|token| {
+            let seq = by_slot.get(&token.slot).ok_or_else(|| unknown("slot", token.slot))?;
+            Ok((*seq, token))
+        });
+        let sampled = sampled.collect::<Result<_>>()?;
+        let prompt_logprobs = output.prompt_logprobs.into_iter().map(|(row, target, top)| {
+            let (seq, index) = self.token_at(row as usize).ok_or_else(|| unknown("row", row as usize))?;
+            // A row describes the token after its own.
+            Ok((seq, index + 1, target, top))
+        });
+        Ok(StepResult { id: self.id, sampled, prompt_logprobs: prompt_logprobs.collect::<Result<_>>()? })
+    }
+
+    /// The sequence that step row `row` belongs to, and the index of its token there.
+    fn token_at(&self, row: usize) -> Option<(SeqId, usize)> {
+        let mut first = 0;
+        for rows in &self.rows {
+            if row < first + rows.num_rows {
+                return Some((rows.seq, rows.start + row - first));
+            }
+            first += rows.num_rows;
+        }
+        None
     }
 }
 
@@ -189,16 +316,4 @@ fn push_logit_rows(inputs: &mut StepInputs, planned: &PlannedSeq, occupant: &Occ
     if planned.samples {
         push(query_start + planned.tokens.len() - 1, Some(planned.slot), None);
     }
-}
-
-/// The planned sequence that step row `row` belongs to, with its first row.
-fn planned_at_row(plan: &StepPlan, row: usize) -> (usize, &PlannedSeq) {
-    let mut query_start = 0;
-    for planned in &plan.seqs {
-        if row < query_start + planned.tokens.len() {
-            return (query_start, planned);
-        }
-        query_start += planned.tokens.len();
-    }
-    unreachable!("the backend only returns rows that it was given");
 }

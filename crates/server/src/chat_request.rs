@@ -2,14 +2,15 @@
 
 use serde_json::{Map, Value};
 use spark_text::{
-    ChatTemplate, Conversation, MediaKind, MediaPart, ReasoningStart, RenderInput, Segment, THINK_CLOSE,
-    THINK_OPEN, prepare_messages,
+    ChatTemplate, Conversation, GrammarStart, MediaKind, MediaPart, ReasoningStart, RenderInput, Segment,
+    THINK_CLOSE, THINK_OPEN, THINKING_SWITCH, prepare_messages,
 };
 
 use crate::ApiError;
 use crate::body::{Body, kind};
 use crate::front_end::refuse_text;
 use crate::parts::AnswerPlan;
+use crate::structured::Wanted;
 use crate::tools::{AnswerForm, Formats};
 
 /// A conversation that can be rendered once its images are known.
@@ -80,10 +81,18 @@ impl ChatPrompt {
     /// # Errors
     /// When the template refuses the conversation.
     pub(crate) fn render(&self, template: &ChatTemplate) -> Result<Vec<Segment>, ApiError> {
+        self.render_with(template, &self.kwargs)
+    }
+
+    fn render_with(
+        &self,
+        template: &ChatTemplate,
+        kwargs: &Map<String, Value>,
+    ) -> Result<Vec<Segment>, ApiError> {
         let input = RenderInput {
             messages: &self.messages,
             tools: Some(&*self.form.tools).filter(|tools| !tools.is_null()),
-            kwargs: &self.kwargs,
+            kwargs,
             add_generation_prompt: self.add_generation_prompt,
         };
         let segments = template.render(input).map_err(|error| refuse_text("messages", &error))?;
@@ -103,6 +112,38 @@ impl ChatPrompt {
         Some(AnswerPlan { options, form: self.form.clone() })
     }
 
+    /// The grammar of the answer, if it has one: see [`AnswerForm::grammar`].
+    pub(crate) fn grammar(&self, structured: Option<Wanted>) -> Option<Wanted> {
+        self.form.grammar(structured)
+    }
+
+    /// Where in the output a grammar begins: it governs the answer, not the thoughts before it. There are none in a
+    /// message that is continued, nor where the prompt is the one without thinking.
+    ///
+    /// # Errors
+    /// When the template fails on the conversation without thinking.
+    pub(crate) fn grammar_start(
+        &self,
+        template: &ChatTemplate,
+        segments: &[Segment],
+    ) -> Result<GrammarStart, ApiError> {
+        if self.form.thinks && self.begins_inside_reasoning(segments) {
+            return Ok(GrammarStart::Thinking);
+        }
+        let is_closed = self.continue_final_message || prompt_end(segments).ends_with(THINK_CLOSE);
+        if !self.form.thinks || is_closed {
+            return Ok(GrammarStart::Answer);
+        }
+        if template.has_thinking_switch() {
+            let mut kwargs = self.kwargs.clone();
+            kwargs.insert(THINKING_SWITCH.to_owned(), Value::Bool(false));
+            if self.render_with(template, &kwargs)? == segments {
+                return Ok(GrammarStart::Answer);
+            }
+        }
+        Ok(GrammarStart::MayThink)
+    }
+
     /// Whether the prompt ends in an open thinking block. Templates end with its opening; a message that is continued
     /// may have been cut inside one.
     fn begins_inside_reasoning(&self, segments: &[Segment]) -> bool {
@@ -110,9 +151,7 @@ impl ChatPrompt {
             let opened = self.final_text().and_then(|text| text.rsplit_once(THINK_OPEN));
             return opened.is_some_and(|(_, rest)| !rest.contains(THINK_CLOSE));
         }
-        let last = segments.iter().rev().map(|segment| segment_text(segment).trim_end());
-        let end = last.into_iter().find(|text| !text.is_empty());
-        self.add_generation_prompt && end.is_some_and(|text| text.ends_with(THINK_OPEN))
+        self.add_generation_prompt && prompt_end(segments).ends_with(THINK_OPEN)
     }
 
     /// The text of the last message, or of its last part.
@@ -138,6 +177,12 @@ impl ChatPrompt {
         let kept = if whole[start..].starts_with(text) { text } else { text.trim_end() };
         Ok(truncate(segments, start + kept.len()))
     }
+}
+
+/// The last segment with text, without the white space at its end.
+fn prompt_end(segments: &[Segment]) -> &str {
+    let texts = segments.iter().rev().map(|segment| segment_text(segment).trim_end());
+    texts.into_iter().find(|text| !text.is_empty()).unwrap_or_default()
 }
 
 /// The text of a segment, whatever its trust.

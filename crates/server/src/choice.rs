@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use futures_util::Stream;
 use spark_api::{
-    Engine, Event, EventStream, FinishReason, Finished, Health, SubmitError, TokenEvent, TokenId,
-    TokenLogprobs,
+    ConstraintError, Engine, Event, EventStream, FinishReason, Finished, Health, SubmitError, TokenEvent,
+    TokenId, TokenLogprobs,
 };
 use spark_text::{Detokenizer, StopMatcher, StopOutput, Tokenizer};
 
@@ -84,6 +84,8 @@ pub(crate) struct ChoiceSetup {
     pub(crate) num_prompt_tokens: usize,
     /// `None`: all text is content.
     pub(crate) answer: Option<AnswerPlan>,
+    /// The field whose grammar the sequence is held to.
+    pub(crate) grammar_field: Option<&'static str>,
     /// Tokens that end the sequence and do not show in its text.
     pub(crate) ending_tokens: Arc<[TokenId]>,
     /// Only the echo is wanted (`echo` with `max_tokens: 0`): the one token that the engine makes is dropped.
@@ -185,7 +187,7 @@ impl Choice {
             FinishReason::Length => (Ok(("length", None)), Outcome::Length),
             FinishReason::Cancelled => (Err(ApiError::Cancelled), Outcome::Abort),
             FinishReason::EngineFailed(text) => (Err(ApiError::EngineFailed(text.clone())), Outcome::Error),
-            FinishReason::ConstraintFailed(error) => (Err(ApiError::internal(error)), Outcome::Error),
+            FinishReason::ConstraintFailed(error) => (Err(self.grammar_error(error)), Outcome::Error),
         };
         self.end(outcome, Some(finished));
         let (reason, stop) = finish?;
@@ -193,6 +195,16 @@ impl Choice {
         let (reason, stop) = if self.setup.discard_output { ("length", None) } else { (reason, stop) };
         delta.finish = Some(Finish { reason, stop });
         Ok(())
+    }
+
+    /// A grammar that is too much for a token is the request's, as one that does not compile.
+    fn grammar_error(&self, error: &ConstraintError) -> ApiError {
+        match self.setup.grammar_field {
+            Some(field) => {
+                ApiError::field(field, format!("{field}: the grammar cannot be applied: {}", error.0))
+            }
+            None => ApiError::internal(error),
+        }
     }
 
     /// Why an answer ends that was not cut.

@@ -40,8 +40,6 @@ pub(crate) enum Neutral {
     Number(f64),
     /// One of these strings.
     Words(&'static [&'static str]),
-    /// `{"type": "text"}`.
-    TypeText,
     /// `["text"]`.
     ListText,
 }
@@ -59,7 +57,6 @@ impl Neutral {
             Self::Bool(neutral) => value.as_bool() == Some(neutral),
             Self::Number(neutral) => value.as_f64() == Some(neutral),
             Self::Words(words) => value.as_str().is_some_and(|text| words.contains(&text)),
-            Self::TypeText => value.get("type").and_then(Value::as_str) == Some("text"),
             Self::ListText => value.as_array().is_some_and(|items| items.iter().all(|item| item == "text")),
         }
     }
@@ -104,8 +101,8 @@ pub(crate) const COMMON: &[(&str, Support)] = &[
     ("service_tier", Refused(Neutral::Words(&["auto", "default"]))),
     ("store", Refused(Neutral::Bool(false))),
     ("spaces_between_special_tokens", Refused(Neutral::Bool(true))),
-    ("response_format", Refused(Neutral::TypeText)),
-    ("structured_outputs", Refused(Neutral::Empty)),
+    ("response_format", Works),
+    ("structured_outputs", Works),
     ("guided_json", Refused(Neutral::Null)),
     ("guided_regex", Refused(Neutral::Null)),
     ("guided_choice", Refused(Neutral::Null)),
@@ -248,7 +245,6 @@ mod tests {
     fn refused_fields_are_named_and_neutral_values_pass() {
         for body in [
             json!({"functions": [{"name": "f"}]}),
-            json!({"response_format": {"type": "json_object"}}),
             json!({"guided_json": {}}),
             json!({"chat_template": "{{ 1 }}"}),
             json!({"modalities": ["text", "audio"]}),

@@ -5,19 +5,21 @@ use std::sync::Arc;
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 use spark_api::{Engine, Health, MediaItem, SubmitError, TokenId};
-use spark_text::{ChatTemplate, TextError, Tokenizer, expand_placeholders};
+use spark_text::{ChatTemplate, GrammarStart, TextError, Tokenizer, expand_placeholders};
 use spark_vision::ImageProcessor;
 
 use crate::body::Body;
 use crate::chat_request::{read_chat, segment_text};
 use crate::completion_request::{PromptInput, read_prompts};
 use crate::fields::{self, Endpoint, UnknownFields};
+use crate::grammars::{AnswerGrammar, Grammars};
 use crate::ids::{Seeds, unix_seconds};
 use crate::images::{HeldImage, ImageFile, Images, media_item};
 use crate::metrics::Metrics;
 use crate::params::{Params, read_model};
 use crate::parts::AnswerPlan;
 use crate::pool::CpuPool;
+use crate::structured::Wanted;
 use crate::tools::Formats;
 use crate::{ApiError, Generation, Options};
 
@@ -36,6 +38,7 @@ pub struct FrontEnd {
     unknown: UnknownFields,
     pub(crate) seeds: Seeds,
     pub(crate) pool: CpuPool,
+    grammars: Grammars,
     /// When it was made, for the list of models.
     created: u64,
 }
@@ -47,6 +50,8 @@ pub(crate) struct ChatTokens {
     /// Of the first placeholder of each image.
     offsets: Vec<usize>,
     answer: Option<AnswerPlan>,
+    /// What the answer is held to, and where in the output that begins.
+    wanted: Option<(Wanted, GrammarStart)>,
 }
 
 /// A prompt, ready for the engine.
@@ -59,6 +64,8 @@ pub(crate) struct Prompt {
     pub(crate) echo: String,
     /// How outputs are taken apart; `None`: not at all.
     pub(crate) answer: Option<AnswerPlan>,
+    /// What outputs are held to.
+    pub(crate) grammar: Option<AnswerGrammar>,
 }
 
 impl FrontEnd {
@@ -73,6 +80,7 @@ impl FrontEnd {
         let limits = &engine.info().limits;
         let images =
             image_processor.map(|processor| Images::new(processor, &options, limits.max_media_tokens));
+        let grammars = Grammars::new(tokenizer.clone(), &limits.eos_token_ids);
         Self {
             metrics: Arc::new(Metrics::new(limits.max_model_len)),
             seeds: Seeds::new(options.seed),
@@ -84,6 +92,7 @@ impl FrontEnd {
             options,
             unknown: UnknownFields::default(),
             pool: CpuPool::new(),
+            grammars,
             created: unix_seconds(),
         }
     }
@@ -96,7 +105,7 @@ impl FrontEnd {
         let mut body = self.open(Endpoint::Chat, body)?;
         let model = read_model(&mut body, &self.options)?;
         let params = self.read_params(Endpoint::Chat, &mut body)?;
-        let prompt = self.chat_prompt(&mut body).await?;
+        let prompt = self.chat_prompt(&mut body, params.structured.clone()).await?;
         self.submit(Endpoint::Chat, model, params, vec![prompt])
     }
 
@@ -114,8 +123,12 @@ impl FrontEnd {
             return Err(ApiError::field("n", message));
         }
         let echo = params.output.echo;
-        let prompts =
+        let mut prompts =
             try_join_all(inputs.into_iter().map(|input| self.completion_prompt(input, echo))).await?;
+        if let Some(wanted) = params.structured.clone() {
+            let grammar = self.grammars.compile(wanted, GrammarStart::Answer).await?;
+            prompts.iter_mut().for_each(|prompt| prompt.grammar = Some(grammar.clone()));
+        }
         self.submit(Endpoint::Completions, model, params, prompts)
     }
 
@@ -199,8 +212,9 @@ impl FrontEnd {
 
     /// The prompt of a chat. Its images are decoded last: a small file can hold many pixels, which are not worth their
     /// time and memory if the prompt is refused.
-    async fn chat_prompt(&self, body: &mut Body) -> Result<Prompt, ApiError> {
-        let ChatTokens { tokens, files, offsets, answer } = self.chat_tokens(body).await?;
+    async fn chat_prompt(&self, body: &mut Body, structured: Option<Wanted>) -> Result<Prompt, ApiError> {
+        let ChatTokens { tokens, files, offsets, answer, wanted } =
+            self.chat_tokens(body, structured).await?;
         let max_model_len = self.engine.info().limits.max_model_len;
         if tokens.len() >= max_model_len {
             let message = format!(
@@ -209,23 +223,32 @@ impl FrontEnd {
             );
             return Err(ApiError::field("messages", message));
         }
+        let grammar = match wanted {
+            Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
+            None => None,
+        };
         let images: Arc<[_]> = match &self.images {
             Some(images) if !files.is_empty() => images.load(&self.pool, files).await?.into(),
             _ => Arc::default(),
         };
         let media = images.iter().zip(offsets).map(|(image, offset)| media_item(image, offset)).collect();
-        Ok(Prompt { tokens, media, images, echo: String::new(), answer })
+        Ok(Prompt { tokens, media, images, echo: String::new(), answer, grammar })
     }
 
-    /// Renders a conversation, tokenises it and makes room for its images.
-    pub(crate) async fn chat_tokens(&self, body: &mut Body) -> Result<ChatTokens, ApiError> {
+    /// Renders a conversation, tokenises it and makes room for its images. `structured`: what its answer has to be where
+    /// it calls no tools.
+    pub(crate) async fn chat_tokens(
+        &self,
+        body: &mut Body,
+        structured: Option<Wanted>,
+    ) -> Result<ChatTokens, ApiError> {
         let (Some(template), Some(formats)) = (self.template.clone(), self.formats) else {
             return Err(ApiError::field("messages", "this model has no chat template; use /v1/completions"));
         };
         let mut chat = read_chat(body, template.accepts_parts(), formats)?;
         let files = self.inspect_images(std::mem::take(&mut chat.image_urls)).await?;
         let (tokenizer, max_bytes) = (self.tokenizer.clone(), self.max_text_bytes());
-        let (mut tokens, answer) = self
+        let (mut tokens, answer, wanted) = self
             .pool
             .run(move || {
                 let segments = chat.render(&template)?;
@@ -235,7 +258,11 @@ impl FrontEnd {
                     "messages",
                 )?;
                 let tokens = tokenizer.encode(&segments).map_err(|error| refuse_text("messages", &error))?;
-                Ok((tokens, chat.answer_plan(&segments)))
+                let wanted = match chat.grammar(structured) {
+                    Some(wanted) => Some((wanted, chat.grammar_start(&template, &segments)?)),
+                    None => None,
+                };
+                Ok((tokens, chat.answer_plan(&segments), wanted))
             })
             .await?;
         let mut offsets = Vec::new();
@@ -244,7 +271,7 @@ impl FrontEnd {
             let expanded = expand_placeholders(&tokens, placeholder, &counts);
             (tokens, offsets) = expanded.map_err(|error| refuse_text("messages", &error))?;
         }
-        Ok(ChatTokens { tokens, files, offsets, answer })
+        Ok(ChatTokens { tokens, files, offsets, answer, wanted })
     }
 
     /// Judges images by their headers, one by one and together.
@@ -281,14 +308,28 @@ impl FrontEnd {
         let work = move || match input {
             PromptInput::Ids(tokens) => {
                 let echo = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
-                Ok(Prompt { tokens, media: Vec::new(), images: Arc::default(), echo, answer: None })
+                Ok(Prompt {
+                    tokens,
+                    media: Vec::new(),
+                    images: Arc::default(),
+                    echo,
+                    answer: None,
+                    grammar: None,
+                })
             }
             PromptInput::Text(text) => {
                 check_length(text.len(), max_bytes, "prompt")?;
                 let tokens =
                     tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
                 let echo = if echo { text } else { String::new() };
-                Ok(Prompt { tokens, media: Vec::new(), images: Arc::default(), echo, answer: None })
+                Ok(Prompt {
+                    tokens,
+                    media: Vec::new(),
+                    images: Arc::default(),
+                    echo,
+                    answer: None,
+                    grammar: None,
+                })
             }
         };
         self.pool.run(work).await

@@ -12,6 +12,7 @@ use crate::body::{Body, as_float, wrong_type};
 use crate::fields::Endpoint;
 use crate::front_end::refuse_text;
 use crate::options::{Options, SamplingDefaults};
+use crate::structured::{self, Wanted};
 
 /// Most choices of one prompt. vLLM allows 16,384; a client that wants more can send more requests.
 const MAX_N: usize = 128;
@@ -40,6 +41,8 @@ pub(crate) struct Params {
     /// Of the answer: `request_id` of the body, without the prefix of the endpoint.
     pub(crate) request_id: Option<String>,
     pub(crate) stream: StreamParams,
+    /// What the text of the answer has to look like.
+    pub(crate) structured: Option<Wanted>,
 }
 
 /// How tokens become text and JSON.
@@ -109,6 +112,7 @@ impl Params {
             output,
             request_id: body.string("request_id", MAX_LABEL_BYTES)?,
             stream,
+            structured: structured::read(body)?,
         })
     }
 }

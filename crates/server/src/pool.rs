@@ -13,8 +13,12 @@ pub(crate) struct CpuPool(Arc<Semaphore>);
 impl CpuPool {
     /// A pool as wide as the machine.
     pub(crate) fn new() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self(Arc::new(Semaphore::new(cores)))
+        Self::of(std::thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    /// A pool that runs at most so many closures at once.
+    pub(crate) fn of(width: usize) -> Self {
+        Self(Arc::new(Semaphore::new(width)))
     }
 
     /// Runs `work`. When the caller goes away while it waits, it is never started.

@@ -9,6 +9,7 @@ use crate::choice::{Choice, ChoiceSetup};
 use crate::fields::Endpoint;
 use crate::front_end::Prompt;
 use crate::generation::PromptInfo;
+use crate::grammars::AnswerGrammar;
 use crate::ids::{random_id, unix_seconds};
 use crate::params::Params;
 use crate::{ApiError, FrontEnd, Generation};
@@ -40,12 +41,14 @@ impl FrontEnd {
         for prompt in prompts {
             let max_tokens =
                 if echo_alone { 1 } else { self.max_tokens(endpoint, &params, prompt.tokens.len()) };
+            let constraint = prompt.grammar.as_ref().map(AnswerGrammar::constraint);
             for i in 0..params.n {
                 // As vLLM: a seed that was asked for begins anew with each prompt; else no two choices share one.
                 let offset = if params.seed.is_some() { i } else { choices.len() };
                 let seed = first_seed.wrapping_add(offset as u64);
                 let sampling = SamplingParams { seed, max_tokens, ..params.sampling.clone() };
-                let request = self.request(endpoint, &prompt, &params, &id, sampling)?;
+                let mut request = self.request(endpoint, &prompt, &params, &id, sampling)?;
+                request.constraint = constraint.clone().map(|constraint| Box::new(constraint) as _);
                 self.metrics.submitted(params.n, max_tokens);
                 choices.push(Choice::new(ChoiceSetup {
                     index: choices.len(),
@@ -58,6 +61,7 @@ impl FrontEnd {
                     output: params.output.clone(),
                     num_prompt_tokens: prompt.tokens.len(),
                     answer: prompt.answer.clone(),
+                    grammar_field: prompt.grammar.as_ref().map(|grammar| grammar.field),
                     ending_tokens: ending_tokens.clone(),
                     discard_output: echo_alone,
                 }));

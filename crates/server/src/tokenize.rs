@@ -21,7 +21,7 @@ impl FrontEnd {
         body.boolean("add_special_tokens", true)?;
         let with_texts = body.boolean("return_token_strs", false)?;
         let tokens = if body.fields().contains_key("messages") {
-            self.chat_tokens(&mut body).await?.tokens
+            self.chat_tokens(&mut body, None).await?.tokens
         } else {
             let text = body.string("prompt", usize::MAX)?;
             let text = text.ok_or_else(|| ApiError::field("prompt", "prompt or messages is missing"))?;

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use spark_text::{AnswerOptions, ChatTemplate, ReasoningStart, ToolFormat};
+use spark_text::{
+    AnswerOptions, ChatTemplate, Grammar, ReasoningStart, ToolCalls, ToolFormat, ToolFunction, ToolMode,
+};
 
 use crate::body::{Body, kind, wrong_type};
+use crate::structured::Wanted;
 use crate::{ApiError, Options, ReasoningParser, ToolCallParser};
 
 /// Most bytes of a function's name.
@@ -35,12 +38,24 @@ impl Formats {
     }
 }
 
+/// `tool_choice`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Choice {
+    None,
+    Auto,
+    /// At least one call.
+    Required,
+    /// One call of this function.
+    Named(String),
+}
+
 /// What a chat request wants its answer to be taken apart into.
 #[derive(Debug, Clone)]
 pub(crate) struct AnswerForm {
     /// The tools that the model is shown; null if it may call none.
     pub(crate) tools: Arc<Value>,
     tool_format: Option<ToolFormat>,
+    choice: Choice,
     pub(crate) thinks: bool,
     /// `parallel_tool_calls: false`: calls after the first are dropped.
     pub(crate) only_first_call: bool,
@@ -52,11 +67,12 @@ impl AnswerForm {
     /// Reads `tools`, `tool_choice`, `parallel_tool_calls` and `include_reasoning`.
     ///
     /// # Errors
-    /// Names the place in `tools` that is wrong, or the choice that this version cannot hold the model to.
+    /// Names the place in `tools` that is wrong, or the choice that makes no sense.
     pub(crate) fn read(body: &mut Body, formats: Formats) -> Result<Self, ApiError> {
         let tools = read_tools(body)?;
-        let may_call = read_choice(body, &tools)?;
-        let tools = if may_call { tools } else { Vec::new() };
+        let choice = read_choice(body, &tools)?;
+        // With `none` the model is not shown them either.
+        let tools = if choice == Choice::None { Vec::new() } else { tools };
         if !tools.is_empty() && formats.tools.is_none() {
             let message = "tools: this server finds no tool calls in the model's outputs (its chat template shows none, or \
                  --tool-call-parser is none); leave tools out";
@@ -64,6 +80,7 @@ impl AnswerForm {
         }
         Ok(Self {
             tool_format: formats.tools.filter(|_| !tools.is_empty()),
+            choice,
             tools: Arc::new(if tools.is_empty() { Value::Null } else { Value::Array(tools) }),
             thinks: formats.reasoning,
             only_first_call: !body.boolean("parallel_tool_calls", true)?,
@@ -79,6 +96,46 @@ impl AnswerForm {
             reasoning,
             tools: self.tools.clone(),
         })
+    }
+
+    /// The grammar of the answer: `structured` is what it has to be where it calls no tools.
+    ///
+    /// Forced calls leave no room for anything else. Free to choose, the model may write calls or what was wanted; and
+    /// where nothing was, text in which the calls alone have a form, if a function asks to be strict.
+    pub(crate) fn grammar(&self, structured: Option<Wanted>) -> Option<Wanted> {
+        let (Some(format), Value::Array(tools)) = (self.tool_format, &*self.tools) else { return structured };
+        let name = match &self.choice {
+            Choice::Named(name) => Some(name.as_str()),
+            Choice::None | Choice::Auto | Choice::Required => None,
+        };
+        let functions: Vec<ToolFunction> = tools
+            .iter()
+            .enumerate()
+            .map(|(i, tool)| tool_function(i, tool))
+            .filter(|function| name.is_none_or(|name| function.name == name))
+            .collect();
+        let is_strict = functions.iter().any(|function| function.strict);
+        let (mode, field) = match (&self.choice, structured) {
+            (Choice::None, structured) => return structured,
+            (Choice::Named(_), _) => (ToolMode::One, "tools"),
+            (Choice::Required, _) if self.only_first_call => (ToolMode::One, "tools"),
+            (Choice::Required, _) => (ToolMode::Some, "tools"),
+            (Choice::Auto, Some(wanted)) => (ToolMode::Or(Box::new(wanted.grammar)), wanted.field),
+            (Choice::Auto, None) if is_strict => (ToolMode::InText, "tools"),
+            (Choice::Auto, None) => return None,
+        };
+        Some(Wanted { grammar: Grammar::ToolCalls(ToolCalls { format, functions, mode }), field })
+    }
+}
+
+/// A tool that was checked before.
+fn tool_function(index: usize, tool: &Value) -> ToolFunction {
+    let get = |name: &str| tool.get("function").and_then(|function| function.get(name));
+    ToolFunction {
+        name: get("name").and_then(Value::as_str).unwrap_or_default().to_owned(),
+        parameters: get("parameters").cloned().unwrap_or_default(),
+        strict: get("strict").and_then(Value::as_bool).unwrap_or(false),
+        place: format!("tools[{index}].function"),
     }
 }
 
@@ -145,11 +202,7 @@ fn check_function(function: &Map<String, Value>, place: &str) -> Result<(), ApiE
         );
     }
     match get("strict") {
-        Value::Null | Value::Bool(false) => Ok(()),
-        Value::Bool(true) => refuse(
-            &format!("{place}.strict"),
-            "is true, but this version cannot hold the model to a schema; leave strict out",
-        ),
+        Value::Null | Value::Bool(_) => Ok(()),
         other => refuse(&format!("{place}.strict"), format!("must be a boolean, not {}", kind(other))),
     }
 }
@@ -160,12 +213,11 @@ fn is_name(name: &str) -> bool {
     (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.contains(is_odd)
 }
 
-/// Whether the model may call tools. With `none` it is not shown them either.
-fn read_choice(body: &mut Body, tools: &[Value]) -> Result<bool, ApiError> {
+/// Reads `tool_choice`.
+fn read_choice(body: &mut Body, tools: &[Value]) -> Result<Choice, ApiError> {
     let refuse = |message: String| Err(ApiError::field("tool_choice", message));
-    let unsupported = "this version cannot force a tool call; use \"auto\"";
     let choice = match body.take("tool_choice") {
-        None => return Ok(true),
+        None => return Ok(Choice::Auto),
         Some(Value::String(choice)) => choice,
         Some(Value::Object(choice)) => {
             let name =
@@ -182,20 +234,22 @@ fn read_choice(body: &mut Body, tools: &[Value]) -> Result<bool, ApiError> {
             let is_known = tools
                 .iter()
                 .any(|tool| tool.pointer("/function/name").and_then(Value::as_str) == Some(&name));
-            return refuse(match is_known {
-                true => format!("tool_choice names the function {name:?}, but {unsupported}"),
-                false => format!("tool_choice names the function {name:?}, which is not among the tools"),
-            });
+            return match is_known {
+                true => Ok(Choice::Named(name)),
+                false => {
+                    refuse(format!("tool_choice names the function {name:?}, which is not among the tools"))
+                }
+            };
         }
         Some(other) => return Err(wrong_type("tool_choice", "a string or an object", &other)),
     };
     match choice.as_str() {
-        "none" => Ok(false),
-        "auto" => Ok(true),
+        "none" => Ok(Choice::None),
+        "auto" => Ok(Choice::Auto),
         "required" if tools.is_empty() => {
             refuse("tool_choice is \"required\", but there are no tools".into())
         }
-        "required" => refuse(format!("tool_choice is \"required\", but {unsupported}")),
+        "required" => Ok(Choice::Required),
         _ => refuse("tool_choice must be \"none\", \"auto\", \"required\" or a function".into()),
     }
 }
@@ -233,7 +287,6 @@ mod tests {
                 tool(&json!({"name": "f", "parameters": []})),
                 "tools[0].function.parameters must be a JSON schema",
             ),
-            (tool(&json!({"name": "f", "strict": true})), "tools[0].function.strict is true"),
             (tool(&json!({"name": "f", "strict": 1})), "tools[0].function.strict must be a boolean"),
         ] {
             let error = read(json!({"tools": tools}), ALL).expect_err(rule);
@@ -241,18 +294,16 @@ mod tests {
             assert_eq!(error.to_json()["error"]["param"], "tools");
         }
         let good = tool(
-            &json!({"name": "ärger.b-1", "description": null, "parameters": {"type": "object"}, "strict": false}),
+            &json!({"name": "ärger.b-1", "description": null, "parameters": {"type": "object"}, "strict": true}),
         );
         assert_eq!(*read(json!({"tools": good}), ALL).unwrap().tools, good);
     }
 
     #[test]
-    fn choices_that_need_force_are_refused_by_name() {
+    fn choices_are_read_or_refused_by_name() {
         let tools = tool(&json!({"name": "f"}));
         let named = |name: &str| json!({"type": "function", "function": {"name": name}});
         for (choice, rule) in [
-            (json!("required"), "cannot force"),
-            (named("f"), "cannot force"),
             (named("g"), "not among the tools"),
             (json!({"type": "allowed_tools"}), "must be"),
             (json!("any"), "must be"),
@@ -265,8 +316,40 @@ mod tests {
         assert!(read(json!({"tool_choice": "required"}), ALL).unwrap_err().to_string().contains("no tools"));
         let auto = read(json!({"tools": tools, "tool_choice": "auto"}), ALL).unwrap();
         assert_eq!((&*auto.tools, auto.tool_format), (&tools, ALL.tools));
+        let chosen =
+            |choice: Value| read(json!({"tools": tools, "tool_choice": choice}), ALL).unwrap().choice;
+        assert_eq!(chosen(json!("required")), Choice::Required);
+        assert_eq!(chosen(named("f")), Choice::Named("f".into()));
         let none = read(json!({"tools": tools, "tool_choice": "none"}), ALL).unwrap();
         assert_eq!((&*none.tools, none.tool_format), (&Value::Null, None));
+    }
+
+    #[test]
+    fn forced_and_strict_calls_have_a_grammar() {
+        let object = || Some(Wanted { grammar: Grammar::json_object(), field: "response_format" });
+        let named = json!({"type": "function", "function": {"name": "g"}});
+        let mode = |strict: bool, more: Value, structured: Option<Wanted>| {
+            let mut body = json!({"tools": [{"type": "function", "function": {"name": "f"}},
+                {"type": "function", "function": {"name": "g", "strict": strict}}]});
+            more.as_object().unwrap().iter().for_each(|(name, value)| body[name] = value.clone());
+            read(body, ALL).unwrap().grammar(structured).map(|wanted| match wanted.grammar {
+                Grammar::ToolCalls(calls) => (Some(calls.mode), calls.functions.len(), wanted.field),
+                _ => (None, 0, wanted.field),
+            })
+        };
+        let required = json!({"tool_choice": "required"});
+        let single = json!({"tool_choice": "required", "parallel_tool_calls": false});
+        let none = json!({"tool_choice": "none"});
+        assert_eq!(mode(false, json!({}), None), None);
+        assert_eq!(mode(true, json!({}), None), Some((Some(ToolMode::InText), 2, "tools")));
+        let or = ToolMode::Or(Box::new(Grammar::json_object()));
+        assert_eq!(mode(false, json!({}), object()), Some((Some(or), 2, "response_format")));
+        assert_eq!(mode(false, required.clone(), None), Some((Some(ToolMode::Some), 2, "tools")));
+        assert_eq!(mode(false, required, object()), Some((Some(ToolMode::Some), 2, "tools")));
+        assert_eq!(mode(false, single, None), Some((Some(ToolMode::One), 2, "tools")));
+        assert_eq!(mode(false, json!({"tool_choice": named}), None), Some((Some(ToolMode::One), 1, "tools")));
+        assert_eq!(mode(true, none.clone(), object()), Some((None, 0, "response_format")));
+        assert_eq!(mode(true, none, None), None);
     }
 
     #[test]

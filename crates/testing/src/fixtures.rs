@@ -7,10 +7,23 @@ use serde::de::DeserializeOwned;
 
 use crate::{Error, Result};
 
+/// Names the root of the repository for a test program that was built elsewhere.
+const ROOT_VARIABLE: &str = "SPARK_ROOT";
+
+/// The root of this repository: the folder that `SPARK_ROOT` names, where this was built, or the current folder.
+#[must_use]
+pub fn repository() -> PathBuf {
+    if let Some(named) = std::env::var_os(ROOT_VARIABLE) {
+        return named.into();
+    }
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    if built.join("tests/fixtures").is_dir() { built } else { PathBuf::from(".") }
+}
+
 /// `tests/fixtures` of this repository.
 #[must_use]
 pub fn fixtures_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
+    repository().join("tests/fixtures")
 }
 
 /// The folder of one model fixture, such as `moe_vl_awq`.

@@ -14,7 +14,7 @@ pub mod tolerance;
 
 pub use compare::{Divergence, calc_diff, first_divergence, kl_divergence, max_abs_diff, rel_err};
 pub use error::{Error, Result};
-pub use fixtures::{fixtures_dir, media_bytes, media_path, model_dir, model_names, read_json};
+pub use fixtures::{fixtures_dir, media_bytes, media_path, model_dir, model_names, read_json, repository};
 pub use oracle::{Case, Oracle, RankedStep};
 pub use random::Random;
 pub use tensors::{Tensors, Values};

@@ -72,6 +72,14 @@ pub enum TextError {
         /// Media of the request.
         expected: usize,
     },
+    /// A grammar for the output cannot be used.
+    #[error("{place}: {rule}")]
+    Grammar {
+        /// What is wrong, for example `the JSON schema at #/properties/age`.
+        place: String,
+        /// The rule that it breaks, and the value.
+        rule: String,
+    },
     /// A list of stop strings breaks a limit.
     #[error("stop: {rule}")]
     Stop {

@@ -1,5 +1,5 @@
-//! Text in, token ids out, and back: tokenizer, chat template, incremental detokenizer, stop strings, and the parser that
-//! tells reasoning, content and tool calls of an output apart.
+//! Text in, token ids out, and back: tokenizer, chat template, incremental detokenizer, stop strings, the parser that
+//! tells reasoning, content and tool calls of an output apart, and the grammars that hold an output to a form.
 //!
 //! Knows neither HTTP nor the engine: the server turns a conversation into [`Segment`]s with [`ChatTemplate`], these
 //! into ids with [`Tokenizer`], and the generated ids into text with [`Detokenizer`] and [`StopMatcher`].
@@ -9,6 +9,7 @@
 mod answer;
 mod detokenizer;
 mod error;
+mod grammar;
 mod logprob;
 mod placeholder;
 mod stop;
@@ -22,10 +23,16 @@ pub use answer::{
 };
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use grammar::{
+    CompiledGrammar, Grammar, GrammarCompiler, GrammarConstraint, GrammarStart, SchemaOptions, ToolCalls,
+    ToolFunction, ToolMode,
+};
 pub use logprob::TokenText;
 pub use placeholder::expand_placeholders;
 pub use stop::{StopMatcher, StopOutput, StopStrings};
-pub use template::{ChatTemplate, Conversation, MediaKind, MediaPart, RenderInput, prepare_messages};
+pub use template::{
+    ChatTemplate, Conversation, MediaKind, MediaPart, RenderInput, THINKING_SWITCH, prepare_messages,
+};
 pub use tokenizer::{Segment, Tokenizer};
 
 /// Result of this crate.

@@ -21,6 +21,8 @@ pub use self::messages::{Conversation, MediaKind, MediaPart, prepare_messages};
 use crate::answer::{CALL_OPEN, THINK_CLOSE, THINK_OPEN, XML_FUNCTION};
 use crate::{Result, Segment, TextError, Tokenizer, ToolFormat};
 
+/// The argument of a template that switches thinking on and off.
+pub const THINKING_SWITCH: &str = "enable_thinking";
 /// Instructions of one rendering. A message costs some hundred; this is a few seconds at the very most.
 const MAX_INSTRUCTIONS: u64 = 20_000_000;
 /// Bytes of one rendering: far more than any model's context.
@@ -78,6 +80,7 @@ pub struct ChatTemplate {
     accepts_parts: bool,
     tool_format: Option<ToolFormat>,
     thinks: bool,
+    has_thinking_switch: bool,
 }
 
 impl ChatTemplate {
@@ -112,9 +115,17 @@ impl ChatTemplate {
         });
         // A template that only cuts old reasoning out of a conversation knows its end alone.
         let thinks = mentions(THINK_OPEN) && mentions(THINK_CLOSE);
+        let has_thinking_switch = thinks && mentions(THINKING_SWITCH);
         let environment = compile_on_large_stack(sources)?;
-        let mut template =
-            Self { environment, special_variables, guard, accepts_parts: true, tool_format, thinks };
+        let mut template = Self {
+            environment,
+            special_variables,
+            guard,
+            accepts_parts: true,
+            tool_format,
+            thinks,
+            has_thinking_switch,
+        };
         template.accepts_parts = template.probe_parts();
         Ok(template)
     }
@@ -132,6 +143,11 @@ impl ChatTemplate {
     /// Whether the model may think before it answers, by the markers in the template.
     pub fn thinks(&self) -> bool {
         self.thinks
+    }
+
+    /// Whether the template's argument [`THINKING_SWITCH`] decides if the model thinks.
+    pub fn has_thinking_switch(&self) -> bool {
+        self.has_thinking_switch
     }
 
     /// Renders a conversation into segments for [`Tokenizer::encode`].

@@ -10,12 +10,13 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::header::{TensorInfo, UniqueMap, read_header};
-use crate::load::{LoadOptions, load};
+use crate::load::{LoadOptions, NUM_WORKERS, Parts, load};
 use crate::locate::{is_inside, locate};
 use crate::names::normalise;
 use crate::params::{Param, Params};
 use crate::plan::Plan;
 use crate::spec::ParamSpec;
+use crate::stream::Stream;
 use crate::summary::{Summary, summarise};
 
 /// Largest `config.json` and the like.
@@ -36,7 +37,7 @@ pub struct OpenOptions {
 
 /// A checkpoint in safetensors form: the catalogue of what is stored where. Cheap to keep; files are opened for
 /// reading in [`Checkpoint::load`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
     config: Value,
@@ -49,7 +50,7 @@ pub struct Checkpoint {
 }
 
 /// A tensor and the shard it is in.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Stored {
     pub(crate) info: TensorInfo,
     pub(crate) file: usize,
@@ -133,6 +134,19 @@ impl Checkpoint {
     /// lists them all; only scales of activations and of the KV cache may stay unused.
     pub fn load(&self, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
         self.collect(&Plan::new(self, specs)?, specs, options)
+    }
+
+    /// Loads like [`Checkpoint::load`], but bit by bit: what is taken from the result is loaded a few gigabytes ahead of it,
+    /// in the order of `specs`, or when it is asked for. So a model goes to a device without being in the host's memory, which
+    /// on some machines is the same memory.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`] for what is missing or left over; what cannot be read or is broken is told when it is taken.
+    pub fn stream(&self, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
+        let plan = Plan::new(self, specs)?;
+        let parts = Parts::new(self.clone(), plan, specs, options)?;
+        let names = specs.iter().enumerate().map(|(index, spec)| (spec.name.clone(), index)).collect();
+        Ok(Params::of_stream(Stream::new(names, Box::new(parts), NUM_WORKERS)?))
     }
 
     /// Loads parameters as [`Checkpoint::load`] does, but leaves alone the tensors that `specs` do not name: for tools

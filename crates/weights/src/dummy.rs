@@ -1,17 +1,27 @@
 //! Random weights of the right shapes and of the scheme that a configuration names (`--load-format dummy`): the engine
 //! at full size without a checkpoint. The text that such a model makes is noise.
+//!
+//! Sizes of activations stay from layer to layer: weights have mean 0 and mean square `1 / k`, norms are 1. Tokens have to stay
+//! different as well, or all of them choose the same experts after some layers. Two things would make them alike: weights
+//! with a common sign, hence the mean of 0; and attention, which with random weights adds about the same mean of all
+//! values to every token, hence a small output of attention. The bytes of any two matrices are different.
 
 use bytes::Bytes;
 use half::{bf16, f16};
 use serde_json::Value;
 use spark_backend::{Dtype, Matrix, MatrixData};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::fill::{Pattern, Seed, fill_all};
 use crate::load::{build, option};
 use crate::params::Params;
 use crate::scheme::{NVFP4_GROUP, fp8_block};
 use crate::shard::Rank;
 use crate::spec::{ParamKind, ParamSpec, join};
+use crate::stream::{Give, Source, Stream};
+
+/// How much smaller the output of attention is than its input.
+const ATTENTION_GAIN: f32 = 0.25;
 
 /// Scheme of the quantised layers of a dummy model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -22,49 +32,97 @@ enum DummyScheme {
     Fp8 { block: [usize; 2] },
 }
 
-/// Random parameters for `specs`, whole (of one rank). `config` is a `config.json`; its `quantization_config` decides
-/// the scheme of the decoder's linear layers. Router, embedding, lm_head and vision tower are BF16, as are layers whose
-/// inputs the scheme cannot pack. The same seed gives the same values.
+/// Random parameters for `specs`, whole (of one rank), made as they are taken. `config` is a `config.json`; its
+/// `quantization_config` decides the scheme of the decoder's linear layers. Router, embedding, lm_head and vision tower are
+/// BF16, as are layers whose inputs the scheme cannot pack. The same seed gives the same values.
 ///
 /// # Errors
 /// When a name is stated twice, or when the weights would not fit this machine's memory.
 pub fn dummy(config: &Value, specs: &[ParamSpec], seed: u64) -> Result<Params> {
     let scheme = scheme_of(config);
-    let needed = specs.iter().map(|spec| estimate(spec, scheme)).sum::<f64>();
-    let memory = total_memory();
+    expect_memory(specs.iter().map(|spec| estimate(spec, scheme)).sum())?;
+    stream(scheme, specs, seed)
+}
+
+/// As [`dummy`], for a device with memory of its own: only a few parameters at a time have to fit this machine's memory.
+///
+/// # Errors
+/// When a name is stated twice, or when a parameter would not fit this machine's memory.
+pub fn dummy_for_device(config: &Value, specs: &[ParamSpec], seed: u64) -> Result<Params> {
+    let scheme = scheme_of(config);
+    expect_memory(specs.iter().map(|spec| estimate(spec, scheme)).fold(0.0, f64::max))?;
+    stream(scheme, specs, seed)
+}
+
+fn expect_memory(needed: f64) -> Result<()> {
+    let info = rustix::system::sysinfo();
+    let memory = info.totalram as f64 * f64::from(info.mem_unit);
     if needed > memory {
         let reason = format!("the weights would take {needed:.3e} bytes, this machine has {memory:.3e}");
         return Err(option("dummy weights", reason));
     }
-    let rank = Rank::new(0, 1)?;
-    let mut params = Vec::with_capacity(specs.len());
-    for spec in specs {
-        let mut random = Random::new(seed, &spec.name);
-        let mut matrices = Vec::new();
-        let mut floats = Vec::new();
-        match &spec.kind {
-            &ParamKind::Vector { shape: [rows, cols] } => floats.push(random.vector(&spec.name, rows * cols)),
-            ParamKind::Linear { parts, k, bias } => {
-                for (part, n) in parts {
-                    let scheme =
-                        if is_quantised(&join(&spec.name, part)) { scheme } else { DummyScheme::Bf16 };
-                    matrices.push(random.matrix(*n, *k, scheme));
-                    if *bias {
-                        floats.push(vec![0.0; *n]);
+    Ok(())
+}
+
+fn stream(scheme: DummyScheme, specs: &[ParamSpec], seed: u64) -> Result<Params> {
+    let mut names = std::collections::HashMap::with_capacity(specs.len());
+    for (index, spec) in specs.iter().enumerate() {
+        if names.insert(spec.name.clone(), index).is_some() {
+            return Err(Error::Param { name: spec.name.clone(), reason: "is stated twice".to_owned() });
+        }
+    }
+    let source = Dummy { scheme, specs: specs.to_vec(), seed, rank: Rank::new(0, 1)? };
+    Ok(Params::of_stream(Stream::new(names, Box::new(source), 1)?))
+}
+
+/// Makes parameters.
+struct Dummy {
+    scheme: DummyScheme,
+    specs: Vec<ParamSpec>,
+    seed: u64,
+    rank: Rank,
+}
+
+impl Source for Dummy {
+    fn sizes(&self) -> Vec<u64> {
+        self.specs.iter().map(|spec| estimate(spec, self.scheme) as u64).collect()
+    }
+
+    fn make(&self, indices: std::ops::Range<usize>, give: Give<'_>) -> Result<()> {
+        for index in indices {
+            let spec = &self.specs[index];
+            let mut random = Maker { seed: Seed::new(self.seed, &spec.name), fills: Vec::new() };
+            let mut floats = Vec::new();
+            let mut drafts = Vec::new();
+            match &spec.kind {
+                &ParamKind::Vector { shape: [rows, cols] } => {
+                    floats.push(random.vector(&spec.name, rows * cols));
+                }
+                ParamKind::Linear { parts, k, bias } => {
+                    for (part, n) in parts {
+                        let module = join(&spec.name, part);
+                        let gain = if module.ends_with("o_proj") { ATTENTION_GAIN } else { 1.0 };
+                        drafts.push(random.matrix([*n, *k], part_scheme(&module, self.scheme), gain));
+                        if *bias {
+                            floats.push(vec![0.0; *n]);
+                        }
+                    }
+                }
+                &ParamKind::Experts { num_experts, hidden, intermediate } => {
+                    for _ in 0..num_experts {
+                        for shape in [[intermediate, hidden], [intermediate, hidden], [hidden, intermediate]]
+                        {
+                            drafts.push(random.matrix(shape, self.scheme, 1.0));
+                        }
                     }
                 }
             }
-            &ParamKind::Experts { num_experts, hidden, intermediate } => {
-                for _ in 0..num_experts {
-                    matrices.push(random.matrix(intermediate, hidden, scheme));
-                    matrices.push(random.matrix(intermediate, hidden, scheme));
-                    matrices.push(random.matrix(hidden, intermediate, scheme));
-                }
-            }
+            let mut buffers = fill_all(&random.fills).into_iter();
+            let matrices = drafts.into_iter().map(|draft| draft.finish(&mut buffers)).collect();
+            give(index, build(spec, matrices, floats, self.rank)?)?;
         }
-        params.push((spec.name.clone(), build(spec, matrices, floats, rank)?));
+        Ok(())
     }
-    Params::new(params)
 }
 
 /// About the bytes of a parameter. In floating point: a configuration alone may claim any size.
@@ -81,8 +139,7 @@ fn estimate(spec: &ParamSpec, scheme: DummyScheme) -> f64 {
         ParamKind::Linear { parts, k, .. } => parts
             .iter()
             .map(|(part, n)| {
-                let scheme = if is_quantised(&join(&spec.name, part)) { scheme } else { DummyScheme::Bf16 };
-                EACH + *n as f64 * *k as f64 * bytes(scheme)
+                EACH + *n as f64 * *k as f64 * bytes(part_scheme(&join(&spec.name, part), scheme))
             })
             .sum(),
         ParamKind::Experts { num_experts, hidden, intermediate } => {
@@ -91,15 +148,10 @@ fn estimate(spec: &ParamSpec, scheme: DummyScheme) -> f64 {
     }
 }
 
-fn total_memory() -> f64 {
-    let info = rustix::system::sysinfo();
-    info.totalram as f64 * f64::from(info.mem_unit)
-}
-
-/// The linear layers that published checkpoints quantise.
-fn is_quantised(module: &str) -> bool {
-    let plain = ["visual", "embed_tokens", "lm_head"].iter().any(|part| module.contains(part));
-    !plain && !module.ends_with("mlp.gate")
+/// The scheme of a linear layer in a model of `scheme`, as published checkpoints have it.
+fn part_scheme(module: &str, scheme: DummyScheme) -> DummyScheme {
+    let is_plain = ["visual", "embed_tokens", "lm_head"].iter().any(|part| module.contains(part));
+    if is_plain || module.ends_with("mlp.gate") { DummyScheme::Bf16 } else { scheme }
 }
 
 fn scheme_of(config: &Value) -> DummyScheme {
@@ -130,33 +182,42 @@ fn scheme_of(config: &Value) -> DummyScheme {
     }
 }
 
-/// A stream of 64-bit numbers (splitmix64), seeded by a name.
-struct Random(u64);
+/// A matrix whose random bytes are still to be made: its values or codes, then its zero points where it has any.
+struct Draft {
+    n: usize,
+    k: usize,
+    data: MatrixData,
+}
 
-impl Random {
-    fn new(seed: u64, name: &str) -> Self {
-        let hash = blake3::hash(name.as_bytes());
-        let mut first = [0; 8];
-        first.copy_from_slice(&hash.as_bytes()[..8]);
-        Random(u64::from_le_bytes(first) ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// `len` bytes: random words, passed through `map`.
-    fn bytes(&mut self, len: usize, map: impl Fn(u64) -> u64) -> Bytes {
-        let mut bytes = Vec::with_capacity(len.next_multiple_of(8));
-        while bytes.len() < len {
-            bytes.extend_from_slice(&map(self.next()).to_le_bytes());
+impl Draft {
+    fn finish(self, buffers: &mut impl Iterator<Item = Vec<u8>>) -> Matrix {
+        let Self { n, k, mut data } = self;
+        let mut next = || Bytes::from(buffers.next().unwrap_or_default());
+        match &mut data {
+            MatrixData::Dense { values, .. } | MatrixData::Fp8 { values, .. } => *values = next(),
+            MatrixData::Nvfp4 { codes, .. } => *codes = next(),
+            MatrixData::Int4 { codes, zeros, .. } => {
+                *codes = next();
+                if let Some(zeros) = zeros {
+                    *zeros = next();
+                }
+            }
         }
-        bytes.truncate(len);
-        bytes.into()
+        Matrix { n, k, data }
+    }
+}
+
+/// Plans the random bytes of a parameter.
+struct Maker {
+    seed: Seed,
+    fills: Vec<(usize, Seed, Pattern)>,
+}
+
+impl Maker {
+    fn fill(&mut self, num_bytes: usize, pattern: Pattern) -> Bytes {
+        let seed = self.seed.next();
+        self.fills.push((num_bytes, seed, pattern));
+        Bytes::new()
     }
 
     /// Norm weights are one, other tables small.
@@ -165,43 +226,48 @@ impl Random {
             let value = if name.ends_with("bias") { 0.0 } else { 1.0 };
             return vec![value; len];
         }
-        (0..len).map(|_| (self.next() >> 40) as f32 / (1 << 24) as f32 * 0.04 - 0.02).collect()
+        (0..len).map(|_| (self.seed.next().number() >> 40) as f32 / (1 << 24) as f32 * 0.04 - 0.02).collect()
     }
 
-    /// Values of about `1 / sqrt(k)`, so that activations keep their size from layer to layer.
-    fn matrix(&mut self, n: usize, k: usize, scheme: DummyScheme) -> Matrix {
-        let typical = 1.0 / (k.max(1) as f32).sqrt();
+    /// Values of about `gain / sqrt(k)`.
+    fn matrix(&mut self, [n, k]: [usize; 2], scheme: DummyScheme, gain: f32) -> Draft {
+        let typical = gain / (k.max(1) as f32).sqrt();
         let data = match scheme {
             DummyScheme::Int4 { group, zeros } if k.is_multiple_of(group) && k.is_multiple_of(2) => {
-                let scale = f16::from_f32(typical / 4.6).to_le_bytes().repeat(n * k / group);
+                // Codes 0 to 15 around 7.5, or 1 to 15 around 8.
+                let spread = if zeros { 4.6 } else { 4.5 };
+                let scale = f16::from_f32(typical / spread).to_le_bytes().repeat(n * k / group);
                 MatrixData::Int4 {
-                    codes: self.bytes(n * k / 2, |word| word),
-                    zeros: zeros.then(|| vec![8; n * k / group].into()),
+                    codes: self.fill(n * k / 2, if zeros { Pattern::Any } else { Pattern::Codes1To15 }),
+                    zeros: zeros.then(|| self.fill(n * k / group, Pattern::Bytes7Or8)),
                     scales: scale.into(),
                     scale_dtype: Dtype::F16,
                     group_size: group,
                 }
             }
             DummyScheme::Nvfp4 if k.is_multiple_of(NVFP4_GROUP) => MatrixData::Nvfp4 {
-                codes: self.bytes(n * k / 2, |word| word),
+                codes: self.fill(n * k / 2, Pattern::Any),
                 // E4M3 1.0
                 scales: vec![0x38; n * k / NVFP4_GROUP].into(),
                 alpha: typical / 2.9,
             },
             DummyScheme::Fp8 { block } => MatrixData::Fp8 {
                 // Sign, exponents of 1/8 to 1 (0x20 to 0x3f), any mantissa: never the NaN codes.
-                values: self.bytes(n * k, |word| (word & 0x9f9f_9f9f_9f9f_9f9f) | 0x2020_2020_2020_2020),
+                values: self.fill(n * k, Pattern::Bits { keep: [0x9f; 8], set: [0x20; 8] }),
                 scales: vec![typical; n.div_ceil(block[0]) * k.div_ceil(block[1])],
                 block,
             },
             _ => {
-                // Random sign and mantissa under the exponent of the typical value, four numbers a word.
-                let exponent = u64::from(bf16::from_f32(typical * 0.7).to_bits() & 0x7f80);
-                let exponents = exponent * 0x0001_0001_0001_0001;
-                let values = self.bytes(2 * n * k, |word| (word & 0x807f_807f_807f_807f) | exponents);
+                // Random sign and mantissa under one exponent, four numbers a word: their size is 1.53 times the power of two,
+                // so with the power next to `typical / 1.53` within a factor of the root of 2.
+                let power = typical / 1.53 * std::f32::consts::SQRT_2;
+                let [low, high] = (bf16::from_f32(power).to_bits() & 0x7f80).to_le_bytes();
+                let set = [low, high, low, high, low, high, low, high];
+                let keep = [0x7f, 0x80, 0x7f, 0x80, 0x7f, 0x80, 0x7f, 0x80];
+                let values = self.fill(2 * n * k, Pattern::Bits { keep, set });
                 MatrixData::Dense { dtype: Dtype::Bf16, values }
             }
         };
-        Matrix { n, k, data }
+        Draft { n, k, data }
     }
 }

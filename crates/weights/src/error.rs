@@ -9,6 +9,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why a checkpoint cannot be used. Messages state the rule, the value and the place.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The system gave no thread for loading.
+    #[error("cannot start a thread that loads weights: {source}")]
+    Thread {
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// MODEL is neither a folder nor a downloaded Hugging Face id.
     #[error("model `{model}` is neither a folder nor in the Hugging Face cache (looked in {}); give a folder, or download it with `spark-engine pull`",
         list(tried.iter().map(|path| path.display().to_string())))]

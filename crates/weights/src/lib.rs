@@ -28,6 +28,7 @@ mod checkpoint;
 mod convert;
 mod dummy;
 mod error;
+mod fill;
 mod header;
 mod load;
 mod locate;
@@ -39,13 +40,14 @@ mod read;
 mod scheme;
 mod shard;
 mod spec;
+mod stream;
 mod summary;
 
 #[cfg(test)]
 mod tests;
 
 pub use checkpoint::{Checkpoint, OpenOptions};
-pub use dummy::dummy;
+pub use dummy::{dummy, dummy_for_device};
 pub use error::{Error, Result};
 pub use header::{DiskType, TensorInfo};
 pub use load::{LoadOptions, LoadProgress, LoadStrategy, ProgressFn};

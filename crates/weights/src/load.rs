@@ -1,7 +1,10 @@
 //! Loading: reads what a plan names, converts each item as soon as its bytes are there, gives out each parameter as
-//! soon as its items are. At no time is more than a few tensors held beside the result.
+//! soon as its items are. At no time is more than a few tensors held beside the result. All in one go, or some parameters
+//! at a time for `stream.rs`.
 
 use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -12,9 +15,10 @@ use crate::convert::{Output, convert};
 use crate::error::{Error, Result};
 use crate::params::Param;
 use crate::plan::{Item, Plan};
-use crate::read::{Request, read_all};
+use crate::read::{Progress, Reader, Request, num_threads};
 use crate::shard::{Rank, shard_bias, shard_matrix, shard_vector};
 use crate::spec::{ParamKind, ParamSpec};
+use crate::stream::{Give, Source};
 
 /// How files are read (`--safetensors-load-strategy`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -96,47 +100,144 @@ pub(crate) fn load(
     plan: &Plan,
     specs: &[ParamSpec],
     options: &LoadOptions,
-    sink: &(dyn Fn(usize, Param) -> Result<()> + Sync),
+    sink: Give<'_>,
 ) -> Result<()> {
-    let rank = Rank::new(options.rank, options.world)?;
-    let assemblies: Vec<Mutex<Assembly>> = assemblies(plan, specs);
-    let arrivals: Vec<Mutex<Arrivals>> = plan
-        .items
-        .iter()
-        .map(|item| item.segments.len())
-        .map(|count| Mutex::new(Arrivals { segments: vec![None; count], missing: count }))
-        .collect();
+    let reading = Reading { checkpoint, specs, rank: Rank::new(options.rank, options.world)? };
+    let reader = Reader::open(&checkpoint.files, options.strategy)?;
+    let num_bytes = reader.num_bytes(&mut requests(checkpoint, &plan.items));
+    let progress = Progress::new(options.progress.clone(), num_bytes);
+    reading.run(&plan.items, (&reader, num_threads(options)), &progress, sink)
+}
+
+/// The byte ranges of `items`.
+fn requests(checkpoint: &Checkpoint, items: &[Item]) -> Vec<Request> {
     let mut requests = Vec::new();
-    for (number, item) in plan.items.iter().enumerate() {
+    for (number, item) in items.iter().enumerate() {
         for (position, segment) in item.segments.iter().enumerate() {
             let file = checkpoint.tensors[segment.tensor].file;
             requests.push(Request { file, offset: segment.offset, len: segment.len, item: number, position });
         }
     }
-    let deliver = |request: &Request, bytes: Bytes| {
-        let segments = {
-            let mut arrival = lock(&arrivals[request.item]);
-            arrival.segments[request.position] = Some(bytes);
-            arrival.missing -= 1;
-            if arrival.missing > 0 {
-                return Ok(());
-            }
-            std::mem::take(&mut arrival.segments)
-        };
-        let item = &plan.items[request.item];
-        let output = convert(checkpoint, item, segments.into_iter().flatten().collect())?;
-        match place(&assemblies[item.spec], item, output, &specs[item.spec], rank)? {
-            Some(param) => sink(item.spec, param),
-            None => Ok(()),
-        }
-    };
-    read_all(&checkpoint.files, requests, options, &deliver)
+    requests
 }
 
-fn assemblies(plan: &Plan, specs: &[ParamSpec]) -> Vec<Mutex<Assembly>> {
+/// What is loaded, for whom.
+#[derive(Clone, Copy)]
+struct Reading<'a> {
+    checkpoint: &'a Checkpoint,
+    specs: &'a [ParamSpec],
+    rank: Rank,
+}
+
+impl Reading<'_> {
+    /// Loads `items`, all items of some neighbouring parameters, with a number of threads.
+    fn run(
+        self,
+        items: &[Item],
+        (reader, threads): (&Reader, usize),
+        progress: &Progress,
+        sink: Give<'_>,
+    ) -> Result<()> {
+        let (Some(first), Some(last)) = (items.first(), items.last()) else { return Ok(()) };
+        let first = first.spec;
+        let assemblies = assemblies(items, &self.specs[first..=last.spec]);
+        let arrivals: Vec<Mutex<Arrivals>> = items
+            .iter()
+            .map(|item| item.segments.len())
+            .map(|count| Mutex::new(Arrivals { segments: vec![None; count], missing: count }))
+            .collect();
+        let deliver = |request: &Request, bytes: Bytes| {
+            let segments = {
+                let mut arrival = lock(&arrivals[request.item]);
+                arrival.segments[request.position] = Some(bytes);
+                arrival.missing -= 1;
+                if arrival.missing > 0 {
+                    return Ok(());
+                }
+                std::mem::take(&mut arrival.segments)
+            };
+            let item = &items[request.item];
+            let output = convert(self.checkpoint, item, segments.into_iter().flatten().collect())?;
+            match place(&assemblies[item.spec - first], item, output, &self.specs[item.spec], self.rank)? {
+                Some(param) => sink(item.spec, param),
+                None => Ok(()),
+            }
+        };
+        reader.read(requests(self.checkpoint, items), threads, progress, &deliver)
+    }
+}
+
+/// Threads that load ahead: while one waits for its last reads and conversions, the other's are under way.
+pub(crate) const NUM_WORKERS: usize = 2;
+
+/// The parameters of a checkpoint, loaded some at a time.
+pub(crate) struct Parts {
+    checkpoint: Checkpoint,
+    plan: Plan,
+    specs: Vec<ParamSpec>,
+    rank: Rank,
+    reader: Reader,
+    threads: usize,
+    progress: Progress,
+    /// Parameters that have not been loaded.
+    missing: AtomicUsize,
+}
+
+impl Parts {
+    /// Opens the files of `checkpoint`.
+    pub(crate) fn new(
+        checkpoint: Checkpoint,
+        plan: Plan,
+        specs: &[ParamSpec],
+        options: &LoadOptions,
+    ) -> Result<Self> {
+        let reader = Reader::open(&checkpoint.files, options.strategy)?;
+        let num_bytes = reader.num_bytes(&mut requests(&checkpoint, &plan.items));
+        Ok(Self {
+            rank: Rank::new(options.rank, options.world)?,
+            threads: num_threads(options).div_ceil(NUM_WORKERS),
+            progress: Progress::new(options.progress.clone(), num_bytes),
+            missing: AtomicUsize::new(specs.len()),
+            specs: specs.to_vec(),
+            reader,
+            checkpoint,
+            plan,
+        })
+    }
+
+    /// The items of some parameters: a plan has them in the order of the parameters.
+    fn items(&self, specs: Range<usize>) -> &[Item] {
+        let items = &self.plan.items;
+        let before = |spec: usize| items.partition_point(|item| item.spec < spec);
+        &items[before(specs.start)..before(specs.end)]
+    }
+}
+
+impl Source for Parts {
+    fn sizes(&self) -> Vec<u64> {
+        let size = |spec| -> u64 {
+            let segments = self.items(spec..spec + 1).iter().flat_map(|item| &item.segments);
+            segments.map(|segment| segment.len as u64).sum()
+        };
+        (0..self.specs.len()).map(size).collect()
+    }
+
+    fn make(&self, indices: Range<usize>, give: Give<'_>) -> Result<()> {
+        let reading = Reading { checkpoint: &self.checkpoint, specs: &self.specs, rank: self.rank };
+        let count = indices.len();
+        reading.run(self.items(indices), (&self.reader, self.threads), &self.progress, give)?;
+        if self.missing.fetch_sub(count, Ordering::Relaxed) == count {
+            self.progress.finish();
+        }
+        Ok(())
+    }
+}
+
+/// Empty ones for `specs`, which `items` belong to.
+fn assemblies(items: &[Item], specs: &[ParamSpec]) -> Vec<Mutex<Assembly>> {
     let mut counts = vec![0; specs.len()];
-    for item in &plan.items {
-        counts[item.spec] += 1;
+    for item in items {
+        counts[item.spec - items[0].spec] += 1;
     }
     let slots = |spec: &ParamSpec| match &spec.kind {
         ParamKind::Vector { .. } => 1,

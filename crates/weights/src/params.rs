@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use spark_backend::{ExpertsWeight, LinearWeight, VectorWeight};
 
 use crate::error::{Error, Result};
+use crate::stream::Stream;
 
 /// A loaded parameter.
 #[derive(Debug, Clone)]
@@ -41,10 +42,13 @@ impl Param {
 }
 
 /// The parameters of a model by the names of their specs. Each is taken once, which moves it out, so that the host
-/// memory goes as the device's comes.
+/// memory goes as the device's comes. They are all there from the start, or made as they are taken
+/// ([`Checkpoint::stream`](crate::Checkpoint::stream), [`dummy`](crate::dummy())); then an error of reading comes from the
+/// call that takes the parameter.
 #[derive(Debug, Default)]
 pub struct Params {
     all: HashMap<String, Param>,
+    stream: Option<Stream>,
 }
 
 impl Params {
@@ -59,7 +63,11 @@ impl Params {
                 return Err(Error::Param { name, reason: "is stated twice".to_owned() });
             }
         }
-        Ok(Params { all })
+        Ok(Params { all, stream: None })
+    }
+
+    pub(crate) fn of_stream(stream: Stream) -> Self {
+        Params { all: HashMap::new(), stream: Some(stream) }
     }
 
     /// Takes the linear layer `name`.
@@ -95,9 +103,11 @@ impl Params {
         }
     }
 
-    /// Bytes of what has not been taken.
+    /// Bytes of what has not been taken; about, where it has yet to be made.
     pub fn num_bytes(&self) -> usize {
-        self.all.values().map(Param::num_bytes).sum()
+        let ready = self.all.values().map(Param::num_bytes).sum::<usize>();
+        let left = self.stream.as_ref().map_or(0, |stream| stream.left().1);
+        ready.saturating_add(usize::try_from(left).unwrap_or(usize::MAX))
     }
 
     /// Ends the handing out.
@@ -105,18 +115,22 @@ impl Params {
     /// # Errors
     /// When a parameter has not been taken: a model that states one and does not use it is wrong.
     pub fn finish(self) -> Result<()> {
-        if self.all.is_empty() {
+        let mut unused: Vec<String> = self.all.into_keys().collect();
+        unused.extend(self.stream.map(|stream| stream.left().0).unwrap_or_default());
+        if unused.is_empty() {
             return Ok(());
         }
-        let mut unused: Vec<String> = self.all.into_keys().collect();
         unused.sort();
         Err(Error::Incomplete { unfilled: Vec::new(), unused })
     }
 
     fn take(&mut self, name: &str) -> Result<Param> {
-        self.all.remove(name).ok_or_else(|| Error::Param {
-            name: name.to_owned(),
-            reason: "was not stated in the specs, or was taken before".to_owned(),
+        let streamed = || self.stream.as_ref().and_then(|stream| stream.take(name));
+        self.all.remove(name).map(Ok).or_else(streamed).unwrap_or_else(|| {
+            Err(Error::Param {
+                name: name.to_owned(),
+                reason: "was not stated in the specs, or was taken before".to_owned(),
+            })
         })
     }
 }

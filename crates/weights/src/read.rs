@@ -29,47 +29,91 @@ pub(crate) struct Request {
 /// Called with each range that is complete, from several threads.
 pub(crate) type Deliver<'a> = &'a (dyn Fn(&Request, Bytes) -> Result<()> + Sync);
 
-/// Reads all `requests` and delivers each once; the first error stops everything.
-pub(crate) fn read_all(
-    files: &[PathBuf],
-    mut requests: Vec<Request>,
-    options: &LoadOptions,
-    deliver: Deliver<'_>,
-) -> Result<()> {
+/// Opened files, to be read in one go or bit by bit.
+pub(crate) enum Reader {
+    Eager(Vec<direct::Source>),
+    Lazy(Vec<map::Mapped>),
+}
+
+impl Reader {
+    pub(crate) fn open(files: &[PathBuf], strategy: LoadStrategy) -> Result<Self> {
+        Ok(match strategy {
+            LoadStrategy::Eager => Reader::Eager(
+                files.iter().map(|path| direct::Source::open(path, true)).collect::<Result<_>>()?,
+            ),
+            LoadStrategy::Lazy => Reader::Lazy(files.iter().map(map::Mapped::open).collect::<Result<_>>()?),
+        })
+    }
+
+    /// Bytes that reading `requests` at once takes.
+    pub(crate) fn num_bytes(&self, requests: &mut [Request]) -> u64 {
+        sort(requests);
+        match self {
+            Reader::Eager(_) => pieces::num_bytes(requests),
+            Reader::Lazy(_) => requests.iter().map(|request| request.len as u64).sum(),
+        }
+    }
+
+    /// Reads all `requests` with `threads` threads and delivers each once; the first error stops everything.
+    pub(crate) fn read(
+        &self,
+        mut requests: Vec<Request>,
+        threads: usize,
+        progress: &Progress,
+        deliver: Deliver<'_>,
+    ) -> Result<()> {
+        sort(&mut requests);
+        match self {
+            Reader::Eager(sources) => pieces::read(sources, &requests, threads, progress, deliver),
+            Reader::Lazy(maps) => map::read(maps, &requests, threads, progress, deliver),
+        }
+    }
+}
+
+fn sort(requests: &mut [Request]) {
     requests.sort_by_key(|request| (request.file, request.offset, request.len));
-    let threads = match options.threads {
+}
+
+/// Threads that read and convert.
+pub(crate) fn num_threads(options: &LoadOptions) -> usize {
+    match options.threads {
         0 => std::thread::available_parallelism().map_or(4, |cores| cores.get().clamp(4, 16)),
         threads => threads.min(64),
-    };
-    match options.strategy {
-        LoadStrategy::Eager => pieces::read(files, &requests, threads, options.progress.as_ref(), deliver),
-        LoadStrategy::Lazy => map::read(files, &requests, threads, options.progress.as_ref(), deliver),
     }
 }
 
 /// Counts bytes and tells the caller's function.
-struct Progress<'a> {
-    report: Option<&'a ProgressFn>,
+pub(crate) struct Progress {
+    report: Option<ProgressFn>,
     read: AtomicU64,
     total: u64,
 }
 
-impl<'a> Progress<'a> {
-    fn new(report: Option<&'a ProgressFn>, total: u64) -> Self {
+impl Progress {
+    pub(crate) fn new(report: Option<ProgressFn>, total: u64) -> Self {
         Progress { report, read: AtomicU64::new(0), total }
     }
 
     fn add(&self, bytes: usize) {
         let bytes_read = self.read.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        if let Some(report) = self.report {
-            report(LoadProgress { bytes_read, bytes_total: self.total });
+        if let Some(report) = &self.report {
+            // Bit by bit, what lies between two ranges may be read where in one go it would not.
+            report(LoadProgress { bytes_read: bytes_read.min(self.total), bytes_total: self.total });
+        }
+    }
+
+    /// Everything has been read, whatever was counted.
+    pub(crate) fn finish(&self) {
+        let read = self.read.swap(self.total, Ordering::Relaxed);
+        if let Some(report) = self.report.as_ref().filter(|_| read < self.total) {
+            report(LoadProgress { bytes_read: self.total, bytes_total: self.total });
         }
     }
 }
 
 /// Runs `work(state, index)` for 0..count on `threads` threads, in order of starting; each thread has a state of its
 /// own. Ends early at the first error, which it returns.
-fn run<S>(
+pub(crate) fn run<S>(
     threads: usize,
     count: usize,
     state: impl Fn() -> S + Sync,

@@ -9,3 +9,4 @@ mod pull;
 mod schemes;
 mod shards;
 mod some;
+mod stream;

@@ -1,21 +1,26 @@
-//! Wrapper of `kernels/linear_int4.cu` and `kernels/linear_nvfp4.cu`: linear layers with 4-bit weights, for the few rows of
-//! decode. Experts are in `moe.rs`.
+//! Linear layers: the choice between the kernels for few rows and those for many, and the wrapper of the former
+//! (`kernels/linear_*.cu`). Those for many rows are in `gemm.rs`, experts in `moe.rs`.
 
 use spark_backend::Dtype;
 
 use super::pack::{Scheme, padded_k, padded_n};
-use super::{Kernels, LoadedModule, PackedHost, disjoint, to_u32};
+use super::{Kernels, Linear, LoadedModule, PackedWeight, disjoint, to_u32};
 use crate::launch::{Kernel, Launch, Params};
-use crate::{ArenaPlan, DeviceSlice, Error, Region, Result, Stream, Tensor};
+use crate::{DeviceSlice, Error, Pool, Result, Stream, Tensor};
 
 const OP: &str = "linear";
-/// Most rows of one launch.
-pub const MAX_DECODE_ROWS: usize = 32;
-/// Rows of x that a tensor core takes at a time.
+/// Most rows that the kernels for few rows take.
+pub const MAX_DECODE_ROWS: usize = 64;
+/// Most rows that they take of wide layers (the head): there the blocks for many rows, which read x less often, fill the device.
+const MAX_WIDE_ROWS: usize = 32;
+/// Rows of W, for each multiprocessor, of a wide layer: two of those blocks.
+const WIDE: usize = 256;
+/// Rows of x that a tensor core takes at a time, and most such tiles of a block.
 const TOKEN_TILE: usize = 8;
-/// Rows of W of a block and most warps of it: constants of the kernel.
-pub(super) const BLOCK_ROWS: usize = 32;
-const MAX_WARPS: usize = 8;
+const MAX_TOKEN_TILES: usize = 4;
+/// Rows of W of a tile, and threads of a block: constants of the kernel.
+const TILE_ROWS: usize = 16;
+const NUM_THREADS: u32 = 256;
 
 /// `LinearParams` of `kernels/linear.cuh`.
 #[derive(Debug, Clone, Copy)]
@@ -31,192 +36,173 @@ pub(crate) struct LinearParams {
     k: u32,
     x_columns: u32,
     rows: u32,
+    out_columns: u32,
     out_is_f32: u32,
+    token_blocks: u32,
     padding: u32,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 6 * 8 + 6 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 6 * 8 + 8 * 4 bytes, no padding.
 unsafe impl Params for LinearParams {
     const NAME: &'static str = "LinearParams";
 }
 
-/// 4-bit weights on the device, in the packed layout: a matrix, or several of the same shape.
-#[derive(Debug, Clone)]
-pub struct PackedWeight {
-    pub(super) count: usize,
-    pub(super) codes: DeviceSlice,
-    pub(super) scales: DeviceSlice,
-    pub(super) row_scales: Option<DeviceSlice>,
-    bias: Option<DeviceSlice>,
-    pub(super) n: usize,
-    pub(super) k: usize,
-    pub(super) scheme: Scheme,
+/// What a block computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Block {
+    /// Tiles of 16 rows of W: 1 or 2.
+    row_tiles: usize,
+    /// Tiles of 8 rows of x: 1, 2 or 4.
+    token_tiles: usize,
 }
 
-impl PackedWeight {
-    /// Plans the memory of `host`: regions for [`upload`](Self::upload).
-    ///
-    /// # Errors
-    /// [`Error::Memory`] when the plan overflows.
-    pub fn plan(plan: &mut ArenaPlan, name: &'static str, host: &PackedHost) -> Result<Region> {
-        plan.add(name, Self::num_bytes(host))
+impl Block {
+    const ALL: [Self; 5] = [
+        Self { row_tiles: 1, token_tiles: 1 },
+        Self { row_tiles: 2, token_tiles: 1 },
+        Self { row_tiles: 1, token_tiles: 2 },
+        Self { row_tiles: 2, token_tiles: 2 },
+        Self { row_tiles: 2, token_tiles: 4 },
+    ];
+
+    /// For `rows` rows of x and `n` of W: small blocks where there would be fewer than multiprocessors.
+    fn new(rows: usize, n: usize, multiprocessors: usize) -> Self {
+        let token_tiles = rows.div_ceil(TOKEN_TILE).clamp(1, MAX_TOKEN_TILES).next_power_of_two();
+        let is_small = padded_n(n) / (2 * TILE_ROWS) < multiprocessors;
+        Self { row_tiles: if is_small && token_tiles < MAX_TOKEN_TILES { 1 } else { 2 }, token_tiles }
     }
 
-    /// Bytes of the layer on the device, between aligned parts.
-    pub fn num_bytes(host: &PackedHost) -> u64 {
-        offsets(host)[4]
-    }
-
-    /// Copies `host` into `target`.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `target` is too small, [`Error::Driver`].
-    pub fn upload(stream: &Stream, target: &DeviceSlice, host: &PackedHost) -> Result<Self> {
-        let [codes, scales, row_scales, bias, end] = offsets(host);
-        if !target.address().is_multiple_of(crate::ALIGNMENT) {
-            return Err(Error::shape(OP, "a place aligned to 256 bytes", target.address()));
-        }
-        let part = |start: u64, end: u64| target.slice(start, end - start);
-        let weight = Self {
-            count: host.count,
-            codes: part(codes, scales)?,
-            scales: part(scales, row_scales)?,
-            row_scales: (!host.row_scales.is_empty()).then(|| part(row_scales, bias)).transpose()?,
-            bias: (!host.bias.is_empty()).then(|| part(bias, end)).transpose()?,
-            n: host.n,
-            k: host.k,
-            scheme: host.scheme,
-        };
-        stream.upload(&weight.codes, &host.codes)?;
-        stream.upload(&weight.scales, &host.scales)?;
-        if let Some(row_scales) = &weight.row_scales {
-            stream.upload(row_scales, &host.row_scales)?;
-        }
-        if let Some(bias) = &weight.bias {
-            stream.upload(bias, &host.bias)?;
-        }
-        Ok(weight)
-    }
-
-    /// Threads of a block over these weights.
-    pub(super) fn num_threads(&self) -> usize {
-        32 * (padded_k(self.k) / span(self.scheme)).min(MAX_WARPS)
-    }
-
-    /// All that the kernels read of them.
-    pub(super) fn slices(&self) -> impl Iterator<Item = &DeviceSlice> {
-        [&self.codes, &self.scales].into_iter().chain(&self.row_scales).chain(&self.bias)
-    }
-
-    /// Output features.
-    pub fn n(&self) -> usize {
-        self.n
-    }
-
-    /// Input features.
-    pub fn k(&self) -> usize {
-        self.k
+    fn index(self) -> usize {
+        // `new` makes no other.
+        Self::ALL.iter().position(|&block| block == self).unwrap_or(Self::ALL.len() - 1)
     }
 }
 
-/// Where codes, scales, row scales, bias and the end lie in the memory of a layer.
-fn offsets(host: &PackedHost) -> [u64; 5] {
-    let aligned = |num_bytes: usize| (num_bytes as u64).next_multiple_of(crate::ALIGNMENT);
-    let scales = aligned(4 * host.codes.len());
-    let row_scales = scales + aligned(4 * host.scales.len());
-    let bias = row_scales + aligned(4 * host.row_scales.len());
-    [0, scales, row_scales, bias, bias + aligned(4 * host.bias.len())]
+/// Most rows of x that the kernels for few rows take of `n` rows of W.
+fn most_decode_rows(n: usize, multiprocessors: usize) -> usize {
+    if n >= WIDE * multiprocessors { MAX_WIDE_ROWS } else { MAX_DECODE_ROWS }
 }
 
-/// Inputs that a warp takes at a time: `span_of` and `SPAN` of the kernels.
-fn span(scheme: Scheme) -> usize {
-    if scheme == (Scheme::Int4 { group_size: 32 }) { 64 } else { 128 }
-}
-
-/// 0, 1, 2 for group sizes 32, 64, 128; there are no others after `PackedHost::pack`.
+/// 0, 1, 2 for group sizes 32, 64, 128; there are no others after packing.
 pub(super) fn group_index(group_size: usize) -> usize {
     (group_size / 32).ilog2() as usize
 }
 
-/// Token tiles of the kernel that takes `rows` rows: 1, 2 or 4.
-fn token_tiles(rows: usize) -> usize {
-    rows.div_ceil(TOKEN_TILE).max(1).next_power_of_two()
-}
-
-/// The kernels of one scheme by token tiles: 1, 2, 4.
-type ByTokens = [Kernel<LinearParams>; 3];
+/// The kernels of one scheme, in the order of [`Block::ALL`].
+type ByBlock = [Kernel<LinearParams>; Block::ALL.len()];
 
 #[derive(Debug)]
-pub(super) struct Linear {
+pub(super) struct DecodeLinear {
+    bf16: ByBlock,
+    fp8: ByBlock,
     /// By group size: 32, 64, 128.
-    int4: [ByTokens; 3],
-    nvfp4: ByTokens,
+    int4: [ByBlock; 3],
+    nvfp4: ByBlock,
 }
 
-impl Linear {
-    pub(super) fn new(int4_module: &LoadedModule, nvfp4_module: &LoadedModule) -> Result<Self> {
+impl DecodeLinear {
+    /// The kernels of the modules that `module` loads.
+    pub(super) fn new(module: impl Fn(&'static str) -> Result<LoadedModule>) -> Result<Self> {
         let kernels = |module: &LoadedModule, scheme: &str| {
-            let kernel = |tiles: u32| Kernel::new(module, &format!("linear_{scheme}_t{tiles}"), 0);
-            Ok::<_, Error>([kernel(1)?, kernel(2)?, kernel(4)?])
+            let kernel = |block: Block| {
+                let name = format!("linear_{scheme}_r{}_t{}", block.row_tiles, block.token_tiles);
+                Kernel::new(module, &name, 0)
+            };
+            let [a, b, c, d, e] = Block::ALL.map(kernel);
+            Ok::<_, Error>([a?, b?, c?, d?, e?])
         };
-        let int4 = |group_size: u32| kernels(int4_module, &format!("g{group_size}"));
-        Ok(Self { int4: [int4(32)?, int4(64)?, int4(128)?], nvfp4: kernels(nvfp4_module, "nvfp4")? })
+        let int4 = module("linear_int4")?;
+        Ok(Self {
+            bf16: kernels(&module("linear_bf16")?, "bf16")?,
+            fp8: kernels(&module("linear_fp8")?, "fp8")?,
+            int4: [kernels(&int4, "g32")?, kernels(&int4, "g64")?, kernels(&int4, "g128")?],
+            nvfp4: kernels(&module("linear_nvfp4")?, "nvfp4")?,
+        })
     }
 
-    fn kernel(&self, scheme: Scheme, rows: usize) -> &Kernel<LinearParams> {
-        let by_tokens = match scheme {
+    fn kernel(&self, scheme: Scheme, block: Block) -> &Kernel<LinearParams> {
+        let by_block = match scheme {
+            Scheme::Bf16 => &self.bf16,
+            Scheme::Fp8 => &self.fp8,
             Scheme::Int4 { group_size } => &self.int4[group_index(group_size)],
             Scheme::Nvfp4 => &self.nvfp4,
         };
-        &by_tokens[token_tiles(rows).ilog2() as usize]
+        &by_block[block.index()]
     }
 }
 
 impl Kernels {
-    /// `x W^T + bias`: `x` `[rows, k]` bf16, up to [`MAX_DECODE_ROWS`], to `out` `[rows, n]`, bf16 or f32. A row has the same
-    /// bits alone and beside others.
+    /// `x W^T + bias` for any number of rows: `x` `[rows, k]` bf16 to `out` `[rows, n]`, bf16 or f32 (logits). Up to
+    /// [`MAX_DECODE_ROWS`] rows, or 32 of layers as wide as a head, a row has the same bits alone and beside others.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Driver`].
-    pub fn linear(&self, stream: &Stream, x: &Tensor, weight: &PackedWeight, out: &Tensor) -> Result<()> {
+    /// [`Error::Shape`], [`Error::Driver`]; [`Error::Memory`] when `pool` has no room for what many rows need.
+    pub fn linear(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        weight: &Linear,
+        out: &Tensor,
+    ) -> Result<()> {
         let rows = x.rows();
-        if rows > MAX_DECODE_ROWS {
-            return Err(Error::shape(OP, format!("at most {MAX_DECODE_ROWS} rows"), rows));
-        }
         x.expect(OP, [rows, weight.k], Dtype::Bf16)?;
-        // Logits stay in float32; everything else is bf16.
         let out_dtype = if out.dtype() == Dtype::F32 { Dtype::F32 } else { Dtype::Bf16 };
         out.expect(OP, [rows, weight.n], out_dtype)?;
-        if weight.count != 1 {
-            return Err(Error::shape(OP, "one matrix", weight.count));
+        let multiprocessors = stream.num_sms() as usize;
+        let mut first_column = 0;
+        for part in &weight.parts {
+            if rows > most_decode_rows(part.n, multiprocessors) {
+                self.gemm(stream, pool, x, part, out, first_column)?;
+            } else {
+                self.decode_linear(stream, x, part, out, first_column)?;
+            }
+            first_column += part.n;
         }
+        Ok(())
+    }
+
+    /// One part of [`Kernels::linear`] for few rows, to the columns of `out` from `first_column` on. The caller has checked the
+    /// types of `x` and `out`, the shape of `x`, and that the part fits in `out`.
+    fn decode_linear(
+        &self,
+        stream: &Stream,
+        x: &Tensor,
+        weight: &PackedWeight,
+        out: &Tensor,
+        first_column: usize,
+    ) -> Result<()> {
         let read: Vec<&DeviceSlice> = std::iter::once(x.slice()).chain(weight.slices()).collect();
         stream.uses(OP, &[&read[..], &[out.slice()]].concat())?;
         disjoint(OP, out.slice(), &read)?;
-        if rows == 0 {
-            return Ok(());
-        }
-        let (n, k) = (padded_n(weight.n), padded_k(weight.k));
+        let (rows, n) = (x.rows(), padded_n(weight.n));
+        let block = Block::new(rows, weight.n, stream.num_sms() as usize);
+        let token_blocks = rows.div_ceil(block.token_tiles * TOKEN_TILE);
+        let address = |slice: &Option<DeviceSlice>| slice.as_ref().map_or(0, DeviceSlice::address);
         let params = LinearParams {
             codes: weight.codes.address(),
             scales: weight.scales.address(),
-            row_scales: weight.row_scales.as_ref().map_or(0, DeviceSlice::address),
-            bias: weight.bias.as_ref().map_or(0, DeviceSlice::address),
+            row_scales: address(&weight.row_scales),
+            bias: address(&weight.bias),
             x: x.address(),
-            out: out.address(),
+            out: out.address() + (first_column * out.dtype().size()) as u64,
             n: to_u32(OP, weight.n)?,
-            k: to_u32(OP, k)?,
+            k: to_u32(OP, padded_k(weight.k))?,
             x_columns: to_u32(OP, weight.k)?,
             rows: to_u32(OP, rows)?,
-            out_is_f32: (out_dtype == Dtype::F32).into(),
+            out_columns: to_u32(OP, out.columns())?,
+            out_is_f32: (out.dtype() == Dtype::F32).into(),
+            token_blocks: to_u32(OP, token_blocks)?,
             padding: 0,
         };
-        let launch = Launch::blocks(to_u32(OP, n / BLOCK_ROWS)?, to_u32(OP, weight.num_threads())?);
-        let kernel = self.linear.kernel(weight.scheme, rows);
-        // SAFETY: codes, scales, row scales and bias were made by `PackedHost` for n, k and the scheme; x and out have the shapes that the
-        // parameters say; out overlaps with nothing that is read; tensors and the parts of a weight (offsets of
-        // `ALIGNMENT`) are aligned to 16 bytes, and so are rows of x, because k is a multiple of 16 (`PackedHost::pack`).
-        unsafe { kernel.launch(stream, launch, &params) }
+        let num_blocks = to_u32(OP, n / (TILE_ROWS * block.row_tiles) * token_blocks)?;
+        // SAFETY: codes, scales, row scales and bias were made for n, k and the scheme; x and out have the shapes that the
+        // parameters say (the caller's word); out overlaps with nothing that is read; tensors and the parts of a weight are
+        // aligned to 16 bytes, and so are rows of x, because k is a multiple of 16.
+        unsafe {
+            let kernel = self.linear.kernel(weight.scheme, block);
+            kernel.launch(stream, Launch::blocks(num_blocks, NUM_THREADS), &params)
+        }
     }
 }
 
@@ -226,7 +212,27 @@ mod tests {
 
     #[test]
     fn rows_are_rounded_up_to_what_is_compiled() {
-        let tiles: Vec<usize> = [0, 1, 8, 9, 16, 17, 24, 25, 32].map(token_tiles).to_vec();
+        let tiles: Vec<usize> =
+            [0, 1, 8, 9, 16, 17, 32, 33, 64].map(|rows| Block::new(rows, 1 << 20, 132).token_tiles).to_vec();
         assert_eq!(tiles, [1, 1, 1, 2, 2, 4, 4, 4, 4]);
+        for (rows, n) in [(1, 16), (8, 1 << 20), (16, 2048), (16, 8192), (64, 16)] {
+            let block = Block::new(rows, n, 132);
+            assert_eq!(Block::ALL[block.index()], block);
+        }
+    }
+
+    #[test]
+    fn heads_with_many_rows_are_for_the_other_kernels() {
+        let most = [151_936, 75_968, 5120, 32_768].map(|n| most_decode_rows(n, 132));
+        assert_eq!(most, [32, 32, 64, 64]);
+    }
+
+    #[test]
+    fn narrow_layers_have_small_blocks() {
+        let row_tiles = |rows, n| Block::new(rows, n, 132).row_tiles;
+        assert_eq!(
+            [row_tiles(1, 2048), row_tiles(1, 5120), row_tiles(16, 2048), row_tiles(32, 2048)],
+            [1, 2, 1, 2]
+        );
     }
 }

@@ -1,21 +1,57 @@
 //! The wrappers of the kernels: one file per `.cu`. Each checks what the kernel takes for granted, then launches it.
 
+mod attention;
 mod embed;
+mod gemm;
+mod kv;
 mod linear;
+mod loader;
 mod moe;
+mod moe_gemm;
 mod norm;
 mod pack;
+mod probe;
+mod repack;
+mod router;
+mod rows;
+mod sampler;
+mod sampler_output;
+mod sampler_step;
 mod swiglu;
+#[cfg(test)]
+mod testing;
+mod vision;
+mod vision_attention;
+mod weight;
 
+pub use attention::AttendArgs;
+pub(crate) use attention::AttentionParams;
 pub(crate) use embed::EmbedParams;
+pub(crate) use gemm::{Block, GemmAddParams, GemmCut, GemmParams};
+pub use kv::KvCache;
 pub(crate) use linear::LinearParams;
-pub use linear::{MAX_DECODE_ROWS, PackedWeight};
+pub use linear::MAX_DECODE_ROWS;
+pub use loader::{Staging, WeightLoader};
 pub(crate) use moe::MoeParams;
-pub use moe::{Choice, Experts, ExpertsHost, MAX_PAIRS};
-pub(crate) use norm::NormParams;
+pub use moe::{Choice, MAX_PAIRS};
+pub(crate) use moe_gemm::{MoeAddParams, MoeSortParams};
 pub use norm::ReduceNorm;
+pub(crate) use norm::{LayerNormParams, NormParams};
 pub use pack::PackedHost;
+pub(crate) use probe::{Empty, MmaType, Probe, ProbeParams};
+pub(crate) use repack::RepackParams;
+pub use router::MAX_ROUTED_EXPERTS;
+pub(crate) use router::RouterParams;
+pub use rows::RowRange;
+pub(crate) use rows::{ElementsParams, GatherParams};
+pub(crate) use sampler::AdmitParams;
+pub use sampler::Sampler;
+pub use sampler_output::{MAX_ALTERNATIVES, SampleOut, Wanted};
+pub(crate) use sampler_step::SampleParams;
 pub(crate) use swiglu::SwigluParams;
+pub(crate) use vision::{PatchesParams, PositionParams};
+pub(crate) use vision_attention::VisionAttentionParams;
+pub use weight::{Experts, ExpertsHost, Linear, MAX_EXPERTS, PackedWeight};
 
 use std::sync::Arc as Shared;
 
@@ -27,11 +63,21 @@ use crate::{Cubins, Device, DeviceSlice, Error, Result};
 /// All kernels, loaded on a device.
 #[derive(Debug)]
 pub struct Kernels {
+    attention: attention::Attention,
     embed: embed::Embed,
-    linear: linear::Linear,
+    gemm: gemm::Gemm,
+    linear: linear::DecodeLinear,
     moe: moe::Moe,
+    moe_gemm: moe_gemm::MoeGemm,
     norm: norm::Norm,
+    repack: repack::Repack,
+    router: router::Router,
+    rows: rows::Rows,
+    sample: sampler_step::Sample,
+    sample_admit: sampler::SampleAdmit,
     swiglu: swiglu::Swiglu,
+    vision: vision::Vision,
+    vision_attention: vision_attention::VisionAttention,
 }
 
 impl Kernels {
@@ -49,11 +95,24 @@ impl Kernels {
             Module::load(device, cubins.module(name).ok_or_else(missing)?, cubins.nvrtc)
         };
         Ok(Self {
+            attention: attention::Attention::new(
+                &module("attention_decode")?,
+                &module("attention_prefill")?,
+            )?,
             embed: embed::Embed::new(&module("embed")?)?,
-            linear: linear::Linear::new(&module("linear_int4")?, &module("linear_nvfp4")?)?,
-            moe: moe::Moe::new(&module("moe")?, &module("moe_int4")?, &module("moe_nvfp4")?)?,
+            gemm: gemm::Gemm::new(device.arch(), module)?,
+            linear: linear::DecodeLinear::new(module)?,
+            moe: moe::Moe::new(module)?,
+            moe_gemm: moe_gemm::MoeGemm::new(&module("moe_gemm")?)?,
             norm: norm::Norm::new(&module("norm")?)?,
+            repack: repack::Repack::new(&module("repack")?)?,
+            router: router::Router::new(device, &module("router")?)?,
+            rows: rows::Rows::new(&module("rows")?)?,
+            sample: sampler_step::Sample::new(&module("sample")?)?,
+            sample_admit: sampler::SampleAdmit::new(&module("sample_admit")?)?,
             swiglu: swiglu::Swiglu::new(&module("swiglu")?)?,
+            vision: vision::Vision::new(&module("vision")?)?,
+            vision_attention: vision_attention::VisionAttention::new(&module("vision_attention")?)?,
         })
     }
 }

@@ -1,23 +1,37 @@
-//! Wrapper of `kernels/moe.cu`, `kernels/moe_int4.cu` and `kernels/moe_nvfp4.cu`: a layer of experts at decode.
+//! A layer of experts: the choice between the kernels for few rows and those for many, and the wrapper of the former
+//! (`kernels/moe.cu`, `kernels/moe_*.cu`). Those for many rows are in `moe_gemm.rs`, the router in `router.rs`.
 
-use spark_backend::{Dtype, ExpertsWeight};
+use spark_backend::Dtype;
 
-use super::linear::{BLOCK_ROWS, group_index};
+use super::linear::group_index;
 use super::pack::{Scheme, padded_k, padded_n};
-use super::{Kernels, LoadedModule, PackedHost, PackedWeight, disjoint, to_u32, words};
+use super::{Experts, Kernels, LoadedModule, PackedWeight, disjoint, to_u32, words};
 use crate::launch::{Kernel, Launch, Params};
-use crate::{ALIGNMENT, DeviceSlice, Error, Result, Stream, Tensor};
+use crate::{DeviceSlice, Error, Pool, Result, Stream, Tensor};
 
 const OP: &str = "moe_mlp";
-/// Most pairs (row, chosen expert) of a launch, and most experts: threads of the sorting block.
+/// Most pairs (row, chosen expert) that the kernels for few rows take.
 pub const MAX_PAIRS: usize = 1024;
-/// Rows of gate (and of up) that a block computes.
+/// Most experts of a row.
+pub(super) const MAX_TOP_K: usize = 32;
+/// Rows of a tile of weights.
 const TILE_ROWS: usize = 16;
-/// Threads of a block that combines, and columns of a thread.
+/// Threads of a block: of the products, of those of a single row, of the sort, and of one that combines.
+const NUM_THREADS: usize = 128;
+const ROW_THREADS: usize = 256;
+const SORT_THREADS: usize = 256;
 const COMBINE_THREADS: usize = 256;
+/// Columns of a thread that combines.
 const COMBINE_COLUMNS: usize = 4;
-/// Bytes of `Group` of `kernels/moe.cuh`.
-const GROUP_BYTES: usize = 16;
+/// Rows of W that a block of `down` computes: 4 warps with two tiles each.
+const DOWN_ROWS: usize = 128;
+/// Most experts of a single row whose results are added where they are made: warps of a block.
+const ROW_EXPERTS: usize = 8;
+/// Most pairs for which `gate_up` has small blocks, so that there are enough of them, and most rows: pairs of an expert.
+const FEW_PAIRS: usize = 16;
+const FEW_ROWS: usize = 8;
+/// Bytes of `Group` of `kernels/pairs.cuh`.
+pub(super) const GROUP_BYTES: usize = 16;
 
 /// `MoeParams` of `kernels/moe.cuh`.
 #[derive(Debug, Clone, Copy)]
@@ -48,151 +62,82 @@ unsafe impl Params for MoeParams {
     const NAME: &'static str = "MoeParams";
 }
 
-/// A layer's experts in the packed layout, still on the host.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ExpertsHost {
-    /// Each `[2 * intermediate, hidden]`, gate first.
-    gate_up: PackedHost,
-    /// Each `[hidden, intermediate]`.
-    down: PackedHost,
-}
-
-impl ExpertsHost {
-    /// Packs a layer of experts with 4-bit weights.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for another scheme, for experts that differ, for an intermediate size that is not a multiple of 16,
-    /// and for more than [`MAX_PAIRS`] experts.
-    pub fn pack(weight: &ExpertsWeight) -> Result<Self> {
-        let pack = |matrices: Vec<Result<PackedHost>>| {
-            PackedHost::stack(matrices.into_iter().collect::<Result<Vec<_>>>()?)
-        };
-        let gate_up = pack(weight.experts.iter().map(|(gate_up, _)| PackedHost::pack(gate_up)).collect())?;
-        let down = pack(weight.experts.iter().map(|(_, down)| PackedHost::pack(down)).collect())?;
-        let (hidden, intermediate) = (gate_up.k, down.k);
-        if [gate_up.n, down.n] != [2 * intermediate, hidden] {
-            let expected = format!("outputs {:?} of gate_up and down", [2 * intermediate, hidden]);
-            return Err(Error::shape(OP, expected, [gate_up.n, down.n]));
-        }
-        if gate_up.count > MAX_PAIRS {
-            return Err(Error::shape(OP, format!("at most {MAX_PAIRS} experts"), gate_up.count));
-        }
-        Ok(Self { gate_up, down })
-    }
-
-    /// Bytes on the device.
-    pub fn num_bytes(&self) -> u64 {
-        PackedWeight::num_bytes(&self.gate_up) + PackedWeight::num_bytes(&self.down)
-    }
-}
-
-/// A layer's experts on the device.
-#[derive(Debug, Clone)]
-pub struct Experts {
-    gate_up: PackedWeight,
-    down: PackedWeight,
-}
-
-impl Experts {
-    /// Copies `host` into `target`.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when `target` is too small, [`Error::Driver`].
-    pub fn upload(stream: &Stream, target: &DeviceSlice, host: &ExpertsHost) -> Result<Self> {
-        let middle = PackedWeight::num_bytes(&host.gate_up);
-        let rest = target.slice(middle, PackedWeight::num_bytes(&host.down))?;
-        Ok(Self {
-            gate_up: PackedWeight::upload(stream, target, &host.gate_up)?,
-            down: PackedWeight::upload(stream, &rest, &host.down)?,
-        })
-    }
-
-    /// How many.
-    pub fn num_experts(&self) -> usize {
-        self.gate_up.count
-    }
-
-    /// Width of x and of the result.
-    pub fn hidden(&self) -> usize {
-        self.gate_up.k
-    }
-
-    /// Width between the two products.
-    pub fn intermediate(&self) -> usize {
-        self.down.k
-    }
-
-    /// Bytes of scratch memory that [`Kernels::moe_mlp`] needs for `rows` rows of `top_k` experts.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for numbers that `moe_mlp` does not take.
-    pub fn scratch_bytes(&self, rows: usize, top_k: usize) -> Result<u64> {
-        Ok(self.scratch_offsets(checked_pairs(rows, top_k, self.num_experts())?)[4])
-    }
-
-    /// Where groups, pairs, inner, partial and the end lie in the scratch memory.
-    fn scratch_offsets(&self, num_pairs: usize) -> [u64; 5] {
-        let sizes = [
-            GROUP_BYTES * self.max_groups(num_pairs),
-            4 * num_pairs,
-            2 * num_pairs * self.intermediate(),
-            4 * num_pairs * self.hidden(),
-        ];
-        let mut offsets = [0; 5];
-        for (i, size) in sizes.into_iter().enumerate() {
-            offsets[i + 1] = offsets[i] + (size as u64).next_multiple_of(ALIGNMENT);
-        }
-        offsets
-    }
-
-    /// Most experts that `num_pairs` pairs can use.
-    fn max_groups(&self, num_pairs: usize) -> usize {
-        num_pairs.min(self.num_experts())
-    }
-}
-
-/// The router's choice, on the device. Its numbers cannot be checked before the launch: a repeated expert, or one that does
-/// not exist, gives wrong values in that row of the result; nothing outside the given memory is touched.
+/// The router's choice, on the device. Its numbers cannot be checked before the launch: an expert that does not exist counts
+/// nothing, one that is repeated in a row gives wrong values in that row; nothing outside the given memory is touched.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// `[rows, top_k]` u32, each row without repetition.
+    /// `[rows, top_k]` u32, each row without repetition; `u32::MAX` for none.
     pub experts: DeviceSlice,
     /// `[rows, top_k]` f32.
     pub weights: DeviceSlice,
     /// Experts of a row.
     pub top_k: usize,
+    /// Where the router has made them.
+    pub(super) lists: Option<Lists>,
+}
+
+impl Choice {
+    /// A choice that did not come from [`Kernels::route`].
+    pub fn new(experts: DeviceSlice, weights: DeviceSlice, top_k: usize) -> Self {
+        Self { experts, weights, top_k, lists: None }
+    }
+}
+
+/// The pairs (row, chosen expert) by expert.
+#[derive(Debug, Clone)]
+pub(super) struct Lists {
+    /// `[min(pairs, experts)]` groups, [`GROUP_BYTES`] each.
+    pub(super) groups: DeviceSlice,
+    /// `[rows * top_k]` u32.
+    pub(super) pairs: DeviceSlice,
+}
+
+/// The kernels of one scheme.
+#[derive(Debug)]
+struct ByScheme {
+    /// For up to [`FEW_PAIRS`] pairs, and for more.
+    gate_up: [Kernel<MoeParams>; 2],
+    down: Kernel<MoeParams>,
+    down_row: Kernel<MoeParams>,
 }
 
 #[derive(Debug)]
 pub(super) struct Moe {
     sort: Kernel<MoeParams>,
     combine: Kernel<MoeParams>,
-    /// gate_up and down by group size: 32, 64, 128.
-    int4: [[Kernel<MoeParams>; 2]; 3],
-    /// gate_up and down.
-    nvfp4: [Kernel<MoeParams>; 2],
+    bf16: ByScheme,
+    fp8: ByScheme,
+    /// By group size: 32, 64, 128.
+    int4: [ByScheme; 3],
+    nvfp4: ByScheme,
 }
 
 impl Moe {
-    pub(super) fn new(
-        module: &LoadedModule,
-        int4_module: &LoadedModule,
-        nvfp4_module: &LoadedModule,
-    ) -> Result<Self> {
-        let both = |module: &LoadedModule, scheme: &str| {
+    /// The kernels of the modules that `module` loads.
+    pub(super) fn new(module: impl Fn(&'static str) -> Result<LoadedModule>) -> Result<Self> {
+        let kernels = |module: &LoadedModule, scheme: &str| {
             let kernel = |op: &str| Kernel::new(module, &format!("{op}_{scheme}"), 0);
-            Ok::<_, Error>([kernel("gate_up")?, kernel("down")?])
+            Ok::<_, Error>(ByScheme {
+                gate_up: [kernel("gate_up_few")?, kernel("gate_up")?],
+                down: kernel("down")?,
+                down_row: kernel("down_row")?,
+            })
         };
+        let (around, int4) = (module("moe")?, module("moe_int4")?);
         Ok(Self {
-            sort: Kernel::new(module, "moe_sort", 0)?,
-            combine: Kernel::new(module, "moe_combine", 0)?,
-            int4: [both(int4_module, "g32")?, both(int4_module, "g64")?, both(int4_module, "g128")?],
-            nvfp4: both(nvfp4_module, "nvfp4")?,
+            sort: Kernel::new(&around, "moe_sort", 0)?,
+            combine: Kernel::new(&around, "moe_combine", 0)?,
+            bf16: kernels(&module("moe_bf16")?, "bf16")?,
+            fp8: kernels(&module("moe_fp8")?, "fp8")?,
+            int4: [kernels(&int4, "g32")?, kernels(&int4, "g64")?, kernels(&int4, "g128")?],
+            nvfp4: kernels(&module("moe_nvfp4")?, "nvfp4")?,
         })
     }
 
-    fn kernels(&self, scheme: Scheme) -> &[Kernel<MoeParams>; 2] {
+    fn kernels(&self, scheme: Scheme) -> &ByScheme {
         match scheme {
+            Scheme::Bf16 => &self.bf16,
+            Scheme::Fp8 => &self.fp8,
             Scheme::Int4 { group_size } => &self.int4[group_index(group_size)],
             Scheme::Nvfp4 => &self.nvfp4,
         }
@@ -201,156 +146,206 @@ impl Moe {
 
 impl Kernels {
     /// `sum over a row's experts, ascending, of weight * down(silu(gate(x)) * up(x))`: `x` and `out` `[rows, hidden]` bf16. Rounds
-    /// where the CPU backend does. At most [`MAX_PAIRS`] pairs. `scratch` has [`Experts::scratch_bytes`].
+    /// where the CPU backend does. Up to [`MAX_PAIRS`] pairs, a row has the same bits alone and beside others.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Driver`].
+    /// [`Error::Shape`], [`Error::Driver`]; [`Error::Memory`] when the pool is too small: it gives, for each pair, a result of each
+    /// of the two products.
     pub fn moe_mlp(
         &self,
         stream: &Stream,
+        pool: &Pool,
         x: &Tensor,
         choice: &Choice,
         experts: &Experts,
-        scratch: &DeviceSlice,
         out: &Tensor,
     ) -> Result<()> {
-        let (rows, top_k, hidden) = (x.rows(), choice.top_k, experts.hidden());
-        x.expect(OP, [rows, hidden], Dtype::Bf16)?;
-        out.expect(OP, [rows, hidden], Dtype::Bf16)?;
-        let num_pairs = checked_pairs(rows, top_k, experts.num_experts())?;
-        let [groups, pairs, inner, partial, end] = experts.scratch_offsets(num_pairs);
-        let scratch = scratch.slice(0, end)?;
-        check_memory(stream, [x, out], choice, experts, &scratch, num_pairs)?;
-        if num_pairs == 0 {
+        let call = Call::new(stream, pool, [x, out], choice, experts)?;
+        if call.num_pairs > MAX_PAIRS {
+            return self.moe_gemm(stream, pool, x, choice, experts, out);
+        }
+        if call.num_pairs == 0 {
             return Ok(());
         }
-        let at = |offset: u64| scratch.address() + offset;
-        let max_groups = to_u32(OP, experts.max_groups(num_pairs))?;
-        let gate_up = MoeParams {
-            codes: experts.gate_up.codes.address(),
-            scales: experts.gate_up.scales.address(),
-            row_scales: experts.gate_up.row_scales.as_ref().map_or(0, DeviceSlice::address),
-            x: x.address(),
-            out: at(inner),
-            partial: at(partial),
-            experts: choice.experts.address(),
-            weights: choice.weights.address(),
-            groups: at(groups),
-            pairs: at(pairs),
-            n: to_u32(OP, experts.gate_up.n)?,
-            padded_n: to_u32(OP, padded_n(experts.gate_up.n))?,
-            k: to_u32(OP, padded_k(hidden))?,
-            x_columns: to_u32(OP, hidden)?,
-            rows: to_u32(OP, rows)?,
-            top_k: to_u32(OP, top_k)?,
-            num_experts: to_u32(OP, experts.num_experts())?,
-            max_groups,
-        };
-        let down = MoeParams {
-            codes: experts.down.codes.address(),
-            scales: experts.down.scales.address(),
-            row_scales: experts.down.row_scales.as_ref().map_or(0, DeviceSlice::address),
-            x: at(inner),
-            out: at(partial),
-            n: to_u32(OP, hidden)?,
-            padded_n: to_u32(OP, padded_n(hidden))?,
-            k: to_u32(OP, padded_k(experts.intermediate()))?,
-            x_columns: to_u32(OP, experts.intermediate())?,
-            ..gate_up
-        };
-        let combine = MoeParams { out: out.address(), ..down };
-        let launch = |blocks: usize, y: u32, num_threads: usize| {
-            let (blocks, num_threads) = (to_u32(OP, blocks)?, to_u32(OP, num_threads)?);
-            Ok::<_, Error>(Launch { grid: [blocks, y, 1], num_threads, shared_bytes: 0 })
-        };
-        let gate_up_launch =
-            launch(experts.intermediate() / TILE_ROWS, max_groups, experts.gate_up.num_threads())?;
-        let down_launch = launch(padded_n(hidden) / BLOCK_ROWS, max_groups, experts.down.num_threads())?;
-        let combine_blocks = hidden.div_ceil(COMBINE_COLUMNS * COMBINE_THREADS);
-        let combine_launch = launch(combine_blocks, gate_up.rows, COMBINE_THREADS)?;
-        let kernels = &self.moe;
-        // SAFETY: the weights were made by `ExpertsHost` for these sizes; x, out, choice and the parts of the scratch memory have
-        // the sizes that the parameters say and do not overlap; the choice is aligned to 4 bytes and everything else to 16 or
-        // more, rows of x and inner because hidden and intermediate size are multiples of 16. The sort ignores experts that do not exist, so the
-        // groups name existing ones, at most `max_groups`.
-        unsafe {
-            kernels.sort.launch(stream, launch(1, 1, MAX_PAIRS)?, &gate_up)?;
-            kernels.kernels(experts.gate_up.scheme)[0].launch(stream, gate_up_launch, &gate_up)?;
-            kernels.kernels(experts.down.scheme)[1].launch(stream, down_launch, &down)?;
-            kernels.combine.launch(stream, combine_launch, &combine)
+        let base = call.params()?;
+        if choice.lists.is_none() {
+            // SAFETY: lists and choice have the sizes that the parameters say; the sort leaves out experts that do not exist.
+            unsafe { self.moe.sort.launch(stream, blocks([1, 1], SORT_THREADS)?, &base)? };
         }
+        self.gate_up(&call, &base)?;
+        if x.rows() == 1 && choice.top_k <= ROW_EXPERTS {
+            return self.down_row(&call, &base);
+        }
+        self.down_and_combine(&call, &base)
+    }
+
+    /// `silu(gate(x)) * up(x)` of every pair.
+    fn gate_up(&self, call: &Call<'_>, base: &MoeParams) -> Result<()> {
+        let params = MoeParams {
+            out: call.inner.address(),
+            ..of_weight(base, &call.experts.gate_up, call.x.address())?
+        };
+        let is_few = call.num_pairs <= FEW_PAIRS && call.x.rows() <= FEW_ROWS;
+        let rows = if is_few { TILE_ROWS } else { 2 * TILE_ROWS };
+        let grid = [call.experts.intermediate().div_ceil(rows), call.max_groups];
+        let kernels = self.moe.kernels(call.experts.gate_up.scheme);
+        let kernel = &kernels.gate_up[usize::from(!is_few)];
+        // SAFETY: the weights were made for these sizes; x, inner, lists and choice have the sizes that the parameters say and do
+        // not overlap (`Call::new`); everything is aligned to 16 bytes, rows of x too, because hidden is a multiple of 16. Groups
+        // name experts that exist, at most `max_groups` of them.
+        unsafe { kernel.launch(call.stream, blocks(grid, NUM_THREADS)?, &params) }
+    }
+
+    /// The second product and the sum, of a single row.
+    fn down_row(&self, call: &Call<'_>, base: &MoeParams) -> Result<()> {
+        let params = of_weight(base, &call.experts.down, call.inner.address())?;
+        let grid = [call.experts.hidden().div_ceil(TILE_ROWS), 1];
+        let kernel = &self.moe.kernels(call.experts.down.scheme).down_row;
+        // SAFETY: as `gate_up`; there are at most `ROW_EXPERTS` groups, of one pair each.
+        unsafe { kernel.launch(call.stream, blocks(grid, ROW_THREADS)?, &params) }
+    }
+
+    /// The second product, and the sums of the rows in a launch of their own.
+    fn down_and_combine(&self, call: &Call<'_>, base: &MoeParams) -> Result<()> {
+        let (rows, hidden) = (call.x.rows(), call.experts.hidden());
+        let partial = call.pool.take("results of experts", 4 * (call.num_pairs * hidden) as u64)?;
+        call.stream.uses(OP, &[&partial])?;
+        disjoint(OP, &partial, &[call.x.slice(), call.out.slice(), &call.inner])?;
+        let params = of_weight(base, &call.experts.down, call.inner.address())?;
+        let down = MoeParams { out: partial.address(), ..params };
+        let combine = MoeParams { partial: partial.address(), ..params };
+        let down_grid = [padded_n(hidden).div_ceil(DOWN_ROWS), call.max_groups];
+        let combine_grid = [hidden.div_ceil(COMBINE_COLUMNS * COMBINE_THREADS), rows];
+        let kernel = &self.moe.kernels(call.experts.down.scheme).down;
+        // SAFETY: as `gate_up`; partial holds a row of hidden columns for each pair; a row has at most `MAX_TOP_K` experts.
+        unsafe {
+            kernel.launch(call.stream, blocks(down_grid, NUM_THREADS)?, &down)?;
+            self.moe.combine.launch(call.stream, blocks(combine_grid, COMBINE_THREADS)?, &combine)
+        }
+    }
+}
+
+fn blocks([x, y]: [usize; 2], num_threads: usize) -> Result<Launch> {
+    let grid = [to_u32(OP, x)?, to_u32(OP, y)?, 1];
+    Ok(Launch { grid, num_threads: to_u32(OP, num_threads)?, shared_bytes: 0 })
+}
+
+/// `base` for a product of `x` with `weight`.
+fn of_weight(base: &MoeParams, weight: &PackedWeight, x: u64) -> Result<MoeParams> {
+    Ok(MoeParams {
+        codes: weight.codes.address(),
+        scales: weight.scales.address(),
+        row_scales: weight.row_scales.as_ref().map_or(0, DeviceSlice::address),
+        x,
+        n: to_u32(OP, weight.n)?,
+        padded_n: to_u32(OP, padded_n(weight.n))?,
+        k: to_u32(OP, padded_k(weight.k))?,
+        x_columns: to_u32(OP, weight.k)?,
+        ..*base
+    })
+}
+
+/// A checked call for few rows and the memory that it works in.
+struct Call<'a> {
+    stream: &'a Stream,
+    pool: &'a Pool,
+    x: &'a Tensor,
+    out: &'a Tensor,
+    choice: &'a Choice,
+    experts: &'a Experts,
+    num_pairs: usize,
+    max_groups: usize,
+    lists: Lists,
+    /// `[pairs, intermediate]` bf16.
+    inner: DeviceSlice,
+}
+
+impl<'a> Call<'a> {
+    /// Checks sizes, devices and overlaps of all that a call touches. Takes no memory for more than [`MAX_PAIRS`] pairs.
+    fn new(
+        stream: &'a Stream,
+        pool: &'a Pool,
+        [x, out]: [&'a Tensor; 2],
+        choice: &'a Choice,
+        experts: &'a Experts,
+    ) -> Result<Self> {
+        let shape = [x.rows(), experts.hidden()];
+        x.expect(OP, shape, Dtype::Bf16)?;
+        out.expect(OP, shape, Dtype::Bf16)?;
+        let num_pairs = checked_pairs(x.rows(), choice.top_k, experts.num_experts())?;
+        for slice in [&choice.experts, &choice.weights] {
+            words(OP, slice, num_pairs)?;
+        }
+        let few = if num_pairs > MAX_PAIRS { 0 } else { num_pairs };
+        let max_groups = few.min(experts.num_experts());
+        let lists = match &choice.lists {
+            Some(lists) if few > 0 => lists.clone(),
+            _ => Lists {
+                groups: pool.take("groups of pairs", (GROUP_BYTES * max_groups) as u64)?,
+                pairs: pool.take("pairs by expert", 4 * few as u64)?,
+            },
+        };
+        words(OP, &lists.groups, GROUP_BYTES / 4 * max_groups)?;
+        words(OP, &lists.pairs, few)?;
+        let inner = pool.take("inner activations of experts", 2 * (few * experts.intermediate()) as u64)?;
+        let mut read: Vec<&DeviceSlice> = vec![x.slice(), &choice.experts, &choice.weights];
+        read.extend(experts.gate_up.slices().chain(experts.down.slices()));
+        disjoint(OP, out.slice(), &read)?;
+        disjoint(OP, &inner, &read)?;
+        disjoint(OP, &inner, &[out.slice()])?;
+        read.extend([out.slice(), &lists.groups, &lists.pairs, &inner]);
+        stream.uses(OP, &read)?;
+        Ok(Self { stream, pool, x, out, choice, experts, num_pairs, max_groups, lists, inner })
+    }
+
+    /// What all launches have in common.
+    fn params(&self) -> Result<MoeParams> {
+        Ok(MoeParams {
+            codes: 0,
+            scales: 0,
+            row_scales: 0,
+            x: 0,
+            out: self.out.address(),
+            partial: 0,
+            experts: self.choice.experts.address(),
+            weights: self.choice.weights.address(),
+            groups: self.lists.groups.address(),
+            pairs: self.lists.pairs.address(),
+            n: 0,
+            padded_n: 0,
+            k: 0,
+            x_columns: 0,
+            rows: to_u32(OP, self.x.rows())?,
+            top_k: to_u32(OP, self.choice.top_k)?,
+            num_experts: to_u32(OP, self.experts.num_experts())?,
+            max_groups: to_u32(OP, self.max_groups)?,
+        })
     }
 }
 
 /// Pairs of `rows` rows.
 fn checked_pairs(rows: usize, top_k: usize, num_experts: usize) -> Result<usize> {
-    if top_k == 0 || top_k > num_experts {
-        return Err(Error::shape(OP, format!("1 to {num_experts} experts of a row"), top_k));
+    let most = num_experts.min(MAX_TOP_K);
+    if top_k == 0 || top_k > most {
+        return Err(Error::shape(OP, format!("1 to {most} experts of a row"), top_k));
     }
-    let num_pairs = rows.checked_mul(top_k).filter(|&pairs| pairs <= MAX_PAIRS);
-    num_pairs.ok_or_else(|| {
-        Error::shape(OP, format!("at most {MAX_PAIRS} chosen experts of all rows"), (rows, top_k))
-    })
-}
-
-/// Sizes, alignment, devices and overlaps of all that a call touches.
-fn check_memory(
-    stream: &Stream,
-    [x, out]: [&Tensor; 2],
-    choice: &Choice,
-    experts: &Experts,
-    scratch: &DeviceSlice,
-    num_pairs: usize,
-) -> Result<()> {
-    for slice in [&choice.experts, &choice.weights] {
-        words(OP, slice, num_pairs)?;
-    }
-    if !scratch.address().is_multiple_of(ALIGNMENT) {
-        return Err(Error::shape(OP, "scratch memory aligned to 256 bytes", scratch.address()));
-    }
-    let mut read: Vec<&DeviceSlice> = vec![x.slice(), &choice.experts, &choice.weights];
-    read.extend(experts.gate_up.slices().chain(experts.down.slices()));
-    disjoint(OP, out.slice(), &read)?;
-    disjoint(OP, scratch, &read)?;
-    disjoint(OP, scratch, &[out.slice()])?;
-    read.extend([out.slice(), scratch]);
-    stream.uses(OP, &read)
+    rows.checked_mul(top_k)
+        .filter(|&pairs| u32::try_from(pairs).is_ok())
+        .ok_or_else(|| Error::shape(OP, "at most 4294967295 chosen experts of all rows", (rows, top_k)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use spark_backend::{LinearWeight, Matrix, MatrixData};
 
     #[test]
     fn pairs_are_bounded() {
         assert_eq!(checked_pairs(128, 8, 128).unwrap(), MAX_PAIRS);
         assert_eq!(checked_pairs(0, 8, 128).unwrap(), 0);
-        for (rows, top_k, num_experts) in [(129, 8, 128), (1, 0, 8), (1, 9, 8), (usize::MAX, 2, 8)] {
+        for (rows, top_k, num_experts) in
+            [(1, 0, 8), (1, 9, 8), (1, 33, 64), (usize::MAX, 2, 8), (1 << 30, 4, 8)]
+        {
             assert!(checked_pairs(rows, top_k, num_experts).is_err(), "{rows} {top_k}");
         }
-    }
-
-    #[test]
-    fn experts_must_fit_together() {
-        let layer = |rows: &[usize], k: usize| {
-            let part = |&n: &usize| {
-                let data = MatrixData::Nvfp4 {
-                    codes: vec![0; n * k / 2].into(),
-                    scales: vec![0; n * k / 16].into(),
-                    alpha: 1.0,
-                };
-                Matrix { n, k, data }
-            };
-            LinearWeight { parts: rows.iter().map(part).collect(), bias: None }
-        };
-        let pack = |experts| ExpertsHost::pack(&ExpertsWeight { experts });
-        let good = || (layer(&[32, 32], 64), layer(&[64], 32));
-        let packed = pack(vec![good(), good()]).unwrap();
-        assert!(packed.num_bytes() > (2 * 3 * 64 * 32 / 2) as u64);
-        assert!(pack(vec![good(), (layer(&[16, 16], 64), layer(&[64], 16))]).is_err());
-        assert!(pack(vec![(layer(&[32, 32], 64), layer(&[48], 32))]).is_err());
-        assert!(pack(vec![(layer(&[24, 24], 64), layer(&[64], 24))]).is_err());
-        assert!(pack(Vec::new()).is_err());
     }
 }

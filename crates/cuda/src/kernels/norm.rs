@@ -28,10 +28,29 @@ unsafe impl Params for NormParams {
     const NAME: &'static str = "NormParams";
 }
 
+/// `LayerNormParams` of `kernels/norm.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct LayerNormParams {
+    x: u64,
+    weight: u64,
+    bias: u64,
+    out: u64,
+    columns: u32,
+    eps: f32,
+}
+
+// SAFETY: the fields are those of the kernel's struct in the same order; 4 * 8 + 2 * 4 bytes, no padding.
+unsafe impl Params for LayerNormParams {
+    const NAME: &'static str = "LayerNormParams";
+}
+
 #[derive(Debug)]
 pub(super) struct Norm {
     /// By dtype (bf16, f32), then one or four vectors a thread.
     kernels: [[Kernel<NormParams>; 2]; 2],
+    /// One or four vectors a thread.
+    layer_norm: [Kernel<LayerNormParams>; 2],
 }
 
 impl Norm {
@@ -42,6 +61,7 @@ impl Norm {
                 [kernel("norm_bf16_v1")?, kernel("norm_bf16_v4")?],
                 [kernel("norm_f32_v1")?, kernel("norm_f32_v4")?],
             ],
+            layer_norm: [Kernel::new(module, "layer_norm_v1", 0)?, Kernel::new(module, "layer_norm_v4", 0)?],
         })
     }
 }
@@ -67,7 +87,7 @@ impl Kernels {
     pub fn reduce_norm(&self, stream: &Stream, args: ReduceNorm<'_>, out: &Tensor) -> Result<()> {
         let ReduceNorm { partial, residual, weight, eps } = args;
         let ([rows, columns], dtype) = (residual.shape(), residual.dtype());
-        let row_vectors = row_vectors(columns, dtype)?;
+        let row_vectors = row_vectors(OP, columns, dtype)?;
         weight.expect(OP, [1, columns], dtype)?;
         out.expect(OP, [rows, columns], dtype)?;
         if let Some(partial) = partial {
@@ -95,15 +115,55 @@ impl Kernels {
         // bytes, and what is written overlaps with nothing else.
         unsafe { kernel.launch(stream, launch, &params) }
     }
+
+    /// LayerNorm of the rows of `x`: `out` `[rows, columns]`, `weight` and `bias` `[1, columns]`, all bf16. `out` may be `x`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], also for columns that are not a multiple of 8 or more than 32768; [`Error::Driver`].
+    pub fn layer_norm(
+        &self,
+        stream: &Stream,
+        x: &Tensor,
+        [weight, bias]: [&Tensor; 2],
+        eps: f32,
+        out: &Tensor,
+    ) -> Result<()> {
+        const OP: &str = "layer_norm";
+        let ([rows, columns], dtype) = (x.shape(), Dtype::Bf16);
+        let row_vectors = row_vectors(OP, columns, dtype)?;
+        x.expect(OP, [rows, columns], dtype)?;
+        out.expect(OP, [rows, columns], dtype)?;
+        weight.expect(OP, [1, columns], dtype)?;
+        bias.expect(OP, [1, columns], dtype)?;
+        stream.uses(OP, &[x.slice(), weight.slice(), bias.slice(), out.slice()])?;
+        disjoint(OP, out.slice(), &[weight.slice(), bias.slice()])?;
+        if out.address() != x.address() {
+            disjoint(OP, out.slice(), &[x.slice()])?;
+        }
+        let params = LayerNormParams {
+            x: x.address(),
+            weight: weight.address(),
+            bias: bias.address(),
+            out: out.address(),
+            columns: to_u32(OP, columns)?,
+            eps,
+        };
+        let num_threads = row_vectors.next_multiple_of(32).min(MAX_THREADS);
+        let kernel = &self.norm.layer_norm[usize::from(row_vectors > MAX_THREADS)];
+        let launch = Launch::blocks(to_u32(OP, rows)?, to_u32(OP, num_threads)?);
+        // SAFETY: all tensors have the shape of `x` or one row of it in aligned vectors of bf16; a block reads its row of
+        // `x` before it writes that of `out`.
+        unsafe { kernel.launch(stream, launch, &params) }
+    }
 }
 
 /// Vectors of 16 bytes in a row.
-fn row_vectors(columns: usize, dtype: Dtype) -> Result<usize> {
-    let length = vector_length(OP, dtype)?;
+fn row_vectors(op: &'static str, columns: usize, dtype: Dtype) -> Result<usize> {
+    let length = vector_length(op, dtype)?;
     let most = MAX_THREADS * MAX_VECTORS * length;
     if columns == 0 || !columns.is_multiple_of(length) || columns > most {
         let expected = format!("columns: a multiple of {length} up to {most}");
-        return Err(Error::shape(OP, expected, columns));
+        return Err(Error::shape(op, expected, columns));
     }
     Ok(columns / length)
 }
@@ -114,9 +174,9 @@ mod tests {
 
     #[test]
     fn rows_are_whole_vectors_within_the_registers() {
-        assert_eq!(row_vectors(4096, Dtype::Bf16).unwrap(), 512);
-        assert_eq!(row_vectors(4, Dtype::F32).unwrap(), 1);
-        assert_eq!(row_vectors(32_768, Dtype::Bf16).unwrap(), 4096);
+        assert_eq!(row_vectors(OP, 4096, Dtype::Bf16).unwrap(), 512);
+        assert_eq!(row_vectors(OP, 4, Dtype::F32).unwrap(), 1);
+        assert_eq!(row_vectors(OP, 32_768, Dtype::Bf16).unwrap(), 4096);
         for (columns, dtype) in [
             (0, Dtype::F32),
             (12, Dtype::Bf16),
@@ -124,9 +184,9 @@ mod tests {
             (16_388, Dtype::F32),
             (16, Dtype::F16),
         ] {
-            assert!(row_vectors(columns, dtype).is_err(), "{columns} {dtype:?}");
+            assert!(row_vectors(OP, columns, dtype).is_err(), "{columns} {dtype:?}");
         }
-        let error = row_vectors(12, Dtype::Bf16).unwrap_err().to_string();
+        let error = row_vectors(OP, 12, Dtype::Bf16).unwrap_err().to_string();
         assert_eq!(error, "reduce_norm: expected columns: a multiple of 8 up to 32768, got 12");
     }
 }

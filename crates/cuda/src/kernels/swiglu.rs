@@ -56,8 +56,10 @@ impl Kernels {
             rows: to_u32(OP, rows)?,
             intermediate: to_u32(OP, intermediate)?,
         };
-        let num_vectors = rows * (intermediate / length);
-        let launch = Launch::blocks(to_u32(OP, num_vectors.div_ceil(NUM_THREADS as usize))?, NUM_THREADS);
+        let row_vectors = to_u32(OP, intermediate / length)?;
+        let num_threads = row_vectors.next_multiple_of(32).clamp(32, NUM_THREADS);
+        let grid = [params.rows, row_vectors.div_ceil(num_threads), 1];
+        let launch = Launch { grid, num_threads, shared_bytes: 0 };
         let kernel = if dtype == Dtype::Bf16 { &self.swiglu.bf16 } else { &self.swiglu.f32 };
         // SAFETY: both tensors have the shapes that the parameters say, are aligned to 16 bytes and do not overlap.
         unsafe { kernel.launch(stream, launch, &params) }

@@ -3,7 +3,7 @@
 use half::bf16;
 use spark_backend::Dtype;
 use spark_cuda::{
-    Arena, ArenaPlan, Cubins, Driver, Error, Event, Kernels, ReduceNorm, Scratch, Stream, Tensor, bench,
+    Arena, ArenaPlan, Cubins, Driver, Error, Event, Kernels, Pool, ReduceNorm, Stream, Tensor, bench,
 };
 use spark_testing::Random;
 
@@ -50,30 +50,30 @@ fn more_memory_than_there_is_is_refused_with_both_numbers() {
 }
 
 #[test]
-fn scratch_is_not_reused_under_a_piece() {
+fn a_piece_returns_to_its_pool_with_its_last_clone() {
     let bed = Bed::new();
-    let mut scratch = Scratch::new(bed.bytes(4096));
-    let piece = scratch.take("a", 100).unwrap();
+    let pool = Pool::new(&bed.bytes(4096));
+    let piece = pool.take("a", 100).unwrap();
     let tensor = Tensor::new(&piece, [5, 10], Dtype::Bf16).unwrap();
     drop(piece);
-    assert!(matches!(scratch.reset(), Err(Error::InUse { count: 1 })));
-    assert!(scratch.take("b", 4096).is_err());
+    assert!(matches!(pool.expect_empty(), Err(Error::InUse { count: 1 })));
+    assert!(pool.take("b", 4096).is_err());
     drop(tensor);
-    scratch.reset().unwrap();
-    assert_eq!(scratch.take("b", 4096).unwrap().num_bytes(), 4096);
-    assert_eq!(scratch.high_water(), 4096);
+    pool.expect_empty().unwrap();
+    assert_eq!(pool.take("b", 4096).unwrap().num_bytes(), 4096);
+    assert_eq!(pool.high_water(), 4096);
 }
 
 #[test]
-fn outer_scratch_is_not_reused_under_a_piece_of_the_inner() {
+fn an_outer_piece_is_held_by_the_pieces_of_a_pool_inside() {
     let bed = Bed::new();
-    let mut outer = Scratch::new(bed.bytes(4096));
-    let mut inner = Scratch::new(outer.take("inner", 1024).unwrap());
+    let outer = Pool::new(&bed.bytes(4096));
+    let inner = Pool::new(&outer.take("inner", 1024).unwrap());
     let piece = inner.take("a", 16).unwrap();
     drop(inner);
-    assert!(matches!(outer.reset(), Err(Error::InUse { count: 1 })));
+    assert!(matches!(outer.expect_empty(), Err(Error::InUse { count: 1 })));
     drop(piece);
-    outer.reset().unwrap();
+    outer.expect_empty().unwrap();
 }
 
 /// A device of its own: its counter sees no other test.
@@ -84,17 +84,17 @@ fn nothing_is_allocated_after_the_start() {
     let kernels = Kernels::load(&device, &cubins).unwrap();
     let stream = Stream::new(&device).unwrap();
     let mut plan = ArenaPlan::default();
-    let region = plan.add("scratch", 1 << 20).unwrap();
+    let region = plan.add("pool", 1 << 20).unwrap();
     let arena = Arena::new(&device, plan).unwrap();
-    let mut scratch = Scratch::new(arena.region(region).unwrap());
-    assert_eq!(device.num_allocations(), 1);
+    let pool = Pool::new(&arena.region(region).unwrap());
+    let start = device.num_allocations();
     device.seal();
 
     for _ in 0..3 {
-        let mut take = |rows: usize| {
-            let slice = scratch.take("tensor", 2 * 2048 * rows as u64).unwrap();
-            stream.fill(&slice, 0).unwrap();
-            Tensor::new(&slice, [rows, 2048], Dtype::Bf16).unwrap()
+        let take = |rows: usize| {
+            let tensor = pool.tensor("tensor", [rows, 2048], Dtype::Bf16).unwrap();
+            stream.fill(tensor.slice(), 0).unwrap();
+            tensor
         };
         let (residual, out, weight) = (take(4), take(4), take(1));
         let step = || {
@@ -106,9 +106,9 @@ fn nothing_is_allocated_after_the_start() {
         graph.launch(&stream).unwrap();
         stream.synchronize().unwrap();
         drop((residual, out, weight));
-        scratch.reset().unwrap();
+        pool.expect_empty().unwrap();
     }
-    assert_eq!(device.num_allocations(), 1);
+    assert_eq!(device.num_allocations(), start);
     let mut plan = ArenaPlan::default();
     plan.add("late", 1).unwrap();
     let error = Arena::new(&device, plan).unwrap_err();
@@ -134,7 +134,7 @@ fn a_graph_repeats_a_chain_of_dependent_kernels_bit_by_bit() {
             let args = ReduceNorm { partial: Some(partial), residual: &residual, weight: &weight, eps: 1e-6 };
             bed.kernels.reduce_norm(&bed.stream, args, out)?;
         }
-        Ok(())
+        Ok::<_, Error>(())
     };
     chain().unwrap();
     let want = bed.values(&residual);

@@ -3,10 +3,24 @@
 #![allow(clippy::unwrap_used, reason = "all of this is test code: a panic is a failed test")]
 #![expect(clippy::print_stdout, reason = "the measurements are the result")]
 
+mod attention;
+mod backend;
 mod device;
+mod encoder;
+mod gemm;
 mod linear;
 mod moe;
+mod moe_gemm;
 mod ops;
+mod probe;
+mod repack;
+mod router;
+mod rows;
+mod sampler;
+mod sampler_pair;
+mod tiny;
+mod vision;
+mod vision_attention;
 
 use std::path::PathBuf;
 use std::sync::OnceLock;

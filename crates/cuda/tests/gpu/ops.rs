@@ -1,7 +1,8 @@
-//! Norm, embedding and SwiGLU against the CPU backend.
+//! Norms, embedding and SwiGLU against the CPU backend.
 
-use spark_backend::{Backend, Dtype};
-use spark_cuda::{ReduceNorm, Tensor};
+use half::bf16;
+use spark_backend::{Backend, Bytes, Dtype, LinearWeight, Matrix, MatrixData};
+use spark_cuda::{DeviceSlice, Linear, PackedHost, ReduceNorm, Tensor};
 use spark_testing::{Random, rel_err, tolerance};
 
 use super::{Bed, cpu, cpu_tensor};
@@ -63,30 +64,53 @@ fn a_row_has_the_same_bits_alone_and_in_a_batch() {
     }
 }
 
+/// A table of bf16 values in the packed layout.
+fn table(bed: &Bed, values: &[f32], [n, k]: [usize; 2]) -> Linear {
+    let bytes: Bytes = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+    let parts = vec![Matrix { n, k, data: MatrixData::Dense { dtype: Dtype::Bf16, values: bytes } }];
+    let host = [PackedHost::pack(&LinearWeight { parts, bias: None }).unwrap()];
+    Linear::upload(&bed.stream, &bed.bytes(Linear::num_bytes(&host)), &host).unwrap()
+}
+
 #[test]
-fn embed_takes_rows_and_leaves_other_ranks_rows_zero() {
+fn embed_takes_rows_of_the_packed_table() {
     let (bed, mut random) = (Bed::new(), Random::new(3));
-    for dtype in DTYPES {
-        for (rows, hidden, num_tokens) in [(1, 8, 1), (300, 72, 7), (1000, 2048, 33), (50, 4096, 1000)] {
-            let values = random.normals(rows * hidden, 1.0);
-            let table = bed.tensor(&values, [rows, hidden], dtype);
-            let stored = bed.values(&table);
-            let vocab_start = 40;
-            // Some tokens lie before or behind the table.
-            let tokens: Vec<u32> = random.token_ids(num_tokens, rows + 80);
-            let (ids, out) = (bed.upload(&tokens), bed.empty([num_tokens, hidden], dtype));
-            bed.kernels.embed(&bed.stream, &ids, &table, vocab_start, &out).unwrap();
-            let zeros = vec![0.0; hidden];
-            let want: Vec<f32> = tokens
-                .iter()
-                .flat_map(|&token| match token.checked_sub(vocab_start) {
-                    Some(row) if (row as usize) < rows => &stored[row as usize * hidden..][..hidden],
-                    _ => &zeros[..],
-                })
-                .copied()
-                .collect();
-            assert_eq!(bed.values(&out), want, "{rows} {hidden} {num_tokens} {dtype:?}");
-        }
+    let none: DeviceSlice = bed.bytes(0);
+    for (rows, hidden, num_tokens) in
+        [(1, 16, 1), (300, 80, 7), (37, 144, 40), (1000, 2048, 33), (50, 4096, 1000)]
+    {
+        let values = random.bf16s(rows * hidden, 1.0);
+        let table = table(&bed, &values, [rows, hidden]);
+        // Some tokens lie behind the table.
+        let tokens: Vec<u32> = random.token_ids(num_tokens, rows + 20);
+        let (ids, out) = (bed.upload(&tokens), bed.empty([num_tokens, hidden], Dtype::Bf16));
+        bed.kernels.embed(&bed.stream, &ids, &none, &table, &out).unwrap();
+        let zeros = vec![0.0; hidden];
+        let row = |token: u32| values.get(token as usize * hidden..).and_then(|rest| rest.get(..hidden));
+        let want: Vec<f32> = tokens.iter().flat_map(|&token| row(token).unwrap_or(&zeros)).copied().collect();
+        assert_eq!(bed.values(&out), want, "{rows} {hidden} {num_tokens}");
+    }
+}
+
+#[test]
+fn layer_norm_is_the_cpu_backends() {
+    let (bed, mut random) = (Bed::new(), Random::new(5));
+    let backend = cpu(Dtype::Bf16);
+    for (rows, columns) in [(1, 8), (3, 24), (65, 1152), (5, 4304), (33, 4608), (2, 8200), (3, 16_384)] {
+        let mut x = random.normals(rows * columns, 1.5);
+        x.iter_mut().for_each(|x| *x += 2.0);
+        let [w, b] = [(); 2].map(|()| random.normals(columns, 1.0));
+        let [weight, bias] = [&w, &b].map(|v| cpu_tensor(&backend, v, [1, columns]));
+        let want = backend.layer_norm(&cpu_tensor(&backend, &x, [rows, columns]), &weight, &bias, 1e-6);
+        let [weight, bias] = [&w, &b].map(|v| bed.tensor(v, [1, columns], Dtype::Bf16));
+        let (x, out) =
+            (bed.tensor(&x, [rows, columns], Dtype::Bf16), bed.empty([rows, columns], Dtype::Bf16));
+        bed.kernels.layer_norm(&bed.stream, &x, [&weight, &bias], 1e-6, &out).unwrap();
+        let error = rel_err(&bed.values(&out), want.unwrap().values());
+        assert!(error < tolerance(Dtype::Bf16), "{rows} x {columns}: {error}");
+        // In place.
+        bed.kernels.layer_norm(&bed.stream, &x, [&weight, &bias], 1e-6, &x).unwrap();
+        assert_eq!(bed.values(&x), bed.values(&out));
     }
 }
 
@@ -95,7 +119,7 @@ fn swiglu_is_the_cpu_backends() {
     let (bed, mut random) = (Bed::new(), Random::new(4));
     for dtype in DTYPES {
         let backend = cpu(dtype);
-        for (rows, columns) in [(1, 8), (3, 24), (65, 768), (2, 1544), (129, 1536)] {
+        for (rows, columns) in [(1, 8), (3, 24), (65, 768), (2, 1544), (129, 1536), (3, 25_600)] {
             let x = random.normals(rows * 2 * columns, 3.0);
             let want = backend.swiglu(&cpu_tensor(&backend, &x, [rows, 2 * columns])).unwrap();
             let (gate_up, out) =
@@ -133,10 +157,13 @@ fn wrong_shapes_are_refused_before_the_launch() {
     let message = norm(&x, &w, &x).unwrap_err().to_string();
     assert!(message.contains("overlapping memory"), "{message}");
     assert!(bed.kernels.swiglu(&bed.stream, &x, &out).is_err());
+    assert!(bed.kernels.layer_norm(&bed.stream, &x, [&w, &x], 1e-6, &out).is_err());
+    assert!(bed.kernels.layer_norm(&bed.stream, &x, [&w, &out], 1e-6, &w).is_err());
+    let table = table(&bed, &[0.0; 128], [2, 64]);
     let short = bed.upload(&[1u32]);
-    assert!(bed.kernels.embed(&bed.stream, &short, &x, 0, &out).is_err());
+    assert!(bed.kernels.embed(&bed.stream, &short, &short, &table, &out).is_err());
     let unaligned = bed.bytes(10).slice(2, 8).unwrap();
-    let error = bed.kernels.embed(&bed.stream, &unaligned, &x, 0, &out).unwrap_err().to_string();
+    let error = bed.kernels.embed(&bed.stream, &unaligned, &short, &table, &out).unwrap_err().to_string();
     assert!(error.contains("start at a multiple of 4"), "{error}");
     bed.stream.synchronize().unwrap();
 }

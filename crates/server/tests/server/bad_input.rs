@@ -182,7 +182,8 @@ async fn unsupported_fields_are_named_and_unknown_ones_ignored() {
     for (field, value) in [
         ("tools", json!([{"type": "function", "function": {"name": ""}}])),
         ("response_format", json!({"type": "json_schema", "json_schema": {}})),
-        ("structured_outputs", json!({"regex": "a"})),
+        ("response_format", json!({"type": "json_schema", "json_schema": {"schema": {"not": {}}}})),
+        ("structured_outputs", json!({"regex": "("})),
         ("guided_regex", json!("a")),
         ("audio", json!({})),
         ("functions", json!([{}])),

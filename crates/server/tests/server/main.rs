@@ -8,6 +8,7 @@ mod fake;
 mod http;
 mod images;
 mod lifecycle;
+mod structured;
 mod tools;
 
 use std::path::Path;

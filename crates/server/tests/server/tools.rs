@@ -359,7 +359,12 @@ async fn log_probabilities_and_ids_are_those_of_all_tokens() {
 async fn bad_tools_are_refused_by_place() {
     for (extra, param, rule) in [
         (json!({"tools": [{"type": "function"}]}), "tools", "tools[0].function"),
-        (json!({"tool_choice": "required"}), "tool_choice", "cannot force"),
+        (json!({"tool_choice": "required", "tools": null}), "tool_choice", "there are no tools"),
+        (
+            json!({"tool_choice": {"type": "function", "function": {"name": "g"}}}),
+            "tool_choice",
+            "not among the tools",
+        ),
         (json!({"parallel_tool_calls": "no"}), "parallel_tool_calls", "a boolean"),
         (json!({"include_reasoning": 1}), "include_reasoning", "a boolean"),
         (json!({"thinking_token_budget": 10}), "thinking_token_budget", "not supported"),

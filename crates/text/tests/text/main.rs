@@ -3,6 +3,7 @@
 
 mod answers;
 mod golden;
+mod grammar;
 mod hostile;
 mod properties;
 

@@ -2,49 +2,49 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use bytes::Bytes;
 use memmap2::Mmap;
 
 use super::{Deliver, Progress, Request, run};
 use crate::error::{Error, Result};
-use crate::load::ProgressFn;
 
 /// Alignment that a delivered buffer has, as one from the allocator would.
 const ALIGN: usize = 4;
 
-struct Mapped(Arc<Mmap>);
+/// A mapped file.
+pub(crate) struct Mapped {
+    path: PathBuf,
+    bytes: Bytes,
+}
 
-impl AsRef<[u8]> for Mapped {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
+impl Mapped {
+    pub(super) fn open(path: &PathBuf) -> Result<Self> {
+        Ok(Self { path: path.clone(), bytes: map(path)? })
     }
 }
 
-/// Maps the files and delivers the ranges.
+/// Delivers the ranges.
 pub(super) fn read(
-    files: &[PathBuf],
+    maps: &[Mapped],
     requests: &[Request],
     threads: usize,
-    report: Option<&ProgressFn>,
+    progress: &Progress,
     deliver: Deliver<'_>,
 ) -> Result<()> {
-    let maps = files.iter().map(map).collect::<Result<Vec<Bytes>>>()?;
-    let progress = Progress::new(report, requests.iter().map(|request| request.len as u64).sum());
     run(
         threads,
         requests.len(),
         || (),
         |(), index| {
             let request = &requests[index];
-            let whole = &maps[request.file];
+            let Mapped { path, bytes: whole } = &maps[request.file];
             let end = usize::try_from(request.offset)
                 .ok()
                 .and_then(|begin| Some((begin, begin.checked_add(request.len)?)));
             let Some((begin, end)) = end.filter(|&(_, end)| end <= whole.len()) else {
                 return Err(Error::ShortRead {
-                    path: files[request.file].clone(),
+                    path: path.clone(),
                     offset: request.offset,
                     wanted: request.len,
                     got: (whole.len() as u64).saturating_sub(request.offset) as usize,
@@ -69,5 +69,5 @@ fn map(path: &PathBuf) -> Result<Bytes> {
     // the meantime would make reads fault; that is the stated condition of `LoadStrategy::Lazy`, which is not the
     // default. Changed contents are as harmless as any other file contents: bytes, never references or lengths.
     let map = unsafe { Mmap::map(&file) }.map_err(io("cannot map"))?;
-    Ok(Bytes::from_owner(Mapped(Arc::new(map))))
+    Ok(Bytes::from_owner(map))
 }

@@ -2,7 +2,6 @@
 //! several threads and scattered into the ranges' own buffers. Memory beside the result: one piece a thread.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Mutex;
 
 use bytes::{Bytes, BytesMut};
@@ -10,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use super::direct::{AlignedBuffer, Source};
 use super::{Deliver, Progress, Request, run};
 use crate::error::Result;
-use crate::load::{ProgressFn, lock};
+use crate::load::lock;
 
 /// Bytes that are read at once: large enough for full speed on NVMe, small enough that every thread has its own.
 const PIECE: u64 = 8 << 20;
@@ -73,10 +72,10 @@ impl Spread {
 
 /// Reads `requests`, which are sorted by file and offset.
 pub(super) fn read(
-    files: &[PathBuf],
+    sources: &[Source],
     requests: &[Request],
     threads: usize,
-    report: Option<&ProgressFn>,
+    progress: &Progress,
     deliver: Deliver<'_>,
 ) -> Result<()> {
     for request in requests.iter().filter(|request| request.len == 0) {
@@ -84,8 +83,6 @@ pub(super) fn read(
     }
     let pieces = plan(requests);
     let spreads = spreads(&pieces);
-    let sources = files.iter().map(|path| Source::open(path, true)).collect::<Result<Vec<_>>>()?;
-    let progress = Progress::new(report, pieces.iter().map(|piece| piece.end - piece.begin).sum());
     let work = |buffer: &mut AlignedBuffer, index: usize| -> Result<()> {
         let piece = &pieces[index];
         let len = (piece.end - piece.begin) as usize;
@@ -107,6 +104,11 @@ pub(super) fn read(
         Ok(())
     };
     run(threads, pieces.len(), || AlignedBuffer::new(PIECE as usize), work)
+}
+
+/// Bytes that reading `requests`, which are sorted, takes: gaps included, and what several want once.
+pub(super) fn num_bytes(requests: &[Request]) -> u64 {
+    plan(requests).iter().map(|piece| piece.end - piece.begin).sum()
 }
 
 /// Runs of requests with small gaps, cut at multiples of the piece size.
@@ -214,7 +216,9 @@ mod tests {
         let len = data.len() as u64;
         let requests = [request(0, 10), request(3, len - 3), request(PIECE - 1, 2), request(len - 1, 1)];
         let seen = Mutex::new(0);
-        read(&[path], &requests, 3, None, &|request, bytes| {
+        let progress = Progress::new(None, num_bytes(&requests));
+        let sources = [Source::open(&path, true).unwrap()];
+        read(&sources, &requests, 3, &progress, &|request, bytes| {
             let begin = request.offset as usize;
             assert!(bytes == data[begin..begin + request.len]);
             *lock(&seen) += 1;

@@ -398,3 +398,45 @@ fn dummy_weights_are_of_the_named_scheme_and_finite() {
         assert_eq!(params.vector("model.norm.weight").unwrap().values, vec![1.0; 128]);
     }
 }
+
+/// Without a mean of 0 all tokens would turn into one direction after some layers, and choose the same experts.
+#[test]
+fn dummy_weights_have_no_common_sign_and_differ() {
+    let (n, k) = (256, 512);
+    let specs = [
+        ParamSpec::fused("model.layers.0.self_attn", &[("q_proj", n), ("k_proj", n)], k, Shard::Rows),
+        ParamSpec::linear("model.layers.0.self_attn.o_proj", n, k, Shard::Columns),
+        ParamSpec::linear("model.layers.0.mlp.gate", n, k, Shard::Replicated),
+    ];
+    let int4 = |symmetric: bool| {
+        let weights = serde_json::json!({ "group_size": 64, "symmetric": symmetric });
+        serde_json::json!({ "quantization_config": {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": { "a": { "weights": weights } },
+        } })
+    };
+    let nvfp4 =
+        serde_json::json!({ "quantization_config": { "quant_method": "modelopt", "quant_algo": "NVFP4" } });
+    let fp8 = serde_json::json!({ "quantization_config": { "quant_method": "fp8", "weight_block_size": [128, 128] } });
+    for config in [int4(true), int4(false), nvfp4, fp8, serde_json::json!({})] {
+        let mut params = dummy(&config, &specs, 3).unwrap();
+        let size = |values: &[f32]| {
+            let len = values.len() as f64;
+            let mean = values.iter().map(|&value| f64::from(value)).sum::<f64>() / len;
+            let square = values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>() / len;
+            // In units of 1 / sqrt(k): the mean of 131,072 random weights is below a hundredth of their size.
+            ((mean * (k as f64).sqrt()).abs(), (square * k as f64).sqrt())
+        };
+        let qk = params.linear(&specs[0].name).unwrap();
+        let (q, k) = (dequantize(&qk.parts[0]), dequantize(&qk.parts[1]));
+        assert_ne!(q, k);
+        for (values, want) in [
+            (q, 1.0),
+            (dequantize(&params.linear(&specs[1].name).unwrap().parts[0]), 0.25),
+            (dequantize(&params.linear(&specs[2].name).unwrap().parts[0]), 1.0),
+        ] {
+            let (mean, size) = size(&values);
+            assert!(mean < 0.014 * want, "{config}: mean {mean}");
+            assert!((size / want).log2().abs() < 0.6, "{config}: size {size}, not {want}");
+        }
+    }
+}

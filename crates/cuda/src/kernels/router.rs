@@ -1,0 +1,222 @@
+//! Wrapper of `kernels/router.cu`: from rows to the experts that compute them. The experts are in `moe.rs`.
+
+use spark_backend::Dtype;
+
+use super::moe::{GROUP_BYTES, Lists, MAX_PAIRS, MAX_TOP_K};
+use super::pack::{Scheme, padded_k, padded_n};
+use super::{Choice, Kernels, Linear, LoadedModule, PackedWeight, disjoint, to_u32, words};
+use crate::launch::{Kernel, Launch, Params};
+use crate::{Arena, ArenaPlan, Device, DeviceSlice, Error, Pool, Result, Stream, Tensor};
+
+const OP: &str = "route";
+/// Most experts that a row is routed among: what a warp holds.
+pub const MAX_ROUTED_EXPERTS: usize = 256;
+/// Constants of the kernel: threads of a block, rows and experts of a block, inputs of a block.
+const NUM_THREADS: u32 = 256;
+const ROWS: usize = 8;
+const EXPERTS: usize = 16;
+const BLOCK_K: usize = 1024;
+
+/// `RouterParams` of `kernels/router.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct RouterParams {
+    codes: u64,
+    bias: u64,
+    x: u64,
+    partial: u64,
+    counters: u64,
+    counts: u64,
+    experts: u64,
+    weights: u64,
+    groups: u64,
+    pairs: u64,
+    n: u32,
+    padded_n: u32,
+    k: u32,
+    x_columns: u32,
+    rows: u32,
+    top_k: u32,
+    renormalize: u32,
+    max_groups: u32,
+}
+
+// SAFETY: the fields are those of the kernel's struct in the same order; 10 * 8 + 8 * 4 bytes, no padding.
+unsafe impl Params for RouterParams {
+    const NAME: &'static str = "RouterParams";
+}
+
+#[derive(Debug)]
+pub(super) struct Router {
+    /// For up to 128 experts, and for up to 256.
+    router: [Kernel<RouterParams>; 2],
+    choose: Kernel<RouterParams>,
+    /// One for all rows and one for each [`ROWS`] of the [`MAX_PAIRS`] that a launch may have: zeros between launches.
+    counters: DeviceSlice,
+}
+
+impl Router {
+    pub(super) fn new(device: &Device, module: &LoadedModule) -> Result<Self> {
+        let mut plan = ArenaPlan::default();
+        let region = plan.add("counters of the router", 4 * (1 + MAX_PAIRS / ROWS) as u64)?;
+        let counters = Arena::new(device, plan)?.region(region)?;
+        let stream = Stream::new(device)?;
+        stream.fill(&counters, 0)?;
+        stream.synchronize()?;
+        Ok(Self {
+            router: [Kernel::new(module, "router_128", 0)?, Kernel::new(module, "router_256", 0)?],
+            choose: Kernel::new(module, "router_choose", 0)?,
+            counters,
+        })
+    }
+}
+
+/// What a row is routed with.
+#[derive(Debug, Clone, Copy)]
+struct Rule<'a> {
+    router: &'a Linear,
+    top_k: usize,
+    renormalize: bool,
+    counts: Option<&'a DeviceSlice>,
+}
+
+impl Kernels {
+    /// The `top_k` experts of each row of `x` `[rows, k]` bf16: logits of `router`, rounded to bf16, softmax over all in float32, the
+    /// most probable ones by falling probability (ties to the lower expert), weights renormalised if asked and rounded to bf16. Rows
+    /// from the number in `counts` (u32, on the device) on get no experts: their result is 0 and costs no weights.
+    ///
+    /// A `Kernels` may route on one stream at a time.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], also for more than [`MAX_ROUTED_EXPERTS`] experts or more than 32 of a row; [`Error::Driver`];
+    /// [`Error::Memory`] when the pool is too small.
+    #[expect(clippy::too_many_arguments, reason = "the call that the backend makes for each layer")]
+    pub fn route(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        router: &Linear,
+        top_k: usize,
+        renormalize: bool,
+        counts: Option<&DeviceSlice>,
+    ) -> Result<Choice> {
+        let (rows, n) = (x.rows(), router.n);
+        x.expect(OP, [rows, router.k], Dtype::Bf16)?;
+        if n > MAX_ROUTED_EXPERTS || top_k == 0 || top_k > n.min(MAX_TOP_K) {
+            let rule = format!("1 to {MAX_TOP_K} of at most {MAX_ROUTED_EXPERTS} experts");
+            return Err(Error::shape(OP, rule, (top_k, n)));
+        }
+        if let Some(counts) = counts {
+            words(OP, counts, 1)?;
+        }
+        let rule = Rule { router, top_k, renormalize, counts };
+        let num_pairs = rows
+            .checked_mul(top_k)
+            .ok_or_else(|| Error::shape(OP, "a number of choices that fits 64 bits", (rows, top_k)))?;
+        let ids = pool.take("chosen experts", 4 * num_pairs as u64)?;
+        let mut choice = Choice::new(ids, pool.take("weights of experts", 4 * num_pairs as u64)?, top_k);
+        match &router.parts[..] {
+            [part] if part.scheme == Scheme::Bf16 && num_pairs <= MAX_PAIRS && rows > 0 => {
+                choice.lists = Some(self.route_few(stream, pool, x, part, &rule, &choice)?);
+            }
+            _ => self.route_many(stream, pool, x, &rule, &choice)?,
+        }
+        Ok(choice)
+    }
+
+    /// Logits, choice and lists of pairs in one launch.
+    fn route_few(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        weight: &PackedWeight,
+        rule: &Rule<'_>,
+        choice: &Choice,
+    ) -> Result<Lists> {
+        let (rows, n) = (x.rows(), padded_n(weight.n));
+        let max_groups = (rows * rule.top_k).min(weight.n);
+        let lists = Lists {
+            groups: pool.take("groups of pairs", (GROUP_BYTES * max_groups) as u64)?,
+            pairs: pool.take("pairs by expert", 4 * (rows * rule.top_k) as u64)?,
+        };
+        let grid = [n / EXPERTS, padded_k(weight.k).div_ceil(BLOCK_K), rows.div_ceil(ROWS)];
+        let partial = pool.take("parts of logits", (4 * grid[1] * grid[2] * ROWS * n) as u64)?;
+        let params = RouterParams {
+            codes: weight.codes.address(),
+            bias: weight.bias.as_ref().map_or(0, DeviceSlice::address),
+            partial: partial.address(),
+            counters: self.router.counters.address(),
+            groups: lists.groups.address(),
+            pairs: lists.pairs.address(),
+            padded_n: to_u32(OP, n)?,
+            k: to_u32(OP, padded_k(weight.k))?,
+            max_groups: to_u32(OP, max_groups)?,
+            ..params(x, weight.k, rule, choice)?
+        };
+        let mut read: Vec<&DeviceSlice> = vec![x.slice()];
+        read.extend(weight.slices().chain(rule.counts));
+        let written = [&choice.experts, &choice.weights, &lists.groups, &lists.pairs, &partial];
+        for written in written {
+            disjoint(OP, written, &read)?;
+        }
+        read.extend(written);
+        read.push(&self.router.counters);
+        stream.uses(OP, &read)?;
+        let [tiles, splits, row_blocks] = grid;
+        let grid = [to_u32(OP, tiles)?, to_u32(OP, splits)?, to_u32(OP, row_blocks)?];
+        let launch = Launch { grid, num_threads: NUM_THREADS, shared_bytes: 0 };
+        // SAFETY: the weights are bf16 [n, k] in the packed layout; x, counts, choice, lists and partial have the sizes that the
+        // parameters and the grid say, apart from each other (pieces of the pool); n is at most 256 and pairs at most 1024; the
+        // counters are enough for 1024 rows and zero.
+        unsafe { self.router.router[usize::from(weight.n > 128)].launch(stream, launch, &params)? };
+        Ok(lists)
+    }
+
+    /// Logits as any linear layer, then the choice.
+    fn route_many(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        rule: &Rule<'_>,
+        choice: &Choice,
+    ) -> Result<()> {
+        let rows = x.rows();
+        let logits = pool.tensor("logits of a router", [rows, rule.router.n], Dtype::Bf16)?;
+        self.linear(stream, pool, x, rule.router, &logits)?;
+        let params = params(&logits, rule.router.n, rule, choice)?;
+        let mut used = vec![logits.slice(), &choice.experts, &choice.weights];
+        used.extend(rule.counts);
+        stream.uses(OP, &used)?;
+        let num_blocks = to_u32(OP, rows.div_ceil(ROWS))?;
+        // SAFETY: logits, counts and choice have the sizes that the parameters say, apart from each other; a row has at most 256
+        // logits.
+        unsafe { self.router.choose.launch(stream, Launch::blocks(num_blocks, NUM_THREADS), &params) }
+    }
+}
+
+/// What both kernels need; the rest is 0.
+fn params(x: &Tensor, x_columns: usize, rule: &Rule<'_>, choice: &Choice) -> Result<RouterParams> {
+    Ok(RouterParams {
+        codes: 0,
+        bias: 0,
+        x: x.address(),
+        partial: 0,
+        counters: 0,
+        counts: rule.counts.map_or(0, DeviceSlice::address),
+        experts: choice.experts.address(),
+        weights: choice.weights.address(),
+        groups: 0,
+        pairs: 0,
+        n: to_u32(OP, rule.router.n)?,
+        padded_n: 0,
+        k: 0,
+        x_columns: to_u32(OP, x_columns)?,
+        rows: to_u32(OP, x.rows())?,
+        top_k: to_u32(OP, rule.top_k)?,
+        renormalize: rule.renormalize.into(),
+        max_groups: 0,
+    })
+}

@@ -1,0 +1,260 @@
+//! A model of two layers over any backend, written by hand, with the same random weights on each: what the tests of
+//! the backend run. One layer of experts in 4 bits, one dense layer in bfloat16.
+
+use spark_backend::{
+    ActivationSpec, AttentionSpec, Backend, Dtype, ExpertsWeight, KvDtype, KvSpec, LinearWeight, Matrix,
+    MatrixData, Result, SeqInput, StateSpec, StepInputs, TokenInput, VectorWeight,
+};
+use spark_testing::Random;
+
+pub(crate) const HIDDEN: usize = 256;
+/// Real tokens, and rows of the table: the others are padding.
+pub(crate) const VOCAB: usize = 290;
+const VOCAB_ROWS: usize = 300;
+const HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+const HEAD_DIM: usize = 64;
+const EXPERTS: usize = 8;
+const TOP_K: usize = 2;
+const EXPERT_WIDTH: usize = 64;
+const WIDTH: usize = 192;
+const EPS: f32 = 1e-6;
+pub(crate) const BLOCK: usize = 16;
+
+/// The model.
+pub(crate) struct Tiny<B: Backend> {
+    embed: B::Linear,
+    head: B::Linear,
+    layers: [Layer<B>; 2],
+    norm: B::Tensor,
+    router: B::Linear,
+    experts: B::Experts,
+    gate_up: B::Linear,
+    down: B::Linear,
+    inv_freq: Vec<f32>,
+}
+
+struct Layer<B: Backend> {
+    norms: [B::Tensor; 2],
+    qkv: B::Linear,
+    heads: [B::Tensor; 2],
+    out: B::Linear,
+}
+
+/// Random weights.
+struct Weights {
+    random: Random,
+}
+
+impl Weights {
+    fn dense(&mut self, n: usize, k: usize, std: f32) -> LinearWeight {
+        let values = self.random.bf16s(n * k, std);
+        let values: Vec<u8> = values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
+        let data = MatrixData::Dense { dtype: Dtype::Bf16, values: values.into() };
+        LinearWeight { parts: vec![Matrix { n, k, data }], bias: None }
+    }
+
+    fn int4(&mut self, n: usize, k: usize) -> Matrix {
+        let scale = 1.0 / (5.0 * (k as f32).sqrt());
+        let scales = (0..n * k / 32)
+            .flat_map(|_| half::f16::from_f32(scale * self.random.uniform(0.5, 1.5)).to_le_bytes());
+        let scales: Vec<u8> = scales.collect();
+        let codes = self.random.bytes(n * k / 2).into();
+        let data = MatrixData::Int4 {
+            codes,
+            zeros: None,
+            scales: scales.into(),
+            scale_dtype: Dtype::F16,
+            group_size: 32,
+        };
+        Matrix { n, k, data }
+    }
+
+    fn experts(&mut self) -> ExpertsWeight {
+        let linear = |parts| LinearWeight { parts, bias: None };
+        let expert = |_| {
+            let gate_up = vec![self.int4(EXPERT_WIDTH, HIDDEN), self.int4(EXPERT_WIDTH, HIDDEN)];
+            (linear(gate_up), linear(vec![self.int4(HIDDEN, EXPERT_WIDTH)]))
+        };
+        ExpertsWeight { experts: (0..EXPERTS).map(expert).collect() }
+    }
+
+    fn norm(&mut self, len: usize) -> VectorWeight {
+        VectorWeight {
+            values: self.random.normals(len, 0.2).iter().map(|v| 1.0 + v).collect(),
+            shape: [1, len],
+        }
+    }
+}
+
+impl<B: Backend> Tiny<B> {
+    pub(crate) fn load(b: &B, seed: u64) -> Result<Self> {
+        let mut w = Weights { random: Random::new(seed) };
+        let qkv = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+        let std = |k: usize| 1.0 / (k as f32).sqrt();
+        let layer = |w: &mut Weights| -> Result<Layer<B>> {
+            Ok(Layer {
+                norms: [b.vector(w.norm(HIDDEN))?, b.vector(w.norm(HIDDEN))?],
+                qkv: b.linear_weight(w.dense(qkv, HIDDEN, std(HIDDEN)))?,
+                heads: [b.vector(w.norm(HEAD_DIM))?, b.vector(w.norm(HEAD_DIM))?],
+                out: b.linear_weight(w.dense(HIDDEN, HEADS * HEAD_DIM, std(HIDDEN)))?,
+            })
+        };
+        Ok(Self {
+            embed: b.linear_weight(w.dense(VOCAB_ROWS, HIDDEN, 1.0))?,
+            head: b.linear_weight(w.dense(VOCAB_ROWS, HIDDEN, std(HIDDEN)))?,
+            layers: [layer(&mut w)?, layer(&mut w)?],
+            norm: b.vector(w.norm(HIDDEN))?,
+            // Far apart, so that roundings seldom change a choice.
+            router: b.linear_weight(w.dense(EXPERTS, HIDDEN, 0.5))?,
+            experts: b.experts_weight(w.experts())?,
+            gate_up: b.linear_weight(w.dense(2 * WIDTH, HIDDEN, std(HIDDEN)))?,
+            down: b.linear_weight(w.dense(HIDDEN, WIDTH, std(WIDTH)))?,
+            inv_freq: (0..HEAD_DIM / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / HEAD_DIM as f32)).collect(),
+        })
+    }
+
+    fn attention<'a>(&'a self, layer: &'a Layer<B>) -> AttentionSpec<'a, B> {
+        AttentionSpec {
+            q_norm: &layer.heads[0],
+            k_norm: &layer.heads[1],
+            eps: EPS,
+            num_heads: HEADS,
+            num_kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            inv_freq: &self.inv_freq,
+            rope_factor: 1.0,
+            mrope_section: [12, 10, 10],
+        }
+    }
+
+    /// A step; rows of `media` (first row, tensor) take the place of embeddings and are added again behind the first layer.
+    /// `tap` sees the logits.
+    pub(crate) fn forward(
+        &self,
+        b: &B,
+        media: Option<(usize, &B::Tensor, usize)>,
+        tap: &mut dyn FnMut(&B::Tensor),
+    ) -> Result<()> {
+        let mut residual = b.embed(&self.embed)?;
+        if let Some((row, source, rows)) = media {
+            b.set_rows(&mut residual, row, source, 1, rows)?;
+        }
+        let mut partial = None;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let x = b.reduce_norm(partial, &mut residual, &layer.norms[0], EPS)?;
+            let qkv = b.linear(&x, &layer.qkv)?;
+            let attended = b.attend(&qkv, i, &self.attention(layer))?;
+            let added = Some(b.linear(&attended, &layer.out)?);
+            let norm = &layer.norms[1];
+            partial = Some(match i {
+                0 => {
+                    let (x, routing) =
+                        b.reduce_norm_route(added, &mut residual, norm, EPS, &self.router, TOP_K, true)?;
+                    b.moe_mlp(&x, &routing, &self.experts)?
+                }
+                _ => {
+                    let x = b.reduce_norm(added, &mut residual, norm, EPS)?;
+                    b.linear(&b.swiglu(&b.linear(&x, &self.gate_up)?)?, &self.down)?
+                }
+            });
+            if let Some((row, source, rows)) = media.filter(|_| i == 0) {
+                b.add_rows(&mut residual, row, source, 1, rows)?;
+            }
+        }
+        let x = b.reduce_norm(partial, &mut residual, &self.norm, EPS)?;
+        let logits = b.logits(&x, &self.head)?;
+        tap(&logits);
+        b.sample(&logits)
+    }
+}
+
+/// State for `num_slots` sequences of at most 64 tokens.
+pub(crate) fn state(num_slots: usize, kv_dtype: KvDtype) -> StateSpec {
+    let kv = KvSpec {
+        num_layers: 2,
+        num_kv_heads: KV_HEADS,
+        head_dim: HEAD_DIM,
+        block_size: BLOCK,
+        num_blocks: 4 * num_slots,
+        dtype: kv_dtype,
+    };
+    let activations = ActivationSpec {
+        num_slots,
+        num_tokens: 160,
+        num_logit_rows: num_slots + 64,
+        vocab_rows: VOCAB_ROWS,
+        hidden_size: HIDDEN,
+        num_heads: HEADS,
+        num_kv_heads: KV_HEADS,
+        head_dim: HEAD_DIM,
+        intermediate_size: WIDTH,
+        num_experts: EXPERTS,
+        top_k: TOP_K,
+        moe_intermediate_size: EXPERT_WIDTH,
+        num_patches: 256,
+        patch_size: 96,
+        vision_hidden_size: 144,
+        vision_head_dim: 72,
+        vision_intermediate_size: 208,
+        patches_per_token: 4,
+    };
+    StateSpec {
+        kv,
+        num_slots,
+        max_num_tokens: 160,
+        vocab_size: VOCAB,
+        max_blocks_per_seq: 4,
+        encoder_cache_bytes: 100 * 2 * HIDDEN as u64,
+        activations,
+    }
+}
+
+/// The next `tokens` of the sequence in `slot`, from position `start` on; its blocks lie in falling order.
+pub(crate) struct Chunk {
+    pub(crate) slot: usize,
+    pub(crate) start: usize,
+    pub(crate) tokens: Vec<TokenInput>,
+}
+
+impl Chunk {
+    pub(crate) fn known(slot: usize, start: usize, tokens: &[u32]) -> Self {
+        Self { slot, start, tokens: tokens.iter().map(|&token| TokenInput::Known(token)).collect() }
+    }
+
+    pub(crate) fn pending(slot: usize, start: usize) -> Self {
+        Self { slot, start, tokens: vec![TokenInput::Pending(slot)] }
+    }
+}
+
+/// A step of `chunks`, each of which samples in its last row.
+pub(crate) fn inputs(chunks: &[Chunk]) -> StepInputs {
+    let mut inputs = StepInputs::default();
+    for Chunk { slot, start, tokens } in chunks {
+        let query_start = inputs.tokens.len();
+        let block_table: Vec<u32> = (0..4).map(|i| (4 * slot + 3 - i) as u32).collect();
+        for (i, &token) in tokens.iter().enumerate() {
+            let position = start + i;
+            inputs.tokens.push(token);
+            inputs.positions.push([position, position / 2, position / 3].map(|p| p as u32));
+            let block = u64::from(block_table[position / BLOCK]);
+            inputs.slot_mapping.push(block * BLOCK as u64 + (position % BLOCK) as u64);
+        }
+        inputs.logit_rows.push((inputs.tokens.len() - 1) as u32);
+        inputs.sample_slots.push(Some(*slot));
+        inputs.prompt_targets.push(None);
+        let (query_len, context_len) = (tokens.len(), start + tokens.len());
+        inputs.seqs.push(SeqInput { slot: *slot, query_start, query_len, context_len, block_table });
+    }
+    inputs
+}
+
+/// Three prompts in slots 0, 1 and 2.
+pub(crate) fn prompts(seed: u64) -> Vec<Chunk> {
+    let mut random = Random::new(seed);
+    let mut prompt = |slot, len| {
+        let tokens: Vec<u32> = (0..len).map(|_| random.below(VOCAB) as u32).collect();
+        Chunk::known(slot, 0, &tokens)
+    };
+    vec![prompt(0, 5), prompt(1, 40), prompt(2, 17)]
+}

@@ -1,0 +1,7 @@
+//! Grammars as a sequence meets them: what they let through, and what is refused.
+
+mod forms;
+mod limits;
+mod schemas;
+mod tool_calls;
+mod walk;

@@ -1,0 +1,9 @@
+// moe_bf16: the products of a layer of experts with bf16 weights at decode, as in moe_int4.
+//
+// Shapes  as moe_int4.
+// Bytes   the weights of the chosen experts, 2 * n * k each, once for up to 16 of their rows.
+// Bound   memory bandwidth.
+#include "bf16.cuh"
+#include "moe.cuh"
+
+EXPERTS(bf16, Bf16, 2, 3)

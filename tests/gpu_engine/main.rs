@@ -1,0 +1,177 @@
+//! The whole engine on a GPU against the CPU backend. Not part of a plain test run (`.config/nextest.toml`): these tests need
+//! a GPU and fail without one. `cargo xtask gpu-test` builds this program and its kernels; it runs where the repository's
+//! files are, or where SPARK_ROOT names their folder.
+#![allow(clippy::unwrap_used, reason = "all of this is test code: a panic is a failed test")]
+#![expect(clippy::print_stdout, reason = "what was compared is part of the result")]
+
+#[path = "../support/chats.rs"]
+mod chats;
+mod demo;
+mod greedy;
+mod invariance;
+#[path = "../support/questions.rs"]
+mod questions;
+mod soak;
+
+use std::{
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use serde_json::Value;
+use spark_engine::{Device, Dtype, EngineBuilder, EngineOptions, SparkEngine};
+use spark_testing::{
+    Oracle, model_dir, repository,
+    tolerance::{BFLOAT16, BFLOAT16_MOE_LOGPROB},
+};
+
+/// Names a folder of compiled kernels, for machines without NVIDIA's compiler.
+const KERNEL_DIR_VARIABLE: &str = "SPARK_KERNEL_DIR";
+
+/// One test after the other: they share the GPU, and each compares times and memory of its own.
+fn alone() -> MutexGuard<'static, ()> {
+    static GPU: Mutex<()> = Mutex::new(());
+    GPU.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A checkpoint to run.
+#[derive(Debug, Clone)]
+struct Model {
+    name: String,
+    folder: PathBuf,
+}
+
+impl Model {
+    fn fixture(name: &str) -> Self {
+        Self { name: name.into(), folder: model_dir(name) }
+    }
+
+    fn demo(format: &str) -> Self {
+        let folder = repository().join("models/spark-tiny-vl").join(format);
+        Self { name: format!("spark-tiny-vl/{format}"), folder }
+    }
+
+    /// How far a log-probability may be off between two runs in bf16. The fixtures' differ by 0.23 at most (along their texts,
+    /// on an H100); in the deeper demo model a rounding may change an expert choice more than once.
+    fn tolerance(&self) -> f32 {
+        if self.name.contains("tiny") { BFLOAT16_MOE_LOGPROB } else { BFLOAT16.logprob }
+    }
+
+    /// Chats with `media/` pictures and without: the oracle's, or those of a fixture for a demo model, whose pictures
+    /// and texts any model takes.
+    fn bodies(&self, max_tokens: usize) -> Vec<(String, Value)> {
+        let source = if self.name.contains("tiny") { "moe_vl_bf16" } else { &self.name };
+        let oracle = Oracle::load(source).unwrap();
+        let bodies = oracle.cases.values().map(|case| {
+            let mut body = chats::chat_body(case, max_tokens);
+            body["logprobs"] = true.into();
+            body["top_logprobs"] = 2.into();
+            (case.name.clone(), body)
+        });
+        bodies.collect()
+    }
+
+    fn engine(
+        &self,
+        device: Device,
+        change: impl FnOnce(&mut EngineOptions),
+    ) -> spark_engine::Result<SparkEngine> {
+        self.builder(device).engine(change).build()
+    }
+
+    fn builder(&self, device: Device) -> EngineBuilder {
+        let builder = EngineBuilder::new(self.folder.display().to_string());
+        let builder = builder.dtype(Dtype::Bf16).device(device).engine(|options| {
+            options.max_model_len = Some(1024);
+            options.max_num_seqs = 16;
+            options.kv_cache_memory_bytes = Some(64 << 20);
+        });
+        match std::env::var_os(KERNEL_DIR_VARIABLE) {
+            Some(folder) => builder.kernel_dir(folder),
+            None => builder,
+        }
+    }
+}
+
+/// A greedy answer.
+#[derive(Debug, Clone, PartialEq)]
+struct Answer {
+    ids: Vec<u32>,
+    /// Log-probability of the best token less that of the second, at each.
+    margins: Vec<f32>,
+    text: String,
+}
+
+impl Answer {
+    fn of(body: &Value) -> Self {
+        let choice = &body["choices"][0];
+        let steps = choice["logprobs"]["content"].as_array().expect("log-probabilities were asked for");
+        let margin = |step: &Value| {
+            let top = step["top_logprobs"].as_array().expect("two alternatives were asked for");
+            let logprob = |i: usize| top[i]["logprob"].as_f64().expect("a number") as f32;
+            logprob(0) - logprob(1)
+        };
+        Self {
+            ids: chats::ids(&choice["token_ids"]),
+            margins: steps.iter().map(margin).collect(),
+            text: choice["message"]["content"].as_str().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// The answer of `engine` to `body`, alone.
+fn ask(engine: &SparkEngine, body: &Value) -> Answer {
+    Answer::of(&chats::block_on(chats::answer(engine, body.clone())))
+}
+
+/// How answers compare with their references: equal up to the first near tie, or not at all.
+#[derive(Debug, Default)]
+struct Comparison {
+    /// Ids up to the ends of answers, or to where they left their reference.
+    num_compared: usize,
+    num_ids: usize,
+    num_answers: usize,
+    /// Answers that leave their reference at some near tie.
+    num_early: usize,
+    /// The widest margin at which that happened.
+    widest: f32,
+    /// Answers that differ where they must not.
+    wrong: Vec<String>,
+}
+
+impl Comparison {
+    /// As `first_divergence` demands, and more: what is equal at a near tie is compared on.
+    fn add(&mut self, name: &str, reference: &Answer, got: &Answer, tolerance: f32) {
+        self.num_answers += 1;
+        self.num_ids += reference.ids.len();
+        let differs = reference.ids.iter().zip(&got.ids).position(|(a, b)| a != b);
+        let Some(step) = differs else {
+            self.num_compared += reference.ids.len();
+            return;
+        };
+        self.num_compared += step;
+        let margin = reference.margins[step];
+        if margin < 2.0 * tolerance {
+            self.num_early += 1;
+            self.widest = self.widest.max(margin);
+        } else {
+            let (expected, got) = (reference.ids[step], got.ids[step]);
+            self.wrong.push(format!("{name}: step {step}: {got} instead of {expected}, margin {margin}"));
+        }
+    }
+
+    /// Prints the counts and fails if something differs that must not.
+    fn finish(&self, title: &str) {
+        println!("{title}: {}", self.line());
+        assert!(self.wrong.is_empty(), "{title}: {:#?}", self.wrong);
+    }
+
+    fn line(&self) -> String {
+        let Self { num_compared, num_ids, num_answers, num_early, widest, wrong } = self;
+        format!(
+            "{num_answers} answers, {num_compared} of {num_ids} ids equal, {num_early} answers left their reference at a \
+             near tie (widest margin {widest:.3}), {} wrong",
+            wrong.len()
+        )
+    }
+}
