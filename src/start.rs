@@ -8,7 +8,7 @@ use std::{
 
 use spark_backend::{Backend, Dtype, Memory};
 use spark_cpu::CpuBackend;
-use spark_cuda::{CudaBackend, CudaOptions, Driver, KernelOptions, Profile};
+use spark_cuda::{CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, Profile};
 use spark_models::Qwen3Vl;
 use spark_runtime::{EngineHandle, EngineOptions, MemoryPlan, MemoryUse};
 use spark_weights::{LoadOptions, LoadStrategy, Params, ProgressFn};
@@ -126,6 +126,11 @@ impl Settings {
             let backend = CpuBackend::new(dtype, self.threads)?;
             return user.run(self, backend, format!("CPU, {threads} threads"));
         };
+        if self.options.max_logprobs > MAX_ALTERNATIVES {
+            let problem =
+                format!("a GPU reports at most {MAX_ALTERNATIVES}, not {}", self.options.max_logprobs);
+            return Err(Error::option("--max-logprobs", problem));
+        }
         let name = gpu.properties().name.clone();
         let kernels = KernelOptions { kernel_dir: self.kernel_dir.clone(), ..KernelOptions::default() };
         let (enforce_eager, profile) = (self.enforce_eager, self.profile.clone());

@@ -137,6 +137,20 @@ impl<P: Params> Kernel<P> {
         })
     }
 
+    /// As [`Kernel::new`], for kernels that follow each other in steps of few rows: all ask for the most shared memory, because on a
+    /// multiprocessor kernels that want different shares of the first-level cache cannot overlap, which is what their early start is
+    /// for. Kernels that read much through that cache do without.
+    pub(crate) fn overlapping(module: &Shared<Module>, name: &str, shared_bytes: u32) -> Result<Self> {
+        /// In percent.
+        const MOST: i32 = 100;
+        let kernel = Self::new(module, name, shared_bytes)?;
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        // SAFETY: the function lives as long as its module, whose device `new` has bound.
+        let status = unsafe { sys::cuFuncSetAttribute(kernel.handle, attribute, MOST) };
+        check("cuFuncSetAttribute", status)?;
+        Ok(kernel)
+    }
+
     /// Puts the kernel into `stream`. Where the device can, it starts before its predecessor has ended, and waits for it
     /// where its code says `wait_for_predecessor` (`kernels/prelude.cuh`).
     ///

@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use spark_backend::{ActivationSpec, Backend, Dtype, KvDtype, KvSpec, SlotParams, StateSpec, StepInputs, VisualRows};
+use spark_backend::{
+    ActivationSpec, Backend, Dtype, KvDtype, KvSpec, SlotParams, StateSpec, StepInputs, VisualRows,
+};
 use spark_cpu::CpuBackend;
 use spark_models::{ModelConfig, Qwen3Vl, RopeIndex};
 use spark_weights::{Checkpoint, LoadOptions, Param, ParamKind, Params};

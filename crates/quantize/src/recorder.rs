@@ -8,8 +8,8 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 
 use spark_backend::{
-    Activation, ActivationSpec, AttentionSpec, Backend, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, Result,
-    SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
+    Activation, ActivationSpec, AttentionSpec, Backend, Dtype, ExpertsWeight, LinearWeight, Matrix,
+    MatrixData, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
 };
 use spark_cpu::{CpuBackend, CpuExperts, CpuLinear, CpuTensor, Routing};
 use spark_weights::Param;

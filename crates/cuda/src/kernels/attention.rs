@@ -160,7 +160,11 @@ impl Attention {
         let shape = |head_dim: usize, is_fp8: bool| {
             let suffix = format!("{}_{head_dim}", if is_fp8 { "fp8" } else { "bf16" });
             Ok::<_, Error>(ByShape {
-                decode: Kernel::new(decode, &format!("decode_{suffix}"), decode_bytes(head_dim, is_fp8))?,
+                decode: Kernel::overlapping(
+                    decode,
+                    &format!("decode_{suffix}"),
+                    decode_bytes(head_dim, is_fp8),
+                )?,
                 prepare: Kernel::new(prefill, &format!("prepare_{suffix}"), 0)?,
                 prefill: Kernel::new(prefill, &format!("prefill_{suffix}"), prefill_bytes(head_dim, is_fp8))?,
             })

@@ -39,7 +39,7 @@ pub(super) struct Embed {
 
 impl Embed {
     pub(super) fn new(module: &LoadedModule) -> Result<Self> {
-        Ok(Self { kernel: Kernel::new(module, "embed", 0)? })
+        Ok(Self { kernel: Kernel::overlapping(module, "embed", 0)? })
     }
 }
 

@@ -106,7 +106,12 @@ impl DecodeLinear {
         let kernels = |module: &LoadedModule, scheme: &str| {
             let kernel = |block: Block| {
                 let name = format!("linear_{scheme}_r{}_t{}", block.row_tiles, block.token_tiles);
-                Kernel::new(module, &name, 0)
+                // Beyond one tile of rows, x is read through the first-level cache more than weights are.
+                if block.token_tiles == 1 {
+                    Kernel::overlapping(module, &name, 0)
+                } else {
+                    Kernel::new(module, &name, 0)
+                }
             };
             let [a, b, c, d, e] = Block::ALL.map(kernel);
             Ok::<_, Error>([a?, b?, c?, d?, e?])

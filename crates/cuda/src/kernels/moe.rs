@@ -27,9 +27,8 @@ const COMBINE_COLUMNS: usize = 4;
 const DOWN_ROWS: usize = 128;
 /// Most experts of a single row whose results are added where they are made: warps of a block.
 const ROW_EXPERTS: usize = 8;
-/// Most pairs for which `gate_up` has small blocks, so that there are enough of them, and most rows: pairs of an expert.
+/// Most pairs for which `gate_up` has small blocks, so that there are enough of them.
 const FEW_PAIRS: usize = 16;
-const FEW_ROWS: usize = 8;
 /// Bytes of `Group` of `kernels/pairs.cuh`.
 pub(super) const GROUP_BYTES: usize = 16;
 
@@ -116,11 +115,14 @@ impl Moe {
     /// The kernels of the modules that `module` loads.
     pub(super) fn new(module: impl Fn(&'static str) -> Result<LoadedModule>) -> Result<Self> {
         let kernels = |module: &LoadedModule, scheme: &str| {
-            let kernel = |op: &str| Kernel::new(module, &format!("{op}_{scheme}"), 0);
+            let name = |op: &str| format!("{op}_{scheme}");
+            let few = |op| Kernel::overlapping(module, &name(op), 0);
+            // Many rows are read through the first-level cache.
+            let many = |op| Kernel::new(module, &name(op), 0);
             Ok::<_, Error>(ByScheme {
-                gate_up: [kernel("gate_up_few")?, kernel("gate_up")?],
-                down: kernel("down")?,
-                down_row: kernel("down_row")?,
+                gate_up: [few("gate_up_few")?, many("gate_up")?],
+                down: many("down")?,
+                down_row: few("down_row")?,
             })
         };
         let (around, int4) = (module("moe")?, module("moe_int4")?);
@@ -185,7 +187,7 @@ impl Kernels {
             out: call.inner.address(),
             ..of_weight(base, &call.experts.gate_up, call.x.address())?
         };
-        let is_few = call.num_pairs <= FEW_PAIRS && call.x.rows() <= FEW_ROWS;
+        let is_few = call.num_pairs <= FEW_PAIRS;
         let rows = if is_few { TILE_ROWS } else { 2 * TILE_ROWS };
         let grid = [call.experts.intermediate().div_ceil(rows), call.max_groups];
         let kernels = self.moe.kernels(call.experts.gate_up.scheme);

@@ -55,7 +55,7 @@ pub(super) struct Norm {
 
 impl Norm {
     pub(super) fn new(module: &LoadedModule) -> Result<Self> {
-        let kernel = |name| Kernel::new(module, name, 0);
+        let kernel = |name| Kernel::overlapping(module, name, 0);
         Ok(Self {
             kernels: [
                 [kernel("norm_bf16_v1")?, kernel("norm_bf16_v4")?],

@@ -64,7 +64,10 @@ impl Router {
         stream.fill(&counters, 0)?;
         stream.synchronize()?;
         Ok(Self {
-            router: [Kernel::new(module, "router_128", 0)?, Kernel::new(module, "router_256", 0)?],
+            router: [
+                Kernel::overlapping(module, "router_128", 0)?,
+                Kernel::overlapping(module, "router_256", 0)?,
+            ],
             choose: Kernel::new(module, "router_choose", 0)?,
             counters,
         })

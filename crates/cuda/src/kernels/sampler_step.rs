@@ -63,7 +63,7 @@ pub(super) struct Sample {
 
 impl Sample {
     pub(super) fn new(module: &LoadedModule) -> Result<Self> {
-        let kernel = |name| Kernel::new(module, name, 0);
+        let kernel = |name| Kernel::overlapping(module, name, 0);
         Ok(Self {
             scan: kernel("sample_scan")?,
             bins: kernel("sample_bins")?,
