@@ -136,7 +136,7 @@ impl Layout {
 }
 
 impl StepView {
-    /// A step with `key` in `buffer`; `host_seqs` of the sequences without padding. `is_decode` for what [`is_decode`] says of
+    /// A step with `key` in `buffer`; `host_seqs` of the sequences without padding. `is_decode` for what `is_decode` says of
     /// the inputs, and for a key that a graph is recorded for.
     ///
     /// # Errors
@@ -184,7 +184,7 @@ impl StepView {
     /// into memory that needs no waiting.
     ///
     /// # Errors
-    /// As [`pack`]; [`Error::Driver`].
+    /// As `pack`; [`Error::Driver`].
     pub fn upload(
         stream: &Stream,
         buffer: &DeviceSlice,
