@@ -87,12 +87,6 @@ __device__ __forceinline__ void load(uint4 (&x)[Rows::TOKEN_TILES], const Rows& 
                    : make_uint4(0, 0, 0, 0);
 }
 
-__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
-    u32 result;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-    return result;
-}
-
 // x of 4-bit codes: the two pairs of operand B for each of the two products over 32 k.
 __device__ __forceinline__ void pair_by_four(u32 (&b)[4], const uint4& raw) {
     b[0] = __byte_perm(raw.x, raw.z, 0x5410);

@@ -55,12 +55,6 @@ PARAMS(GemmParams);
 __device__ __forceinline__ u32 shared_load(const char* at) { return *reinterpret_cast<const u32*>(at); }
 __device__ __forceinline__ uint4 shared_load4(const char* at) { return *reinterpret_cast<const uint4*>(at); }
 
-__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
-    u32 result;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-    return result;
-}
-
 // Round to nearest even: `low` in the low half.
 __device__ __forceinline__ u32 pack_f16(float low, float high) {
     u32 packed;

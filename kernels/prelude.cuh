@@ -103,12 +103,15 @@ __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
     return result;
 }
 
-// The products of two pairs of bf16 numbers, rounded; subnormal numbers count.
-__device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
-    u32 product;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
-    return product;
+// a * b + c of two pairs of bf16 numbers, rounded once; subnormal numbers count.
+__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
+    u32 result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
 }
+
+// a * b, in the same way.
+__device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) { return fma_bf16(a, b, 0x80008000u); }
 
 // d += A B for A [16, 16] and B [16, 8]. Lane l, g = l / 4, t = l % 4: a0, a2 hold row g, a1, a3 row g + 8 (k 2t, 2t + 1
 // in a0, a1; 2t + 8, 2t + 9 in a2, a3); b0, b1 column g, the same k; d0, d1 row g, d2, d3 row g + 8, columns 2t, 2t + 1.

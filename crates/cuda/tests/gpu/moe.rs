@@ -1,6 +1,7 @@
 //! Layers of experts for few rows against the CPU backend. Many rows are in `moe_gemm.rs`, the router in `router.rs`.
 
 use spark_backend::{Backend, Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData};
+use spark_cpu::{CpuBackend, CpuTensor, Routing};
 use spark_cuda::{Choice, Experts, ExpertsHost, Pool};
 use spark_testing::{Random, tolerance};
 
@@ -12,6 +13,9 @@ pub(crate) struct Layer {
     pub(crate) weight: ExpertsWeight,
     pub(crate) hidden: usize,
 }
+
+/// Rows, their experts and the layer's result, on the CPU.
+type Routed = (CpuTensor, Routing, CpuTensor);
 
 impl Layer {
     pub(crate) fn new(
@@ -34,6 +38,30 @@ impl Layer {
     pub(crate) fn upload(&self, bed: &Bed) -> Experts {
         let host = ExpertsHost::pack(&self.weight).unwrap();
         Experts::upload(&bed.stream, &bed.bytes(host.num_bytes()), &host).unwrap()
+    }
+
+    /// Random rows, routed by a random router, through this layer on the CPU.
+    pub(crate) fn routed_on_cpu(
+        self,
+        backend: &CpuBackend,
+        random: &mut Random,
+        rows: usize,
+        top_k: usize,
+    ) -> Routed {
+        let Self { weight, hidden } = self;
+        let num_experts = weight.experts.len();
+        let on_cpu = backend.experts_weight(weight).unwrap();
+        let router: Vec<u8> =
+            random.normals(num_experts * hidden, 1.0).iter().flat_map(|v| v.to_le_bytes()).collect();
+        let data = MatrixData::Dense { dtype: Dtype::F32, values: Bytes::from(router) };
+        let parts = vec![Matrix { n: num_experts, k: hidden, data }];
+        let router = backend.linear_weight(LinearWeight { parts, bias: None }).unwrap();
+        let mut residual = cpu_tensor(backend, &random.normals(rows * hidden, 1.0), [rows, hidden]);
+        let norm = cpu_tensor(backend, &vec![0.1; hidden], [1, hidden]);
+        let (x, routing) =
+            backend.reduce_norm_route(None, &mut residual, &norm, 1e-6, &router, top_k, true).unwrap();
+        let out = backend.moe_mlp(&x, &routing, &on_cpu).unwrap();
+        (x, routing, out)
     }
 }
 
@@ -68,18 +96,7 @@ fn experts_are_the_cpu_backends() {
         for scheme in SCHEMES {
             let layer = Layer::new(&mut random, num_experts, [hidden, intermediate], scheme);
             let experts = layer.upload(&bed);
-            let on_cpu = backend.experts_weight(layer.weight).unwrap();
-            let router: Vec<u8> =
-                random.normals(num_experts * hidden, 1.0).iter().flat_map(|v| v.to_le_bytes()).collect();
-            let data = MatrixData::Dense { dtype: Dtype::F32, values: Bytes::from(router) };
-            let parts = vec![Matrix { n: num_experts, k: hidden, data }];
-            let router = backend.linear_weight(LinearWeight { parts, bias: None }).unwrap();
-
-            let mut residual = cpu_tensor(&backend, &random.normals(rows * hidden, 1.0), [rows, hidden]);
-            let norm = cpu_tensor(&backend, &vec![0.1; hidden], [1, hidden]);
-            let (x, routing) =
-                backend.reduce_norm_route(None, &mut residual, &norm, 1e-6, &router, top_k, true).unwrap();
-            let want = backend.moe_mlp(&x, &routing, &on_cpu).unwrap();
+            let (x, routing, want) = layer.routed_on_cpu(&backend, &mut random, rows, top_k);
             let got = run(&bed, &experts, x.values(), routing.experts(), routing.weights());
             let what =
                 format!("{num_experts} x {hidden} x {intermediate} {scheme:?}, {rows} rows of {top_k}");
@@ -165,17 +182,7 @@ fn as_many_pairs_as_there_may_be() {
     for (num_experts, rows, top_k) in [(300, 128, 8), (2, 512, 2)] {
         let layer = Layer::new(&mut random, num_experts, [64, 32], Scheme::Nvfp4);
         let (experts, hidden) = (layer.upload(&bed), layer.hidden);
-        let on_cpu = backend.experts_weight(layer.weight).unwrap();
-        let router: Vec<u8> =
-            random.normals(num_experts * hidden, 1.0).iter().flat_map(|v| v.to_le_bytes()).collect();
-        let data = MatrixData::Dense { dtype: Dtype::F32, values: Bytes::from(router) };
-        let parts = vec![Matrix { n: num_experts, k: hidden, data }];
-        let router = backend.linear_weight(LinearWeight { parts, bias: None }).unwrap();
-        let mut residual = cpu_tensor(&backend, &random.normals(rows * hidden, 1.0), [rows, hidden]);
-        let norm = cpu_tensor(&backend, &vec![0.1; hidden], [1, hidden]);
-        let (x, routing) =
-            backend.reduce_norm_route(None, &mut residual, &norm, 1e-6, &router, top_k, true).unwrap();
-        let want = backend.moe_mlp(&x, &routing, &on_cpu).unwrap();
+        let (x, routing, want) = layer.routed_on_cpu(&backend, &mut random, rows, top_k);
         let got = run(&bed, &experts, x.values(), routing.experts(), routing.weights());
         let what = format!("{num_experts} experts, {rows} rows of {top_k}");
         assert_close(&what, &got, want.values(), hidden, tolerance::KERNEL_BF16);

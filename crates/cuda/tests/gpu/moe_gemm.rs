@@ -1,33 +1,12 @@
 //! Layers of experts with many rows against the CPU backend. Few rows are in `moe.rs`.
 
-use spark_backend::{Backend, Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData};
-use spark_cuda::{Choice, Experts, ExpertsHost, Pool};
+use spark_backend::Dtype;
+use spark_cuda::{Choice, Experts, Pool};
 use spark_testing::{Random, tolerance};
 
-use super::gemm::{SCHEMES, Scheme, assert_close, matrix};
-use super::{Bed, cpu, cpu_tensor};
-
-fn layer(
-    random: &mut Random,
-    num_experts: usize,
-    [hidden, intermediate]: [usize; 2],
-    scheme: Scheme,
-) -> ExpertsWeight {
-    let experts = (0..num_experts)
-        .map(|_| {
-            let part = |random: &mut Random| matrix(random, intermediate, hidden, scheme);
-            let gate_up = LinearWeight { parts: vec![part(random), part(random)], bias: None };
-            let down = vec![matrix(random, hidden, intermediate, scheme)];
-            (gate_up, LinearWeight { parts: down, bias: None })
-        })
-        .collect();
-    ExpertsWeight { experts }
-}
-
-fn upload(bed: &Bed, weight: &ExpertsWeight) -> Experts {
-    let host = ExpertsHost::pack(weight).unwrap();
-    Experts::upload(&bed.stream, &bed.bytes(host.num_bytes()), &host).unwrap()
-}
+use super::gemm::{SCHEMES, Scheme, assert_close};
+use super::moe::Layer;
+use super::{Bed, cpu};
 
 struct Run<'a> {
     bed: &'a Bed,
@@ -36,8 +15,8 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(bed: &'a Bed, weight: &ExpertsWeight) -> Self {
-        Self { bed, pool: Pool::new(&bed.bytes(192 << 20)), experts: upload(bed, weight) }
+    fn new(bed: &'a Bed, layer: &Layer) -> Self {
+        Self { bed, pool: Pool::new(&bed.bytes(192 << 20)), experts: layer.upload(bed) }
     }
 
     fn values(&self, x: &[f32], chosen: &[u32], weights: &[f32]) -> Vec<f32> {
@@ -56,19 +35,10 @@ fn over_sizes(cases: &[(usize, usize, usize, usize, usize)], schemes: &[Scheme])
     let (bed, mut random, backend) = (Bed::new(), Random::new(41), cpu(Dtype::Bf16));
     for &(num_experts, hidden, intermediate, rows, top_k) in cases {
         for &scheme in schemes {
-            let weight = layer(&mut random, num_experts, [hidden, intermediate], scheme);
-            let run = Run::new(&bed, &weight);
-            let on_cpu = backend.experts_weight(weight).unwrap();
-            let router: Vec<u8> =
-                random.normals(num_experts * hidden, 1.0).iter().flat_map(|v| v.to_le_bytes()).collect();
-            let data = MatrixData::Dense { dtype: Dtype::F32, values: Bytes::from(router) };
-            let parts = vec![Matrix { n: num_experts, k: hidden, data }];
-            let router = backend.linear_weight(LinearWeight { parts, bias: None }).unwrap();
-            let mut residual = cpu_tensor(&backend, &random.normals(rows * hidden, 1.0), [rows, hidden]);
-            let norm = cpu_tensor(&backend, &vec![0.1; hidden], [1, hidden]);
-            let (x, routing) =
-                backend.reduce_norm_route(None, &mut residual, &norm, 1e-6, &router, top_k, true).unwrap();
-            let mut want = backend.moe_mlp(&x, &routing, &on_cpu).unwrap().values().to_vec();
+            let layer = Layer::new(&mut random, num_experts, [hidden, intermediate], scheme);
+            let run = Run::new(&bed, &layer);
+            let (x, routing, want) = layer.routed_on_cpu(&backend, &mut random, rows, top_k);
+            let mut want = want.values().to_vec();
             let mut chosen = routing.experts().to_vec();
             // Rows that only fill up a step.
             let num_real = rows - rows / 7;
@@ -114,7 +84,7 @@ fn many_pairs_come_in_several_pieces() {
 fn equal_inputs_give_equal_bits_in_any_order_of_a_rows_experts() {
     let (bed, mut random) = (Bed::new(), Random::new(42));
     let (num_experts, rows, top_k, hidden) = (6, 300, 4, 256);
-    let run = Run::new(&bed, &layer(&mut random, num_experts, [hidden, 96], Scheme::Int4(32)));
+    let run = Run::new(&bed, &Layer::new(&mut random, num_experts, [hidden, 96], Scheme::Int4(32)));
     let x = random.bf16s(rows * hidden, 0.2);
     let mut chosen = Vec::new();
     for _ in 0..rows {
@@ -135,7 +105,7 @@ fn equal_inputs_give_equal_bits_in_any_order_of_a_rows_experts() {
 #[test]
 fn wrong_shapes_are_refused() {
     let (bed, mut random) = (Bed::new(), Random::new(43));
-    let run = Run::new(&bed, &layer(&mut random, 2, [64, 32], Scheme::Nvfp4));
+    let run = Run::new(&bed, &Layer::new(&mut random, 2, [64, 32], Scheme::Nvfp4));
     let (x, out) = (bed.empty([200, 64], Dtype::Bf16), bed.empty([200, 64], Dtype::Bf16));
     let choice = |len: usize, top_k: usize| {
         Choice::new(bed.upload(&vec![0u32; len]), bed.upload(&vec![0f32; len]), top_k)
