@@ -32,8 +32,9 @@ pub(crate) fn read(root: &Path) -> anyhow::Result<Vec<File>> {
     let mut files = Vec::new();
     for path in names.split_terminator('\0') {
         let full = root.join(path);
-        // A tracked file may be deleted in the working tree, and a link may lead nowhere: neither has content.
-        if !full.is_file() {
+        // A tracked file may be deleted in the working tree, and what a link leads to is counted where it lies: neither has
+        // content.
+        if !full.is_file() || full.is_symlink() {
             continue;
         }
         let bytes = std::fs::read(&full).with_context(|| format!("cannot read {path}"))?;
