@@ -10,11 +10,11 @@ struct Bf16 {
     static constexpr int GROUP = 0;
     static constexpr int K_PER_WORD = 32;
     static constexpr int WORDS = 0;
-
-    static __device__ __forceinline__ void pair(u32 (&b)[4], const uint4& x) { pair_by_two(b, x); }
+    static constexpr int FACTOR = 1;
+    typedef NoGroup Group;
 
     template <typename Stage>
-    static __device__ __forceinline__ void operand(u32 (&a)[4][2], const Stage& stage, int r, int, u32 lane) {
+    static __device__ __forceinline__ void operand(u32 (&a)[4][2], const Stage& stage, Group, int r, int, u32 lane) {
         const uint4 upper = stage.codes[r][0][lane], lower = stage.codes[r][1][lane];
         a[0][0] = upper.x, a[1][0] = upper.y, a[2][0] = upper.z, a[3][0] = upper.w;
         a[0][1] = lower.x, a[1][1] = lower.y, a[2][1] = lower.z, a[3][1] = lower.w;

@@ -12,11 +12,11 @@ struct Fp8 {
     static constexpr int GROUP = 128;
     static constexpr int K_PER_WORD = 128;
     static constexpr int WORDS = 1;
-
-    static __device__ __forceinline__ void pair(u32 (&b)[4], const uint4& x) { pair_by_two(b, x); }
+    static constexpr int FACTOR = 1;
+    typedef NoGroup Group;
 
     template <typename Stage>
-    static __device__ __forceinline__ void operand(u32 (&a)[4][2], const Stage& stage, int r, int step, u32 lane) {
+    static __device__ __forceinline__ void operand(u32 (&a)[4][2], const Stage& stage, Group, int r, int step, u32 lane) {
         const uint4 codes = stage.codes[r][step][lane];
         weights(a, 0, codes.x, codes.y);
         weights(a, 1, codes.z, codes.w);

@@ -9,28 +9,34 @@
 // Group scales: a scale is 2^e * f with 1 <= f < 2. 2^e goes into the operand, exactly; f is what the sums are in units of: where
 // the group changes they are multiplied with the quotient of the two f, and at the end with the last f. So there is one set of sums.
 #pragma once
-#include "gemm_stage.cuh"
+#include "gemm_pipeline.cuh"
 #include "gemm_store.cuh"
 
-// Sums in units of `factor` of the group that follows.
+// Sums of row tile `r` in units of `factor` of the group that follows.
 template <typename S, int TILES>
-__device__ __forceinline__ void change_group(Sums<S>& acc, typename S::Scheme::Group (&groups)[S::ROW_TILES], const char* words) {
+__device__ __forceinline__ void change_group(Sums<S>& acc, typename S::Scheme::Group& group, int r, const char* words) {
 #pragma unroll
-    for (int r = 0; r < S::ROW_TILES; r++)
+    for (int half = 0; half < 2; half++) {
+        const float quotient = group.change(half, shared_load(words + 64 * S::WORDS * r + 32 * half));
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float quotient = groups[r].change(half, shared_load(words + 64 * S::WORDS * r + 32 * half));
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                acc[r][i][2 * half] *= quotient;
-                acc[r][i][2 * half + 1] *= quotient;
-            }
+        for (int i = 0; i < TILES; i++) {
+            acc[r][i][2 * half] *= quotient;
+            acc[r][i][2 * half + 1] *= quotient;
         }
+    }
 }
 
-// acc += W x over the 64 k of a stage, for the first TILES token tiles of each warp.
-template <typename S, int TILES>
-__device__ __forceinline__ void multiply(Sums<S>& acc, typename S::Scheme::Group (&groups)[S::ROW_TILES], const char* stage, u32 step) {
+// The operands of some token tiles for 32 k.
+template <int TOKENS> __device__ __forceinline__ void load_tokens(u32 (&b)[TOKENS][4], const char* x) {
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) load_pairs(b[i], x + 8 * i * (STEP * 2));
+}
+
+// acc += W x over the 64 k of a stage, for the first TILES token tiles of each warp. IS_NEW: groups of 128 begin with it. A row tile
+// is dequantised while the one before it is multiplied.
+template <typename S, int TILES, bool IS_NEW, typename Copies>
+__device__ __forceinline__ void multiply(Sums<S>& acc, typename S::Scheme::Group (&groups)[S::ROW_TILES], const char* stage,
+                                         const Copies& copies) {
     using Scheme = typename S::Scheme;
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const u32 row_warp = warp % S::WARPS_ALONG_ROWS, token_warp = warp / S::WARPS_ALONG_ROWS;
@@ -38,59 +44,86 @@ __device__ __forceinline__ void multiply(Sums<S>& acc, typename S::Scheme::Group
     const char* words = stage + S::SCALES_AT + row_warp * S::ROW_TILES * (64 * S::WORDS) + 4 * g;
     const u32 lane_x = Scheme::lane_x(lane), lane_codes = Scheme::lane_codes(lane);
     const char* x = stage + token_warp * TILES * 8 * (STEP * 2);
-    typename Scheme::Raw raw[S::ROW_TILES];
-#pragma unroll(Scheme::HALVES_AT_ONCE)
+#pragma unroll
     for (int half = 0; half < 2; half++) {
-        if (Scheme::GROUPED) {
-            // A word of 128 k came with the first of its two steps.
-            const bool is_new = Scheme::WORD_K == 32 || (half == 0 && (Scheme::WORD_K == 64 || step % 2 == 0));
-            if (is_new) change_group<S, TILES>(acc, groups, words + (Scheme::WORD_K == 32 ? 64 * half : 0));
-        }
-        u32 a[S::ROW_TILES][8];
+        // Operands of row tiles at a time, and of token tiles: what is multiplied more often stays.
+        constexpr int ROWS = S::ROW_TILES == 2 ? 2 : 1, TOKENS = S::ROW_TILES == 2 && TILES > 4 ? 4 : TILES;
+        u32 b[TOKENS][4];
+        if (TOKENS == TILES) load_tokens<TOKENS>(b, x + (lane_x ^ (half << 6)));
 #pragma unroll
-        for (int r = 0; r < S::ROW_TILES; r++) {
-            raw[r].load(tiles + r * S::TILE_BYTES, lane_codes, words + 64 * S::WORDS * r, half);
-            raw[r].operand(a[r], groups[r], half, t);
-        }
+        for (int first = 0; first < S::ROW_TILES; first += ROWS) {
+            u32 a[ROWS][8];
 #pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            u32 b[4];
-            Scheme::load_x(b, x + 8 * i * (STEP * 2) + (lane_x ^ (half << 6)));
+            for (int r = first; r < first + ROWS; r++) {
+                if (Scheme::GROUPED && (Scheme::WORD_K == 32 || (half == 0 && (Scheme::WORD_K == 64 || IS_NEW))))
+                    change_group<S, TILES>(acc, groups[r], r, words + (Scheme::WORD_K == 32 ? 64 * half : 0));
+                typename Scheme::Raw raw;
+                raw.load(tiles + r * S::TILE_BYTES, lane_codes, words + 64 * S::WORDS * r, half);
+                raw.operand(a[r - first], groups[r], half, t);
+            }
 #pragma unroll
-            for (int part = 0; part < 2; part++)
+            for (int token = 0; token < TILES; token += TOKENS) {
+                if (TOKENS < TILES) load_tokens<TOKENS>(b, x + 8 * token * (STEP * 2) + (lane_x ^ (half << 6)));
 #pragma unroll
-                for (int r = 0; r < S::ROW_TILES; r++)
-                    mma_bf16(acc[r][i], a[r][4 * part], a[r][4 * part + 1], a[r][4 * part + 2], a[r][4 * part + 3], b[2 * part],
-                             b[2 * part + 1]);
+                for (int part = 0; part < 2; part++)
+#pragma unroll
+                    for (int i = 0; i < TOKENS; i++)
+#pragma unroll
+                        for (int r = 0; r < ROWS; r++)
+                            mma_bf16(acc[first + r][token + i], a[r][4 * part], a[r][4 * part + 1], a[r][4 * part + 2],
+                                     a[r][4 * part + 3], b[i][2 * part], b[i][2 * part + 1]);
+                if (half == 0) copies(ROWS == 1 ? first : token / TOKENS, ROWS == 1 ? S::ROW_TILES : TILES / TOKENS);
+            }
         }
     }
 }
 
-struct Steps {
-    u32 first;
-    u32 count;
-};
-
 // acc += W x over all steps, of which the first stages are on their way.
+template <typename S, int TILES>
+__device__ __forceinline__ void multiply_converted(Sums<S>& acc, typename S::Scheme::Group (&groups)[S::ROW_TILES],
+                                                   const GemmParams& p, const WeightSources<S>& sources,
+                                                   const RowStarts<S>& x_rows, const char* shared, const Steps& steps) {
+    const u32 shared_at = shared_address(shared);
+    u32 stage = 0, free_stage = (S::STAGES - 1) * S::STAGE_BYTES;
+    // Groups of 128 begin with every second step; numbers of steps are even.
+    constexpr int AT_ONCE = S::Scheme::GROUPED && S::Scheme::WORD_K == 128 ? 2 : 1;
+    // Behind which products weights are copied: where registers are enough.
+    constexpr int LATER = __CUDA_ARCH__ >= 900 ? 2 : 3;
+#pragma unroll 1
+    for (u32 step = 0; step < steps.count; step += AT_ONCE) {
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++) {
+            wait_copies<S::STAGES - 2>();
+            __syncthreads();
+            // What is copied for later, between the products.
+            const u32 next = step + i + S::STAGES - 1, target = shared_at + free_stage;
+            const bool past_end = next >= steps.count;
+            const auto copies = [&](int done, int all) {
+                if (done == 0) x_rows.stage(p, target, steps.first + next, past_end);
+                if (done == min(LATER, all - 1)) {
+                    sources.stage(p, target, steps.first + next, past_end);
+                    commit_copies();
+                }
+            };
+            if (i == 0) {
+                multiply<S, TILES, true>(acc, groups, shared + stage, copies);
+            } else {
+                multiply<S, TILES, false>(acc, groups, shared + stage, copies);
+            }
+            free_stage = stage;
+            stage = stage + S::STAGE_BYTES == S::STAGES * S::STAGE_BYTES ? 0 : stage + S::STAGE_BYTES;
+        }
+    }
+}
+
 template <typename S, int TILES>
 __device__ __forceinline__ void multiply_all(Sums<S>& acc, typename S::Scheme::Group (&groups)[S::ROW_TILES], const GemmParams& p,
                                              const WeightSources<S>& sources, const RowStarts<S>& x_rows, const char* shared,
                                              const Steps& steps) {
-    const u32 shared_at = shared_address(shared);
-    u32 slot = 0, free_slot = S::STAGES - 1;
-#pragma unroll 1
-    for (u32 step = 0; step < steps.count; step++) {
-        wait_copies<S::STAGES - 2>();
-        __syncthreads();
-        const u32 next = step + S::STAGES - 1;
-        if (next < steps.count) {
-            x_rows.stage(p, shared_at + free_slot * S::STAGE_BYTES, steps.first + next);
-            sources.stage(p, shared_at + free_slot * S::STAGE_BYTES, steps.first + next);
-        }
-        commit_copies();
-        multiply<S, TILES>(acc, groups, shared + slot * S::STAGE_BYTES, steps.first + step);
-        slot = slot + 1 == S::STAGES ? 0 : slot + 1;
-        free_slot = free_slot + 1 == S::STAGES ? 0 : free_slot + 1;
+    if constexpr (S::Scheme::PIPELINED) {
+        multiply_pipelined<S, TILES>(acc, p, sources, x_rows, shared_address(shared), steps);
+    } else {
+        multiply_converted<S, TILES>(acc, groups, p, sources, x_rows, shared, steps);
     }
 }
 
@@ -120,7 +153,8 @@ template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) 
     __shared__ __align__(16) RowStarts<S> x_rows;
     __shared__ u32 out_rows[S::TOKENS];
     const u32 shared_at = shared_address(shared);
-    const bool is_experts = p.tiles != nullptr;
+    const bool is_experts = S::FOR_EXPERTS && (!S::FOR_LAYERS || p.tiles != nullptr);
+    const bool is_gate_up = S::FOR_EXPERTS && p.what == GATE_UP;
 
     Place place = {blockIdx.x, 0};
     Tile tile = {0, 0, 0, 0};
@@ -134,12 +168,12 @@ template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) 
     const u32 before = tile.expert * (p.padded_n / 16);
     const u32 num_tokens = is_experts ? tile.count : min(p.rows - place.token_block * S::TOKENS, u32(S::TOKENS));
     Weights weights = {before + p.first_row / 16 + place.row_block * BLOCK_TILES, before + p.padded_n / 16 - 1, 0};
-    if (p.what == GATE_UP)
+    if (is_gate_up)
         weights = {before + place.row_block * (BLOCK_TILES / 2), before + p.num_rows / 16 - 1, p.num_rows / 16};
     const WeightSources<S> sources(p, weights);
 
     u32 first_step = 0, num_steps = p.k / STEP;
-    if (p.what == STORE_SPLITS) {
+    if (S::FOR_LAYERS && p.what == STORE_SPLITS) {
         first_step = blockIdx.y * p.steps_per_split;
         num_steps = min(num_steps - first_step, p.steps_per_split);
     }
@@ -152,8 +186,8 @@ template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) 
         const bool exists = i < num_tokens;
         if (is_experts) {
             const u32 pair = exists ? p.pairs[tile.first + i] : 0, position = tile.first + i;
-            x_row = p.what == GATE_UP ? pair / p.top_k : position;
-            out_row = p.what == GATE_UP ? position : pair;
+            x_row = is_gate_up ? pair / p.top_k : position;
+            out_row = is_gate_up ? position : pair;
         }
         x_rows.set(i, exists ? x_row * (p.x_columns / 8) : 0);
         out_rows[i] = exists ? out_row : NO_ROW;
@@ -193,19 +227,27 @@ template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) 
     __syncthreads();
     float* results = reinterpret_cast<float*>(shared);
     const float* row_scales = p.row_scales ? p.row_scales + u64(tile.expert) * p.n : nullptr;
-    const u32 block_rows = p.what == GATE_UP ? BLOCK_ROWS / 2 : BLOCK_ROWS;
+    const u32 block_rows = is_gate_up ? BLOCK_ROWS / 2 : BLOCK_ROWS;
 #pragma unroll 1
     for (u32 part = 0; part * S::RESULT_TOKENS < num_tokens; part++) {
-        if (p.what == GATE_UP) {
-            put_inner<S>(p, acc, warp_tokens, part, row_scales, results);
+        if constexpr (S::FOR_EXPERTS) {
+            if (is_gate_up) {
+                put_inner<S>(p, acc, warp_tokens, part, row_scales, results);
+            } else {
+                put_results<S>(acc, warp_tokens, part, results);
+            }
         } else {
             put_results<S>(acc, warp_tokens, part, results);
         }
         __syncthreads();
         const u32* rows = out_rows + part * S::RESULT_TOKENS;
         const u32 block_row = p.first_row + place.row_block * block_rows;
-        if (p.what == DOWN) {
-            store_partial<S>(p, results, rows, row_scales, block_row);
+        if constexpr (S::FOR_EXPERTS) {
+            if (p.what == DOWN) {
+                store_partial<S>(p, results, rows, row_scales, block_row);
+            } else {
+                store<S>(p, results, rows, row_scales, block_row);
+            }
         } else {
             store<S>(p, results, rows, row_scales, block_row);
         }

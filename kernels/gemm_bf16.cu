@@ -9,7 +9,8 @@
 struct Bf16 {
     static constexpr int TILE_VECTORS = 128;
     static constexpr int WORD_K = 0;
-    static constexpr int HALVES_AT_ONCE = 2;
+    static constexpr bool PIPELINED = true;
+    static constexpr bool HAS_AFTER = true;
     static constexpr bool GROUPED = false;
 
     struct Group {
@@ -26,26 +27,8 @@ struct Bf16 {
     }
     static __device__ __forceinline__ u32 x_place(u32 chunk, u32 token) { return chunk ^ (token & 7); }
 
-    // Rows g, rows g + 8, both again for the next 8 inputs.
+    // For the first 16 k: rows g, rows g + 8, both again for the next 8 inputs. Bit 5 is turned for the next 16.
     static __device__ __forceinline__ u32 lane_codes(u32 lane) { return 16 * code_place(lane / 8 % 2 * 32 + 4 * (lane % 8) + lane / 16); }
-    // The four pieces of 8 inputs.
-    static __device__ __forceinline__ u32 lane_x(u32 lane) { return lane % 8 * (STEP * 2) + 16 * x_place(lane / 8, lane % 8); }
-
-    struct Raw {
-        u32 parts[2][4];
-
-        __device__ __forceinline__ void load(const char* tile, u32 lane_codes, const char*, int half) {
-            load_matrices(parts[0], tile + 1024 * half + lane_codes);
-            load_matrices(parts[1], tile + 1024 * half + (lane_codes ^ 32));
-        }
-
-        __device__ __forceinline__ void operand(u32 (&a)[8], const Group&, int, u32) const {
-#pragma unroll
-            for (int i = 0; i < 8; i++) a[i] = parts[i / 4][i % 4];
-        }
-    };
-
-    static __device__ __forceinline__ void load_x(u32 (&b)[4], const char* at) { load_matrices(b, at); }
 };
 
 GEMM(gemm_bf16_t16, Bf16, 16, 2, 8)

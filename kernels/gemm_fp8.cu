@@ -11,7 +11,6 @@
 struct Fp8 : PlainLoads {
     static constexpr int TILE_VECTORS = 64;
     static constexpr int WORD_K = 128;
-    static constexpr int HALVES_AT_ONCE = 2;
     static constexpr bool GROUPED = true;
 
     // Of rows g and g + 8: the scale. Exponents from -100 to 22 are exact; the power leaves out 2^16. A scale of zero has 2^-23, with
@@ -54,15 +53,10 @@ struct Fp8 : PlainLoads {
             return multiply_bf16(and_or(top, 0x80008000u, (top >> 4) & 0x07f007f0u), power);
         }
     };
-
-    static __device__ __forceinline__ void load_x(u32 (&b)[4], const char* at) {
-        const uint4 x = shared_load4(at);
-        b[0] = x.x, b[1] = x.y, b[2] = x.z, b[3] = x.w;
-    }
 };
 
 GEMM(gemm_fp8_t16, Fp8, 16, 2, 8)
 GEMM(gemm_fp8_t32, Fp8, 32, 2, 4)
 GEMM(gemm_fp8_t64, Fp8, 64, 2, 4)
 GEMM(gemm_fp8_t64_wide, Fp8, 64, 4, 3)
-GEMM(gemm_fp8_t128, Fp8, 128, 2, 2)
+GEMM(gemm_fp8_t128, Fp8, 128, 4, 2)

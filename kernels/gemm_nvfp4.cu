@@ -9,7 +9,6 @@
 struct Nvfp4 : PlainLoads {
     static constexpr int TILE_VECTORS = 32;
     static constexpr int WORD_K = 64;
-    static constexpr int HALVES_AT_ONCE = 2;
     static constexpr bool GROUPED = false;
 
     struct Group {
@@ -18,12 +17,11 @@ struct Nvfp4 : PlainLoads {
     };
 
     struct Raw {
-        uint4 codes;
+        uint2 codes;
         u32 scales[2];
 
         __device__ __forceinline__ void load(const char* tile, u32 lane_codes, const char* words, int half) {
-            if (half != 0) return;
-            codes = shared_load4(tile + lane_codes);
+            codes = *reinterpret_cast<const uint2*>(tile + lane_codes + 8 * half);
             scales[0] = shared_load(words);
             scales[1] = shared_load(words + 32);
         }
@@ -31,11 +29,10 @@ struct Nvfp4 : PlainLoads {
         __device__ __forceinline__ void operand(u32 (&a)[8], const Group&, int half, u32 t) const {
             const u32 shift = 16 * half + t / 2 * 8;
             const u32 upper_scale = scale_pair(scales[0] >> shift), lower_scale = scale_pair(scales[1] >> shift);
-            const u32 upper = half ? codes.z : codes.x, lower = half ? codes.w : codes.y;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                a[2 * j] = weights(upper << (12 - 4 * j), upper_scale);
-                a[2 * j + 1] = weights(lower << (12 - 4 * j), lower_scale);
+                a[2 * j] = weights(codes.x << (12 - 4 * j), upper_scale);
+                a[2 * j + 1] = weights(codes.y << (12 - 4 * j), lower_scale);
             }
         }
 
@@ -51,12 +48,10 @@ struct Nvfp4 : PlainLoads {
             return multiply_bf16(and_or(nibbles, 0x80008000u, (nibbles >> 6) & 0x01c001c0u), scale);
         }
     };
-
-    static __device__ __forceinline__ void load_x(u32 (&b)[4], const char* at) { load_pairs_by_four(b, at); }
 };
 
 GEMM(gemm_nvfp4_t16, Nvfp4, 16, 2, 8)
 GEMM(gemm_nvfp4_t32, Nvfp4, 32, 2, 4)
 GEMM(gemm_nvfp4_t64, Nvfp4, 64, 2, 4)
 GEMM(gemm_nvfp4_t64_wide, Nvfp4, 64, 4, 3)
-GEMM(gemm_nvfp4_t128, Nvfp4, 128, 2, 2)
+GEMM(gemm_nvfp4_t128, Nvfp4, 128, 4, 2)

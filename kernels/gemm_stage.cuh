@@ -25,6 +25,14 @@ enum : u32 {
     DOWN = 4,         // experts: partial[pair] = down inner[position in the list], f16 with a factor for every 128
 };
 
+// What becomes of the rounded results of STORE_BF16; out_columns is then a multiple of 8.
+enum : u32 {
+    NOTHING = 0,
+    GELU_TANH = 1,
+    GELU_ERF = 2,
+    ADD = 3, // they are added to what `out` holds
+};
+
 struct GemmParams {
     const uint4* codes;
     const u32* scales;       // [n / 16, words of k, 16 rows] or null
@@ -48,7 +56,7 @@ struct GemmParams {
     u32 top_k;
     u32 panel;               // dense: blocks of 128 rows of W that share the second-level cache
     u32 steps_per_split;
-    u32 padding;
+    u32 after;
 };
 PARAMS(GemmParams);
 
@@ -71,10 +79,10 @@ template <int BYTES> __device__ __forceinline__ const char* advance(const char* 
 
 // Four matrices of 8 rows of 16 bytes: lane l says where row l % 8 of matrix l / 8 is, and gets the two values 2t and 2t + 1 of row
 // g of each.
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], const char* row) {
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)));
+                 : "r"(row));
 }
 
 // Of a number from 1 to 2, to the last bit.
@@ -84,9 +92,19 @@ __device__ __forceinline__ float reciprocal(float value) {
     return result;
 }
 
+// Which steps of 64 k a block multiplies.
+struct Steps {
+    u32 first;
+    u32 count;
+};
+
 // How operands come from shared memory by plain loads of 16 bytes: 8 inputs of a lane lie side by side. The pieces of a token of odd
 // number are exchanged by halves, so that the 8 lanes of a part of a load are in 32 banks.
 struct PlainLoads {
+    static constexpr bool PIPELINED = false;
+    // Whether the kernel can go on with its results: `p.after`.
+    static constexpr bool HAS_AFTER = false;
+
     static __device__ __forceinline__ u32 code_place(u32 vector) { return vector; }
     static __device__ __forceinline__ u32 x_place(u32 chunk, u32 token) { return chunk ^ (token & 1) << 2; }
     static __device__ __forceinline__ u32 lane_codes(u32 lane) { return 16 * lane; }
@@ -97,13 +115,10 @@ struct PlainLoads {
     }
 };
 
-// The lane's 8 values of x as pairs 04 15 26 37, as 4-bit codes come out of their words.
-__device__ __forceinline__ void load_pairs_by_four(u32 (&b)[4], const char* at) {
+// The lane's 8 values of x.
+__device__ __forceinline__ void load_pairs(u32 (&b)[4], const char* at) {
     const uint4 x = shared_load4(at);
-    b[0] = __byte_perm(x.x, x.z, 0x5410);
-    b[1] = __byte_perm(x.x, x.z, 0x7632);
-    b[2] = __byte_perm(x.y, x.w, 0x5410);
-    b[3] = __byte_perm(x.y, x.w, 0x7632);
+    b[0] = x.x, b[1] = x.y, b[2] = x.z, b[3] = x.w;
 }
 
 // How warps share a block: each has up to 64 rows of x, and 64 rows of W with two warps along them. Four, with 32 rows each, need more
@@ -112,13 +127,17 @@ template <typename Scheme_, int TOKENS_, int ROW_WARPS = 2> struct Shape {
     using Scheme = Scheme_;
     static constexpr int TOKENS = TOKENS_;
     static constexpr int WARPS_ALONG_ROWS = ROW_WARPS;
-    static constexpr int WARPS_ALONG_TOKENS = TOKENS == 128 ? 2 : 1;
+    static constexpr int WARPS_ALONG_TOKENS = TOKENS == 128 && ROW_WARPS == 2 ? 2 : 1;
     static constexpr int THREADS = 32 * WARPS_ALONG_ROWS * WARPS_ALONG_TOKENS;
     static constexpr int ROW_TILES = BLOCK_TILES / WARPS_ALONG_ROWS;
     static constexpr int TOKEN_TILES = TOKENS / 8 / WARPS_ALONG_TOKENS;
+    // What the larger blocks are for: those of 64 rows of x are for experts with two warps, else for layers; those of 128 with four
+    // warps along rows are for both.
+    static constexpr bool FOR_EXPERTS = THREADS == 64 || (TOKENS == 128 && ROW_WARPS == 4);
+    static constexpr bool FOR_LAYERS = THREADS != 64 || TOKENS < 64;
     // Token tiles of a warp where the block has fewer rows of x than it can have.
-    static constexpr int HALF_TILES = TOKEN_TILES == 8 ? 4 : TOKEN_TILES;
-    static constexpr int QUARTER_TILES = TOKEN_TILES == 8 ? 2 : TOKEN_TILES;
+    static constexpr int HALF_TILES = TOKEN_TILES >= 8 ? TOKEN_TILES / 2 : TOKEN_TILES;
+    static constexpr int QUARTER_TILES = TOKEN_TILES >= 8 && FOR_EXPERTS ? TOKEN_TILES / 4 : HALF_TILES;
     // Bytes of a stage: x, weights, scale words.
     static constexpr int X_BYTES = TOKENS * STEP * 2;
     static constexpr int TILE_BYTES = Scheme::TILE_VECTORS * 16;
@@ -176,16 +195,19 @@ template <typename S> struct WeightSources {
         scales = find_tile<S>(w, threadIdx.x / CHUNKS % BLOCK_TILES) * (p.k / WORD_K) * 4 + threadIdx.x % CHUNKS;
     }
 
-    __device__ __forceinline__ void stage(const GemmParams& p, u32 stage, u32 step) const {
+    // Zeros, and no traffic, if the step is `past_end`.
+    __device__ __forceinline__ void stage(const GemmParams& p, u32 stage, u32 step, bool past_end = false) const {
+        // With the step in the base fewer instructions, but more registers.
+        const char* base = reinterpret_cast<const char*>(p.codes + (Scheme::PIPELINED ? u64(step) * VECTORS : 0));
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
             const u32 vector = threadIdx.x + S::THREADS * i;
             const u32 place = vector / VECTORS * VECTORS + Scheme::code_place(vector % VECTORS);
-            copy_async(stage + S::X_BYTES + 16 * place, advance<16>(reinterpret_cast<const char*>(p.codes), codes[i] + step * VECTORS), true);
+            copy_async(stage + S::X_BYTES + 16 * place, advance<16>(base, codes[i] + (Scheme::PIPELINED ? 0 : step * VECTORS)), !past_end);
         }
         if (S::WORDS > 0 && threadIdx.x < BLOCK_TILES * CHUNKS) {
             const u32 word = WORD_K > STEP ? step / (WORD_K / STEP) : step * (STEP / WORD_K);
-            copy_async(stage + S::SCALES_AT + 16 * threadIdx.x, advance<16>(reinterpret_cast<const char*>(p.scales), scales + 4 * word), true);
+            copy_async(stage + S::SCALES_AT + 16 * threadIdx.x, advance<16>(reinterpret_cast<const char*>(p.scales), scales + 4 * word), !past_end);
         }
     }
 };
@@ -200,9 +222,9 @@ template <typename S> struct RowStarts {
 
     __device__ __forceinline__ void set(u32 token, u32 start) { starts[token % AT_ONCE][token / AT_ONCE] = start; }
 
-    __device__ __forceinline__ void stage(const GemmParams& p, u32 stage, u32 step) const {
+    __device__ __forceinline__ void stage(const GemmParams& p, u32 stage, u32 step, bool past_end = false) const {
         const u32 chunk = threadIdx.x % 8, token = threadIdx.x / 8, column = step * STEP + 8 * chunk;
-        const bool is_valid = column < p.x_columns;
+        const bool is_valid = column < p.x_columns && !past_end;
         const char* x = reinterpret_cast<const char*>(p.x + (is_valid ? column : 0));
         const u32 target = stage + token * (STEP * 2) + 16 * Scheme::x_place(chunk, token);
     // All loads come before all copies: the compiler guards each change from one to the other.

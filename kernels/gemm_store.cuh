@@ -1,5 +1,6 @@
 // How the results of the products for many rows leave: through shared memory, as rows of `out`. No kernel: see gemm.cuh.
 #pragma once
+#include "activation.cuh"
 #include "gemm_stage.cuh"
 
 // The results of a block in shared memory, [token][row of W], so that they leave in long runs. Rows of 4 floats more than they
@@ -77,6 +78,23 @@ __device__ __forceinline__ void store_run(float (&v)[8], void* out, u64 at, u32 
     }
 }
 
+// What is to be done with 8 results, of which the last is rounded by the store. `out`: where they go to.
+__device__ __forceinline__ void finish_run(float (&v)[8], u32 after, const u16* out) {
+    float before[8] = {};
+    if (after == ADD) unpack(*reinterpret_cast<const uint4*>(out), before, bf16());
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        v[j] = rounded<bf16>(v[j]);
+        if (after == GELU_TANH) {
+            v[j] = gelu_tanh(v[j]);
+        } else if (after == GELU_ERF) {
+            v[j] = gelu_erf(v[j]);
+        } else {
+            v[j] += before[j];
+        }
+    }
+}
+
 // DOWN: a row's 128 results as f16 numbers of which the largest is at least 2^14, so that 11 bits are kept of all that matter: an
 // eighth of the error of rounding to bf16.
 template <typename S>
@@ -107,7 +125,8 @@ __device__ __forceinline__ void store_partial(const GemmParams& p, const float* 
 
 template <typename S>
 __device__ __forceinline__ void store(const GemmParams& p, const float* results, const u32* rows, const float* row_scales, u32 block_row) {
-    const bool is_inner = p.what == GATE_UP, is_f32 = p.what != STORE_BF16 && !is_inner;
+    const bool is_inner = S::FOR_EXPERTS && (!S::FOR_LAYERS || p.what == GATE_UP);
+    const bool is_f32 = p.what != STORE_BF16 && !is_inner;
     const u32 stride = is_inner ? INNER_STRIDE : RESULT_STRIDE, runs = is_inner ? BLOCK_ROWS / 16 : BLOCK_ROWS / 8;
     const float* bias = p.what == STORE_BF16 || p.what == STORE_F32 ? p.bias : nullptr;
     const bool is_aligned = (p.out_columns | p.first_column) % (is_f32 ? 4 : 8) == 0;
@@ -132,6 +151,9 @@ __device__ __forceinline__ void store(const GemmParams& p, const float* results,
             for (int j = 0; j < 8; j++) v[j] += u32(j) < count ? bias[feature + j] : 0.0f;
         }
         const u64 to = (split + row) * p.out_columns + p.first_column + (feature - p.first_row);
+        if constexpr (S::Scheme::HAS_AFTER) {
+            if (S::FOR_LAYERS && p.after != NOTHING) finish_run(v, p.after, static_cast<const u16*>(p.out) + to);
+        }
         if (is_f32) {
             store_run<true>(v, p.out, to, count, is_aligned);
         } else {

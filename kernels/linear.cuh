@@ -9,6 +9,7 @@ struct LinearParams {
     const float* bias;       // [n] or null
     const u16* x;            // [rows, x_columns]
     void* out;               // [rows, out_columns], from the first column of this matrix on
+    float* partial;          // linear_many: [parts, rows, n padded to 32]
     u32 n;                   // rows of W, without padding
     u32 k;                   // with padding
     u32 x_columns;           // k without padding
@@ -37,11 +38,12 @@ __device__ __forceinline__ void linear(const LinearParams& p) {
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) operand.tiles[r] = tile * ROW_TILES + r;
     start(shared.rings[warp], operand, warp, WARPS);
-    Rows<TOKEN_TILES, 4 / TOKEN_TILES, 4 / TOKEN_TILES> rows = {p.x, p.x_columns, {}};
+    // All of x of the spans on their way where there are registers for it.
+    constexpr int ALL = STAGES * Scheme::SPAN / 32, AHEAD = TOKEN_TILES == 1 ? (ALL < 16 ? ALL : 16) : TOKEN_TILES == 2 ? 4 : 1;
+    Rows<TOKEN_TILES, AHEAD, AHEAD < 4 ? AHEAD : 4> rows(p.x_columns);
 #pragma unroll
     for (int i = 0; i < TOKEN_TILES; i++) {
-        const u32 token = first_token + 8 * i + threadIdx.x % 32 / 4;
-        rows.rows[i] = token < p.rows ? token : NO_ROW;
+        rows.set(i, p.x, min(first_token + 8 * i + threadIdx.x % 32 / 4, p.rows - 1));
     }
     wait_for_predecessor();
     allow_successor();

@@ -5,6 +5,8 @@
 // Bytes   2 * n * k of weights, from memory once; x once more per 16 or 32 rows of W, from the L2 cache.
 // Bound   memory bandwidth. With 32 rows of x, each byte of weights needs one of x from the L2 cache.
 #include "bf16.cuh"
-#include "linear.cuh"
+#include "linear_many.cuh"
 
 LINEAR(bf16, Bf16, 3, 2)
+
+LINEAR_MANY(bf16, Bf16)

@@ -5,6 +5,8 @@
 // Bytes   n * k * (1 + 4 / 128) of weights, from memory once; x once more per 16 or 32 rows of W, from the L2 cache.
 // Bound   memory bandwidth.
 #include "fp8.cuh"
-#include "linear.cuh"
+#include "linear_many.cuh"
 
 LINEAR(fp8, Fp8, 2, 2)
+
+LINEAR_MANY(fp8, Fp8)

@@ -6,8 +6,12 @@
 // Bytes   n * k * (1/2 + 4 / group) of weights, from memory once; x once more per 16 or 32 rows of W, from the L2 cache.
 // Bound   memory bandwidth for few rows of x; with 32, each byte of weights needs four of x from the L2 cache.
 #include "int4.cuh"
-#include "linear.cuh"
+#include "linear_many.cuh"
 
 LINEAR(g32, Int4<32>, 4, 2)
 LINEAR(g64, Int4<64>, 2, 1)
 LINEAR(g128, Int4<128>, 2, 2)
+
+LINEAR_MANY(g32, Int4<32>)
+LINEAR_MANY(g64, Int4<64>)
+LINEAR_MANY(g128, Int4<128>)

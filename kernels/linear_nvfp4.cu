@@ -4,7 +4,9 @@
 // Shapes  as linear_int4.
 // Bytes   n * k * (1/2 + 1/16) of weights, from memory once; x as in linear_int4.
 // Bound   as linear_int4; on an H100 also the instructions that take codes apart.
-#include "linear.cuh"
+#include "linear_many.cuh"
 #include "nvfp4.cuh"
 
 LINEAR(nvfp4, Nvfp4, 2, 2)
+
+LINEAR_MANY(nvfp4, Nvfp4)

@@ -1,8 +1,8 @@
 // The experts of a layer at decode, whatever the scheme of their weights. No kernel: the moe_*.cu make them, router.cu or
 // moe.cu lists the pairs, moe.cu combines.
 #pragma once
+#include "choose.cuh"
 #include "decode_linear.cuh"
-#include "pairs.cuh"
 
 struct MoeParams {
     const uint4* codes;      // of all experts, one after the other
@@ -15,6 +15,9 @@ struct MoeParams {
     const float* weights;    // [rows, top_k]
     Group* groups;           // [max_groups]
     u32* pairs;              // [rows * top_k] pairs by expert
+    const float* logits;     // a single row: [splits, logits_stride], sums over parts of k; else null
+    const float* router_bias; // [num_experts] or null
+    const u32* counts;       // a single row: whether it is real, or null
     u32 n;                   // rows of an expert's matrix, without padding
     u32 padded_n;
     u32 k;                   // with padding
@@ -23,6 +26,10 @@ struct MoeParams {
     u32 top_k;
     u32 num_experts;
     u32 max_groups;
+    u32 splits;
+    u32 logits_stride;
+    u32 renormalize;
+    u32 padding;
 };
 PARAMS(MoeParams);
 
@@ -39,150 +46,163 @@ __device__ __forceinline__ Operand<ROW_TILES> operand_of(const MoeParams& p, con
     return {p.codes + codes, Scheme::WORDS > 0 ? p.scales + rows * (p.k / Scheme::K_PER_WORD) : nullptr, p.k, {}};
 }
 
-// gate_up of TOKEN_TILES * 8 pairs at a time. The block's warps share k.
-template <typename Ring, int TOKEN_TILES, typename Shared>
-__device__ __forceinline__ void gate_up(const MoeParams& p, const Group& group, const Operand<Ring::ROW_TILES>& operand,
-                                        Shared& shared) {
-    constexpr int HALF = Ring::ROW_TILES / 2 * 16, TOKENS = TOKEN_TILES * 8;
-    const u32 warp = threadIdx.x / 32, intermediate = p.n / 2;
-    Ring& ring = shared.rings[warp];
-    auto& warps = reinterpret_cast<WarpSums<WARPS, Ring::ROW_TILES, TOKEN_TILES>&>(shared);
-    static_assert(sizeof(warps) <= sizeof(shared), "sums of the warps do not fit");
-    const float* row_scales = p.row_scales ? p.row_scales + u64(group.expert) * p.n : nullptr;
-    for (u32 first = 0; first < group.count; first += TOKENS) {
-        start(ring, operand, warp, WARPS);
-        Rows<TOKEN_TILES, TOKEN_TILES == 1 ? 2 : 1, 2> rows = {p.x, p.x_columns, {}};
-#pragma unroll
-        for (int i = 0; i < TOKEN_TILES; i++) {
-            const u32 position = first + 8 * i + threadIdx.x % 32 / 4;
-            rows.rows[i] = position < group.count ? p.pairs[group.first + position] / p.top_k : NO_ROW;
+// The expert of a single row that is number `place` of its experts by rising number, and its weight.
+struct Expert {
+    u32 expert; // or NO_EXPERT
+    float weight;
+};
+
+// Where a block's warps find the choice of the one that has chosen.
+struct RowExperts {
+    Expert at[ROW_WARPS];
+};
+
+// Up to so many parts of the logits every warp chooses for itself. With more, a warp chooses for its block: they are the same few lines
+// of the second-level cache for all blocks.
+constexpr u32 MAX_OWN_SPLITS = 2;
+
+template <u32 PER_LANE> __device__ __forceinline__ Chosen choose_row(const MoeParams& p) {
+    float logits[PER_LANE];
+    add_logits(logits, p.logits, p.logits_stride, p.splits, p.router_bias, p.num_experts);
+    return choose(logits, p.num_experts, p.top_k, p.renormalize != 0);
+}
+
+// For all threads of a block.
+__device__ __forceinline__ Expert expert_at(const MoeParams& p, u32 place, RowExperts& row) {
+    const u32 lane = threadIdx.x % 32;
+    const bool is_own = p.splits <= MAX_OWN_SPLITS;
+    Expert found = {NO_EXPERT, 0.0f};
+    if (p.counts && load_shared_value(p.counts) == 0) return found;
+    if (is_own || threadIdx.x < 32) {
+        const Chosen chosen = p.num_experts <= 128 ? choose_row<4>(p) : choose_row<8>(p);
+        u32 own_place = 0;
+        for (u32 other = 0; other < p.top_k; other++) own_place += __shfl_sync(ALL, chosen.expert, other) < chosen.expert;
+        if (is_own) {
+            const u32 source = __ballot_sync(ALL, lane < p.top_k && own_place == place);
+            if (source != 0) {
+                const u32 from = __ffs(source) - 1;
+                found = {__shfl_sync(ALL, chosen.expert, from), __shfl_sync(ALL, chosen.weight, from)};
+            }
+            return found;
         }
-        float acc[Ring::ROW_TILES][TOKEN_TILES][4] = {};
-        accumulate(acc, ring, operand, rows, warp, WARPS);
+        if (lane < p.top_k) row.at[own_place] = {chosen.expert, chosen.weight};
+    }
+    __syncthreads();
+    return place < p.top_k ? row.at[place] : found;
+}
+
+// Which pair is at a place of a group: from the list, or, of a single row without one, that of the group's number.
+struct ListedPairs {
+    static constexpr int AHEAD = 4;
+    const u32* pairs;
+    __device__ __forceinline__ u32 at(u32 place) const { return pairs[place]; }
+};
+struct OnePair {
+    static constexpr int AHEAD = 8;
+    u32 pair;
+    __device__ __forceinline__ u32 at(u32) const { return pair; }
+};
+
+// silu(gate) * up, each rounded, as bf16.
+__device__ __forceinline__ u16 inner_value(float gate, float up) {
+    gate = rounded<bf16>(gate);
+    const float value = rounded<bf16>(__fdividef(gate, 1.0f + expf(-gate))) * rounded<bf16>(up);
+    return u16(pack_bf16(value, 0.0f));
+}
+
+// What a block of gate_up works in: the ring, then the sums of its warps.
+template <typename Scheme, int STAGES> union FewShared {
+    Ring<Scheme, 2, STAGES> rings[WARPS];
+    WarpSums<WARPS, 2, 1> sums;
+};
+
+// inner[pair] = silu(gate x) * (up x), each rounded, for the pairs of a group: 8 at a time, of row tile blockIdx.x of gate and of up. The
+// block's warps share k.
+template <typename Scheme, int STAGES, typename Pairs>
+__device__ __forceinline__ void gate_up(const MoeParams& p, const Group& group, const Pairs& pairs,
+                                        FewShared<Scheme, STAGES>& shared) {
+    const u32 warp = threadIdx.x / 32, intermediate = p.n / 2;
+    Operand<2> operand = operand_of<Scheme, 2>(p, group);
+    operand.tiles[0] = blockIdx.x;
+    operand.tiles[1] = p.n / 32 + blockIdx.x;
+    const float* row_scales = p.row_scales ? p.row_scales + u64(group.expert) * p.n : nullptr;
+    for (u32 first = 0; first < group.count; first += 8) {
+        start(shared.rings[warp], operand, warp, WARPS);
+        Rows<1, Pairs::AHEAD, 4> rows(p.x_columns);
+        rows.set(0, p.x, pairs.at(min(first + threadIdx.x % 32 / 4, group.count - 1)) / p.top_k);
+        float acc[2][1][4] = {};
+        accumulate(acc, shared.rings[warp], operand, rows, warp, WARPS);
         __syncthreads();
-        warps.store(acc, warp);
+        shared.sums.store(acc, warp);
         __syncthreads();
-        for (u32 i = threadIdx.x; i < TOKENS * HALF; i += WARPS * 32) {
-            const u32 token = i / HALF, row = blockIdx.x * HALF + i % HALF;
+        for (u32 i = threadIdx.x; i < 8 * 16; i += WARPS * 32) {
+            const u32 token = i / 16, row = blockIdx.x * 16 + i % 16;
             if (first + token >= group.count || row >= intermediate) continue;
-            float gate = warps.total(token, i % HALF), up = warps.total(token, HALF + i % HALF);
+            float gate = shared.sums.total(token, i % 16), up = shared.sums.total(token, 16 + i % 16);
             if (row_scales) {
                 gate *= row_scales[row];
                 up *= row_scales[intermediate + row];
             }
-            gate = rounded<bf16>(gate);
-            const float value = rounded<bf16>(__fdividef(gate, 1.0f + expf(-gate))) * rounded<bf16>(up);
-            const u64 pair = p.pairs[group.first + first + token];
-            static_cast<u16*>(p.out)[pair * intermediate + row] = u16(pack_bf16(value, 0.0f));
+            static_cast<u16*>(p.out)[u64(pairs.at(first + token)) * intermediate + row] = inner_value(gate, up);
         }
         // The sums lie where the next weights go.
         __syncthreads();
     }
 }
 
-// inner[pair] = silu(gate x) * (up x), each rounded; block (i, a): ROW_TILES / 2 tiles of gate and the same of up, expert of group
-// a. With two tiles of each, up to 16 pairs share one reading of the weights.
-template <typename Scheme, int ROW_TILES, int STAGES> __device__ __forceinline__ void gate_up(const MoeParams& p) {
-    typedef Ring<Scheme, ROW_TILES, STAGES> R;
-    __shared__ struct { R rings[WARPS]; } shared;
+// For the expert of group blockIdx.y.
+template <typename Scheme, int STAGES> __device__ __forceinline__ void gate_up_few(const MoeParams& p) {
+    __shared__ FewShared<Scheme, STAGES> shared;
     wait_for_predecessor();
     allow_successor();
     const Group group = load_group(p.groups + blockIdx.y);
-    Operand<ROW_TILES> operand = operand_of<Scheme, ROW_TILES>(p, group);
-    const u32 tiles = p.n / 32;
-#pragma unroll
-    for (int r = 0; r < ROW_TILES / 2; r++) {
-        // Beyond the last tile the results are not stored.
-        const u32 tile = min(blockIdx.x * (ROW_TILES / 2) + r, tiles - 1);
-        operand.tiles[r] = tile;
-        operand.tiles[ROW_TILES / 2 + r] = tiles + tile;
-    }
-    if (ROW_TILES == 2 || group.count <= 8) {
-        gate_up<R, 1>(p, group, operand, shared);
-    } else {
-        gate_up<R, ROW_TILES == 2 ? 1 : 2>(p, group, operand, shared);
-    }
+    gate_up(p, group, ListedPairs{p.pairs + group.first}, shared);
 }
 
-// The groups are two kernels old here: gate_up lets this one start after it has waited for their maker. So weights come before
-// gate_up has ended.
-template <typename Ring, int TOKEN_TILES>
-__device__ __forceinline__ void down(const MoeParams& p, const Group& group, const Operand<Ring::ROW_TILES>& operand, Ring& ring,
-                                     u32 first_tile) {
-    const u32 lane = threadIdx.x % 32;
-    const float* row_scales = p.row_scales ? p.row_scales + u64(group.expert) * p.n : nullptr;
-    for (u32 first = 0; first < group.count; first += TOKEN_TILES * 8) {
-        if (first > 0) start(ring, operand, 0, 1);
-        Rows<TOKEN_TILES, TOKEN_TILES == 1 ? 4 : 1, TOKEN_TILES == 1 ? 4 : 2> rows = {p.x, p.x_columns, {}};
-#pragma unroll
-        for (int i = 0; i < TOKEN_TILES; i++) {
-            const u32 position = first + 8 * i + lane / 4;
-            rows.rows[i] = position < group.count ? load_shared_value(p.pairs + group.first + position) : NO_ROW;
-        }
-        float acc[Ring::ROW_TILES][TOKEN_TILES][4] = {};
-        accumulate(acc, ring, operand, rows, 0, 1);
-#pragma unroll
-        for (int i = 0; i < TOKEN_TILES; i++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const u32 position = first + 8 * i + 2 * (lane % 4) + j;
-                if (position >= group.count) continue;
-                const u64 pair = load_shared_value(p.pairs + group.first + position);
-                float* out = static_cast<float*>(p.out) + pair * p.n;
-#pragma unroll
-                for (int r = 0; r < Ring::ROW_TILES; r++) {
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const u32 row = (first_tile + r) * 16 + lane / 4 + 8 * half;
-                        const float sum = acc[r][i][2 * half + j];
-                        if (row < p.n) out[row] = row_scales ? sum * row_scales[row] : sum;
-                    }
-                }
-            }
-        }
-        __syncwarp();
-    }
-}
-
-// partial[pair] = down inner[pair], float32; a warp has ROW_TILES tiles of the expert of group blockIdx.y, and all of k.
-template <typename Scheme, int ROW_TILES, int STAGES> __device__ __forceinline__ void down(const MoeParams& p) {
-    typedef Ring<Scheme, ROW_TILES, STAGES> R;
-    __shared__ R rings[WARPS];
-    const u32 warp = threadIdx.x / 32, first_tile = (blockIdx.x * WARPS + warp) * ROW_TILES;
-    const Group group = load_group(p.groups + blockIdx.y);
-    Operand<ROW_TILES> operand = operand_of<Scheme, ROW_TILES>(p, group);
-    const bool has_work = group.count > 0 && first_tile * 16 < p.padded_n;
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++) operand.tiles[r] = first_tile + r;
-    if (has_work) start(rings[warp], operand, 0, 1);
+// The same for a single row whose logits are there, but no choice: inner[place], by rising expert.
+template <typename Scheme, int STAGES> __device__ __forceinline__ void gate_up_row(const MoeParams& p) {
+    __shared__ FewShared<Scheme, STAGES> shared;
+    __shared__ RowExperts row;
     wait_for_predecessor();
     allow_successor();
-    if (!has_work) return;
-    if (group.count <= 8) {
-        down<R, 1>(p, group, operand, rings[warp], first_tile);
-    } else {
-        down<R, 2>(p, group, operand, rings[warp], first_tile);
-    }
+    const u32 expert = expert_at(p, blockIdx.y, row).expert;
+    if (expert == NO_EXPERT) return;
+    gate_up(p, {expert, 0, 1, 0}, OnePair{blockIdx.y}, shared);
 }
 
 // down and combine of a single row: out = sum over its experts, ascending, of weight * down inner. A block has one row tile, each
-// warp one expert.
+// warp one expert. Without lists a block chooses as those of gate_up_row, which lets this kernel start after it has waited for the
+// logits.
 template <typename Scheme, int STAGES> __device__ __forceinline__ void down_row(const MoeParams& p) {
     typedef Ring<Scheme, 1, STAGES> R;
-    __shared__ R rings[ROW_WARPS];
+    extern __shared__ uint4 dynamic[];
+    R* rings = reinterpret_cast<R*>(dynamic);
     __shared__ float values[ROW_WARPS][16], weights[ROW_WARPS];
+    __shared__ RowExperts row_experts;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // Each group has one pair.
     Group group = {0, 0, 0, 0};
-    if (warp < p.max_groups) group = load_group(p.groups + warp);
+    float weight = 0.0f;
+    if (p.logits) {
+        const Expert expert = expert_at(p, warp, row_experts);
+        if (expert.expert != NO_EXPERT) group = {expert.expert, 0, 1, 0};
+        weight = expert.weight;
+    } else if (warp < p.max_groups) {
+        group = load_group(p.groups + warp);
+    }
     Operand<1> operand = operand_of<Scheme, 1>(p, group);
     operand.tiles[0] = blockIdx.x;
     if (group.count > 0) start(rings[warp], operand, 0, 1);
-    const u32 pair = group.count > 0 ? load_shared_value(p.pairs + group.first) : 0;
+    u32 pair = warp;
+    if (!p.logits) {
+        pair = group.count > 0 ? load_shared_value(p.pairs + group.first) : 0;
+        weight = group.count > 0 ? load_shared_value(p.weights + pair) : 0.0f;
+    }
     wait_for_predecessor();
     allow_successor();
     if (group.count > 0) {
-        const Rows<1, 4, 4> rows = {p.x, p.x_columns, {lane < 4 ? pair : NO_ROW}};
+        Rows<1, 12, 4> rows(p.x_columns);
+        rows.set(0, p.x, pair);
         float acc[1][1][4] = {};
         accumulate(acc, rings[warp], operand, rows, 0, 1);
         if (lane % 4 == 0) {
@@ -190,7 +210,7 @@ template <typename Scheme, int STAGES> __device__ __forceinline__ void down_row(
             values[warp][lane / 4 + 8] = acc[0][0][2];
         }
     }
-    if (lane == 0) weights[warp] = group.count > 0 ? load_shared_value(p.weights + pair) : 0.0f;
+    if (lane == 0) weights[warp] = weight;
     const u32 row = blockIdx.x * 16 + lane;
     // Of a warp's own expert; the sums are those of `down` and `combine`, bit by bit.
     __syncwarp();
@@ -203,17 +223,14 @@ template <typename Scheme, int STAGES> __device__ __forceinline__ void down_row(
     static_cast<u16*>(p.out)[row] = u16(pack_bf16(sum, 0.0f));
 }
 
-// STAGES of the ring for four row tiles; twice as many for two. At least BLOCKS blocks of gate_up with four on a multiprocessor.
-#define EXPERTS(NAME, SCHEME, STAGES, BLOCKS)                                                                          \
+// STAGES of the ring of gate_up; ROW_STAGES of that of down_row, which is dynamic shared memory.
+#define EXPERTS(NAME, SCHEME, STAGES, ROW_STAGES)                                                                      \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) gate_up_row_##NAME(const MoeParams p) {                \
+        gate_up_row<SCHEME, STAGES>(p);                                                                                \
+    }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, 5) gate_up_few_##NAME(const MoeParams p) {                \
-        gate_up<SCHEME, 2, 2 * STAGES>(p);                                                                             \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) gate_up_##NAME(const MoeParams p) {               \
-        gate_up<SCHEME, 4, STAGES>(p);                                                                                 \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) down_##NAME(const MoeParams p) {                       \
-        down<SCHEME, 2, 2 * STAGES>(p);                                                                                \
+        gate_up_few<SCHEME, STAGES>(p);                                                                                \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(ROW_WARPS * 32, 2) down_row_##NAME(const MoeParams p) {               \
-        down_row<SCHEME, 2 * STAGES>(p);                                                                               \
+        down_row<SCHEME, ROW_STAGES>(p);                                                                               \
     }

@@ -4,6 +4,8 @@
 // Bytes   the weights of the chosen experts, 2 * n * k each, once for up to 16 of their rows.
 // Bound   memory bandwidth.
 #include "bf16.cuh"
-#include "moe.cuh"
+#include "moe_many.cuh"
 
-EXPERTS(bf16, Bf16, 2, 3)
+EXPERTS(bf16, Bf16, 4, 8)
+
+EXPERTS_MANY(bf16, Bf16)

@@ -4,6 +4,8 @@
 // Bytes   the weights of the chosen experts, n * k * (1 + 4 / 128) each, once for up to 16 of their rows.
 // Bound   memory bandwidth.
 #include "fp8.cuh"
-#include "moe.cuh"
+#include "moe_many.cuh"
 
-EXPERTS(fp8, Fp8, 2, 3)
+EXPERTS(fp8, Fp8, 4, 8)
+
+EXPERTS_MANY(fp8, Fp8)

@@ -7,8 +7,12 @@
 // Bytes   the weights of the chosen experts, n * k * (1/2 + 4 / group) each, once for up to 16 of their rows.
 // Bound   memory bandwidth.
 #include "int4.cuh"
-#include "moe.cuh"
+#include "moe_many.cuh"
 
-EXPERTS(g32, Int4<32>, 3, 3)
-EXPERTS(g64, Int4<64>, 2, 2)
-EXPERTS(g128, Int4<128>, 2, 3)
+EXPERTS(g32, Int4<32>, 6, 12)
+EXPERTS(g64, Int4<64>, 4, 6)
+EXPERTS(g128, Int4<128>, 4, 6)
+
+EXPERTS_MANY(g32, Int4<32>)
+EXPERTS_MANY(g64, Int4<64>)
+EXPERTS_MANY(g128, Int4<128>)

@@ -12,11 +12,11 @@ struct Nvfp4 {
     static constexpr int GROUP = 0;
     static constexpr int K_PER_WORD = 64;
     static constexpr int WORDS = 2;
-
-    static __device__ __forceinline__ void pair(u32 (&b)[4], const uint4& x) { pair_by_four(b, x); }
+    static constexpr int FACTOR = 1;
+    typedef NoGroup Group;
 
     template <typename Stage>
-    static __device__ __forceinline__ void operand(u32 (&a)[4][2], const Stage& stage, int r, int step, u32 lane) {
+    static __device__ __forceinline__ void operand(u32 (&a)[4][2], const Stage& stage, Group, int r, int step, u32 lane) {
         const uint2 codes = reinterpret_cast<const uint2*>(&stage.codes[r][step / 2][lane])[step % 2];
         const u32* scales = stage.scales[r][step / 2] + lane / 4;
         const u32 index = 2 * (step % 2) + lane % 4 / 2;

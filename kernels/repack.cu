@@ -57,6 +57,15 @@ __device__ __forceinline__ uint4* target_vector(const RepackParams& p, u32 vecto
     return reinterpret_cast<uint4*>(matrix) + (u64(p.first_row / 16 + blockIdx.y) * vectors + vector);
 }
 
+// The eight codes of a word: the even ones to its lower half, the odd ones to the upper half.
+__device__ __forceinline__ u32 by_halves(u32 natural) {
+    auto half = [](u32 bytes) {
+        const u32 pairs = (bytes | bytes >> 4) & 0x00ff00ffu;
+        return (pairs | pairs >> 8) & 0xffffu;
+    };
+    return half(natural & 0x0f0f0f0fu) | half(natural >> 4 & 0x0f0f0f0fu) << 16;
+}
+
 // 4-bit codes [rows, k / 2] bytes. Grid: vectors of a row of tiles, rows of tiles, matrices.
 extern "C" __global__ void __launch_bounds__(256) repack_codes_4(RepackParams p) {
     wait_for_predecessor();
@@ -68,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(256) repack_codes_4(RepackParams p)
     const u32 upper = source_row(p, lane / 4), lower = source_row(p, lane / 4 + 8);
     auto word = [&](u32 row, u32 k) {
         if (row >= p.rows || k >= p.k) return 0u;
-        return *reinterpret_cast<const u32*>(source + u64(row) * (p.k / 2) + k / 2);
+        return by_halves(*reinterpret_cast<const u32*>(source + u64(row) * (p.k / 2) + k / 2));
     };
     const uint4 v = make_uint4(word(upper, k0), word(lower, k0), word(upper, k0 + 32), word(lower, k0 + 32));
     if (upper < p.rows && lower < p.rows) {

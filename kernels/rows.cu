@@ -1,10 +1,12 @@
-// Rows and elements: gather_rows (out[i] = source[rows[i]]), add (x += y) and the activations (x = f(x)), rounded once.
+// Rows and elements: gather_rows (out[i] = source[rows[i]]), join_columns (parts of ranks side by side), add (x += y) and the
+// activations (x = f(x)), rounded once.
 //
-// Shapes  gather: source [source_rows, columns], rows [num_rows] u32, out [num_rows, columns]; the others: vectors of 8.
-//         All bf16 in vectors of 16 bytes.
-// Bytes   gather 4 * num_rows * columns; add 6, activate 4 for each element.
+// Shapes  join: parts [world][part_length] f32, of which rank r's [num_rows, its columns] are the first, out [num_rows, columns]
+//         f32. gather: source [source_rows, columns], rows [num_rows] u32, out [num_rows, columns]; the others: vectors of 8.
+//         These all bf16 in vectors of 16 bytes.
+// Bytes   join 8 * num_rows * columns; gather 4 * num_rows * columns; add 6, activate 4 for each element.
 // Bound   latency at decode, memory bandwidth at prefill and in the vision encoder.
-#include "prelude.cuh"
+#include "activation.cuh"
 
 struct GatherParams {
     const uint4* source;
@@ -27,6 +29,34 @@ extern "C" __global__ void __launch_bounds__(256) gather_rows(const GatherParams
         out[i] = is_there ? source[i] : make_uint4(0, 0, 0, 0);
 }
 
+struct JoinParams {
+    const float* parts;
+    float* out;
+    u64 part_length;
+    u32 columns;
+    u32 each; // columns of a rank; the first `more` ranks have one more
+    u32 more;
+    u32 unused;
+};
+PARAMS(JoinParams);
+
+// Grid: (1024 columns, rows).
+extern "C" __global__ void __launch_bounds__(256) join_columns(const JoinParams p) {
+    wait_for_predecessor();
+    allow_successor();
+    const u32 row = blockIdx.y, border = p.more * (p.each + 1);
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        const u32 column = (blockIdx.x * 4 + i) * 256 + threadIdx.x;
+        if (column >= p.columns) return;
+        const bool has_more = column < border;
+        const u32 width = p.each + has_more;
+        const u32 inside = has_more ? column : column - border;
+        const u32 rank = inside / width + (has_more ? 0 : p.more);
+        p.out[u64(row) * p.columns + column] = p.parts[rank * p.part_length + u64(row) * width + inside % width];
+    }
+}
+
 struct ElementsParams {
     uint4* x;
     const uint4* y;
@@ -46,17 +76,6 @@ extern "C" __global__ void __launch_bounds__(256) add(const ElementsParams p) {
     for (int j = 0; j < 8; j++) x[j] += y[j];
     p.x[i] = pack(x, bf16());
 }
-
-// `x / (1 + exp(-z))`. The fast forms are within 2^-20, far below the rounding of the result; beyond 2^126 the divisor gives
-// 0, as it must.
-__device__ __forceinline__ float logistic_product(float x, float z) { return __fdividef(x, 1.0f + __expf(-z)); }
-
-__device__ __forceinline__ float silu(float x) { return logistic_product(x, x); }
-// `x / 2 * (1 + tanh(u))` is `x * sigmoid(2 u)`.
-__device__ __forceinline__ float gelu_tanh(float x) {
-    return logistic_product(x, 2.0f * 0.7978846f * fmaf(x * x * x, 0.044715f, x));
-}
-__device__ __forceinline__ float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 
 template <typename F> __device__ __forceinline__ void activate(const ElementsParams& p, F function) {
     wait_for_predecessor();

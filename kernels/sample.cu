@@ -7,6 +7,10 @@
 //                  distance from the highest; from that the bins in which the thresholds lie.
 //   sample_list    candidates before those bins are drawn from at once; those inside are listed.
 //   sample_select  lists are sorted and cut exactly, one block a row.
+// Where each rank of a group has the logits of a share of the tokens, and no row of the step has filters or log-probabilities,
+// two other launches do it, with an exchange of 32 bytes a row between them instead of all logits:
+//   sample_share   as sample_scan; the best of the share are left as candidates.
+//   sample_choose  the best of all ranks' candidates.
 // A row of either kind is a job; the other launches go through the jobs with a fixed grid and end at once without any. They let
 // their successor come before they wait, so that those that have nothing to do cost little.
 //
@@ -17,10 +21,15 @@
 
 // ---- sample_scan
 
-// The fallback when nothing is allowed: the mask wins, or the model's own choice. All threads.
-__device__ __noinline__ u32 unconstrained_argmax(const Source& s) {
+// What a row falls back to when nothing is allowed: the highest under the mask, else the model's own choice.
+struct Fallback {
+    u64 masked, raw;
+    __device__ __forceinline__ u32 token() const { return masked ? token_of(masked) : raw ? token_of(raw) : 0; }
+};
+// All threads.
+__device__ __noinline__ Fallback unconstrained_argmax(const Source& s) {
     u64 masked = 0, raw = 0;
-    for (u32 token = 4 * threadIdx.x; token < s.vocab; token += CHUNK) {
+    for (u32 token = s.begin / 4 * 4 + 4 * threadIdx.x; token < min(s.vocab, s.columns); token += CHUNK) {
         float x[4];
         load_raw(s, token, x);
         for (u32 i = 0; i < 4; i++) {
@@ -30,9 +39,7 @@ __device__ __noinline__ u32 unconstrained_argmax(const Source& s) {
             if (!s.mask || s.mask[token / 32] >> (token % 32 + i) & 1) masked = key > masked ? key : masked;
         }
     }
-    masked = block_max(masked);
-    raw = block_max(raw);
-    return masked ? token_of(masked) : raw ? token_of(raw) : 0;
+    return Fallback{block_max(masked), block_max(raw)};
 }
 
 // The highest logit of a part of a row that nothing changes. `early` is what the thread loaded before it knew the row's slot,
@@ -62,7 +69,8 @@ __device__ __forceinline__ u64 plain_argmax(const Source& s, u32 first, u32 end,
     return highest > MINUS_INFINITY ? ranked_equal_zeros(highest, best) : 0;
 }
 
-// What the last block of a row knows: the token, or the jobs that will find it. All threads.
+// What the last block of a row knows: the token, or the jobs that will find it; of a share the candidates. All threads.
+template <bool IS_SHARE>
 __device__ __forceinline__ void finish_scan(const SampleParams& p, u32 row, u32 index, const Slot& slot,
                                             const Source& s, bool wants_head) {
     __shared__ u64 gathered[2];
@@ -78,9 +86,15 @@ __device__ __forceinline__ void finish_scan(const SampleParams& p, u32 row, u32 
     }
     __syncthreads();
     const u64 best = gathered[0];
+    if (IS_SHARE) {
+        Fallback fallback = {0, 0};
+        if (!best) fallback = unconstrained_argmax(s);
+        if (threadIdx.x == 0) p.candidates[row] = Candidate{best, gathered[1], fallback.masked, fallback.raw};
+        return;
+    }
     const bool is_filtered = index != NONE && best && slot.flags & HAS_FILTERS;
     u32 token = best ? token_of(best) : 0;
-    if (index != NONE && !best) token = unconstrained_argmax(s);
+    if (index != NONE && !best) token = unconstrained_argmax(s).token();
     if (threadIdx.x != 0) return;
     if (is_filtered) {
         const float highest = __fdiv_rn(value_of(best), slot.temperature);
@@ -99,22 +113,24 @@ __device__ __forceinline__ void finish_scan(const SampleParams& p, u32 row, u32 
 }
 
 // Grid: (blocks of a row, rows).
-extern "C" __global__ void __launch_bounds__(THREADS, 2) sample_scan(const SampleParams p) {
+template <bool IS_SHARE> __device__ __forceinline__ void scan(const SampleParams& p) {
     wait_for_predecessor();
     allow_successor();
     const u32 row = blockIdx.y;
-    const u32 first = blockIdx.x * p.chunks_per_block * CHUNK;
-    const u32 end = min(first + p.chunks_per_block * CHUNK, p.columns);
+    // Four tokens of a thread start at a multiple of four: where a share does not, the first are not here.
+    const u32 begin = IS_SHARE ? p.first_token : 0;
+    const u32 first = begin / 4 * 4 + blockIdx.x * p.chunks_per_block * CHUNK;
+    const u32 end = min(first + p.chunks_per_block * CHUNK, begin + p.columns);
     // With few rows latency counts: the logits need not wait for the slot.
-    const bool has_early = p.chunks_per_block == 1 && p.columns % 4 == 0;
+    const bool has_early = p.chunks_per_block == 1 && (begin | p.columns) % 4 == 0;
     float4 early = make_float4(MINUS_INFINITY, MINUS_INFINITY, MINUS_INFINITY, MINUS_INFINITY);
     if (has_early && first + 4 * threadIdx.x < end)
-        early = *reinterpret_cast<const float4*>(p.logits + u64(row) * p.columns + first + 4 * threadIdx.x);
+        early = *reinterpret_cast<const float4*>(p.logits + u64(row) * p.columns + first - begin + 4 * threadIdx.x);
     const u32 wanted = p.sample_slots[row];
     const u32 index = wanted < p.num_slots ? wanted : NONE;
-    const bool has_target = p.targets[row] < p.vocab;
+    const bool has_target = !IS_SHARE && p.targets[row] < p.vocab;
     if (index == NONE && !has_target) {
-        if (blockIdx.x == 0 && threadIdx.x == 0) {
+        if (!IS_SHARE && blockIdx.x == 0 && threadIdx.x == 0) {
             p.tokens[row] = NONE;
             p.active[2 * row] = p.active[2 * row + 1] = 0;
         }
@@ -126,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample_scan(const Sampl
         slot = p.slots[index];
         s = slot_source(p, row, index, slot);
     }
-    const bool wants_head = has_target || slot.flags & HAS_LOGPROBS;
+    const bool wants_head = !IS_SHARE && (has_target || slot.flags & HAS_LOGPROBS);
     Row& sums = p.rows[row];
     u64 best = 0;
     if (!(s.bias || s.stops || s.history || s.mask || slot.flags & IS_RANDOM || wants_head)) {
@@ -171,7 +187,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample_scan(const Sampl
     }
     best = block_max(best);
     if (threadIdx.x == 0 && best) atomicMax(&sums.best, best);
-    if (is_last_block(&sums.blocks_done, gridDim.x)) finish_scan(p, row, index, slot, s, wants_head);
+    if (is_last_block(&sums.blocks_done, gridDim.x)) finish_scan<IS_SHARE>(p, row, index, slot, s, wants_head);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) sample_scan(const SampleParams p) { scan<false>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) sample_share(const SampleParams p) { scan<true>(p); }
+
+// One thread a row: the candidates of all ranks are few.
+extern "C" __global__ void __launch_bounds__(128) sample_choose(const SampleParams p) {
+    wait_for_predecessor();
+    allow_successor();
+    const u32 row = blockIdx.x * 128 + threadIdx.x;
+    if (row >= p.num_rows) return;
+    const u32 index = p.sample_slots[row];
+    if (index >= p.num_slots) {
+        p.tokens[row] = NONE;
+        return;
+    }
+    Candidate all = {0, 0, 0, 0};
+    for (u32 rank = 0; rank < p.world; rank++) {
+        const Candidate& other = p.candidates[u64(rank) * p.candidate_rows + row];
+        all.best = max(all.best, other.best);
+        all.drawn = max(all.drawn, other.drawn);
+        all.masked = max(all.masked, other.masked);
+        all.raw = max(all.raw, other.raw);
+    }
+    u32 token = Fallback{all.masked, all.raw}.token();
+    if (all.best) token = token_of(all.drawn ? all.drawn : all.best);
+    commit(p, row, index, p.slots[index], token);
 }
 
 // ---- jobs

@@ -84,6 +84,14 @@ struct Alternative {
     u32 rank;
 };
 
+// The best of one rank's share of a row, as keys of `ranked`; 0 is none.
+struct Candidate {
+    u64 best;   // adjusted
+    u64 drawn;  // for random rows
+    u64 masked; // of what the mask allows, and of all: looked for only if nothing is left after adjusting
+    u64 raw;
+};
+
 struct SampleParams {
     const float* logits;
     const u32* sample_slots;
@@ -102,6 +110,7 @@ struct SampleParams {
     u32* tokens;
     Detail* details;
     Alternative* alternatives;
+    Candidate* candidates; // [num_rows] of this rank, or [world][candidate_rows] of all
     u32 num_rows;
     u32 num_slots;
     u32 vocab;
@@ -111,7 +120,9 @@ struct SampleParams {
     u32 num_chunks; // of a row of `columns`
     u32 chunks_per_block;
     u32 max_alternatives;
-    u32 unused;
+    u32 first_token; // of the columns: not 0 for a rank's share
+    u32 world;
+    u32 candidate_rows;
 };
 PARAMS(SampleParams);
 
@@ -256,16 +267,17 @@ struct Source {
     const u16* history;
     const u32* mask;
     float repetition, presence, frequency, temperature, reciprocal;
-    u32 vocab, columns;
+    u32 vocab, begin, columns; // tokens from `begin` to `columns` are here
     bool is_aligned;
 };
 
 __device__ __forceinline__ Source raw_source(const SampleParams& p, u32 row) {
     Source s = {};
-    s.logits = p.logits + u64(row) * p.columns;
+    s.logits = p.logits + u64(row) * p.columns - p.first_token;
     s.vocab = p.vocab;
-    s.columns = p.columns;
-    s.is_aligned = p.columns % 4 == 0;
+    s.begin = p.first_token;
+    s.columns = p.first_token + p.columns;
+    s.is_aligned = (p.first_token | p.columns) % 4 == 0;
     return s;
 }
 
@@ -285,7 +297,7 @@ __device__ __forceinline__ Source slot_source(const SampleParams& p, u32 row, u3
     return s;
 }
 
-// Four logits from `token` on (a multiple of 4), padding of the head included; minus infinity behind it.
+// Four logits from `token` on (a multiple of 4), padding of the head included; minus infinity for what is not here.
 __device__ __forceinline__ void load_raw(const Source& s, u32 token, float (&x)[4]) {
     if (s.is_aligned) {
         float4 v = make_float4(MINUS_INFINITY, MINUS_INFINITY, MINUS_INFINITY, MINUS_INFINITY);
@@ -293,7 +305,8 @@ __device__ __forceinline__ void load_raw(const Source& s, u32 token, float (&x)[
         x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
     } else {
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) x[i] = token + i < s.columns ? s.logits[token + i] : MINUS_INFINITY;
+        for (u32 i = 0; i < 4; i++)
+            x[i] = token + i >= s.begin && token + i < s.columns ? s.logits[token + i] : MINUS_INFINITY;
     }
 }
 

@@ -10,11 +10,10 @@
 //         each tile of 128 rows.
 // Bound   prepare: memory bandwidth. attention: tensor cores, 4 * D operations for each pair of patches of a frame and
 //         head.
-#include "attention_tile.cuh"
 #include "rope.cuh"
+#include "vision_tile.cuh"
 
 constexpr u32 MAX_IMAGES = 64;
-constexpr int TILE_KEYS = 64;
 
 // Frames of one size, one after the other.
 struct Image {
@@ -34,6 +33,8 @@ struct VisionAttentionParams {
     u32 merge;
     u32 num_images;
     float factor; // of the scores, times log2(e)
+    float slack;  // see vision_tile.cuh
+    u32 unused;
     float inv_freq[32];
     Image images[MAX_IMAGES];
 };
@@ -180,68 +181,40 @@ template <int KEYS> __device__ __forceinline__ void mask_keys(TileScores<KEYS>& 
                 if (8 * j + i % 2 >= limit) scores[m][j][i] = minus_infinity();
 }
 
-// Grid (tiles of 128 rows of all frames, num_heads). Of a stage of 64 keys, KEYS pass through the softmax together:
-// with fewer there are registers for a third block on a multiprocessor.
-template <int D, int COLUMNS, int KEYS> __device__ __forceinline__ void vision_attention(const VisionAttentionParams& p) {
-    typedef TileShape<D> Shape;
-    constexpr u32 KEY_BYTES = TILE_KEYS * Shape::Layout::STRIDE; // K, or V
-    extern __shared__ __align__(128) u8 shared[];
-    const u32 head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    wait_for_predecessor();
-    allow_successor();
-    const FrameTile at = find_frame_tile(p, blockIdx.x);
-    const u32 length = at.length;
+// Where a tile of rows finds q, k and v.
+struct TileSources {
+    const u16* queries; // of its first row, rows of D
+    const u16* keys;    // of its frame, rows of D
+    const u16* values;  // of its frame
+    u32 value_stride;
+    u32 value_vectors; // of 16 bytes, in a row
+};
+template <int D> __device__ __forceinline__ TileSources tile_sources(const VisionAttentionParams& p, const FrameTile& at) {
+    const u32 head = blockIdx.y;
     const u64 part = u64(p.num_heads) * p.num_patches * D;
-    const u16* keys = p.rotated + part + (u64(head) * p.num_patches + at.first_patch) * D;
-    const bool is_copied = p.head_dim % 8 != 0;
-    const u32 value_stride = is_copied ? D : 3 * p.num_heads * p.head_dim;
-    const u32 value_vectors = is_copied ? D / 8 : p.head_dim / 8;
-    const u16* in_place = p.qkv + u64(at.first_patch) * value_stride + (2 * p.num_heads + head) * p.head_dim;
-    const u16* values = is_copied ? keys + part : in_place;
+    const u16* queries = p.rotated + (u64(head) * p.num_patches + at.first_patch) * D;
+    const u16* keys = queries + part;
+    queries += u64(at.first_row) * D;
+    if (p.head_dim % 8 != 0) return {queries, keys, keys + part, D, D / 8};
+    const u32 stride = 3 * p.num_heads * p.head_dim;
+    const u16* values = p.qkv + u64(at.first_patch) * stride + (2 * p.num_heads + head) * p.head_dim;
+    return {queries, keys, values, stride, p.head_dim / 8};
+}
 
-    const u32 queries = shared_address(shared), stages = queries + Shape::QUERY_BYTES;
-    load_rows<D, TILE_ROWS>(keys - part + u64(at.first_row) * D, D, at.num_rows, D / 8, queries);
-    load_rows<D, TILE_KEYS>(keys, D, length, D / 8, stages);
-    load_rows<D, TILE_KEYS>(values, value_stride, length, value_vectors, stages + KEY_BYTES);
-    commit_copies();
-    TileResult<COLUMNS> result;
-    result.clear();
-    const u32 num_tiles = (length + TILE_KEYS - 1) / TILE_KEYS;
-    for (u32 tile = 0; tile < num_tiles; tile++) {
-        wait_copies<0>();
-        __syncthreads();
-        if (tile + 1 < num_tiles) {
-            const u32 first = (tile + 1) * TILE_KEYS, stage = stages + (tile + 1) % 2 * 2 * KEY_BYTES;
-            load_rows<D, TILE_KEYS>(keys + u64(first) * D, D, length - first, D / 8, stage);
-            load_rows<D, TILE_KEYS>(values + u64(first) * value_stride, value_stride, length - first, value_vectors,
-                                    stage + KEY_BYTES);
-        }
-        commit_copies();
-        const u32 stage = stages + tile % 2 * 2 * KEY_BYTES;
-#pragma unroll 1
-        for (u32 first = 0; first < TILE_KEYS; first += KEYS) {
-            TileScores<KEYS> scores;
-            tile_scores<D, KEYS, false>(scores, queries, stage + first * Shape::Layout::STRIDE);
-            // Keys of these that there are; keys that are not have come after others.
-            const int seen = int(length - tile * TILE_KEYS - first);
-            if (seen < KEYS) mask_keys<KEYS>(scores, seen);
-            tile_softmax<COLUMNS, KEYS>(result, scores, p.factor);
-            tile_values<D, COLUMNS, KEYS, false>(result, scores, stage + KEY_BYTES + first * Shape::Layout::STRIDE);
-        }
-    }
-    wait_copies<0>();
+template <int D> __device__ __forceinline__ void store_tile(const VisionAttentionParams& p, TileResult<D>& result) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     tile_finish(result);
-    const FrameTile target_at = find_frame_tile(p, opaque(blockIdx.x));
+    const FrameTile at = find_frame_tile(p, opaque(blockIdx.x));
 #pragma unroll
     for (int m = 0; m < ROW_BLOCKS; m++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const u32 row = 16 * ROW_BLOCKS * warp + 16 * m + 8 * h + lane / 4;
-            if (row >= target_at.num_rows) continue;
-            const u64 patch = u64(target_at.first_patch) + target_at.first_row + row;
-            u16* target = p.out + (patch * p.num_heads + head) * p.head_dim;
+            if (row >= at.num_rows) continue;
+            const u64 patch = u64(at.first_patch) + at.first_row + row;
+            u16* target = p.out + (patch * p.num_heads + blockIdx.y) * p.head_dim;
 #pragma unroll
-            for (int n = 0; n < COLUMNS / 8; n++) {
+            for (int n = 0; n < D / 8; n++) {
                 const u32 column = 8 * n + 2 * (lane % 4);
                 if (column < p.head_dim)
                     *reinterpret_cast<u32*>(target + column) =
@@ -250,19 +223,130 @@ template <int D, int COLUMNS, int KEYS> __device__ __forceinline__ void vision_a
         }
 }
 
-// Heads of at most COLUMNS, padded to D for the products with q.
-#define VISION(COLUMNS, D, KEYS, BLOCKS)                                                                       \
-    extern "C" __global__ void __launch_bounds__(256)                                                          \
-        vision_prepare_##COLUMNS(const __grid_constant__ VisionAttentionParams p) {                            \
+// Grid (tiles of 128 rows of all frames, num_heads), for heads of more than 80. Of a stage of 64 keys, KEYS pass through the
+// softmax together: with fewer there are registers enough.
+template <int D, int KEYS> __device__ __forceinline__ void attend_wide(const VisionAttentionParams& p) {
+    typedef TileShape<D> Shape;
+    constexpr u32 KEY_BYTES = STAGE_KEYS * Shape::Layout::STRIDE; // K, or V
+    extern __shared__ __align__(128) u8 shared[];
+    wait_for_predecessor();
+    allow_successor();
+    const FrameTile at = find_frame_tile(p, blockIdx.x);
+    const u32 length = at.length;
+    const TileSources from = tile_sources<D>(p, at);
+    const u32 queries = shared_address(shared), stages = queries + Shape::QUERY_BYTES;
+    load_rows<D, TILE_ROWS>(from.queries, D, at.num_rows, D / 8, queries);
+    load_rows<D, STAGE_KEYS>(from.keys, D, length, D / 8, stages);
+    load_rows<D, STAGE_KEYS>(from.values, from.value_stride, length, from.value_vectors, stages + KEY_BYTES);
+    commit_copies();
+    TileResult<D> result;
+    result.clear();
+    const u32 num_tiles = (length + STAGE_KEYS - 1) / STAGE_KEYS;
+    for (u32 tile = 0; tile < num_tiles; tile++) {
+        wait_copies<0>();
+        __syncthreads();
+        if (tile + 1 < num_tiles) {
+            const u32 first = (tile + 1) * STAGE_KEYS, stage = stages + (tile + 1) % 2 * 2 * KEY_BYTES;
+            load_rows<D, STAGE_KEYS>(from.keys + u64(first) * D, D, length - first, D / 8, stage);
+            load_rows<D, STAGE_KEYS>(from.values + u64(first) * from.value_stride, from.value_stride, length - first,
+                                     from.value_vectors, stage + KEY_BYTES);
+        }
+        commit_copies();
+        const u32 stage = stages + tile % 2 * 2 * KEY_BYTES;
+#pragma unroll 1
+        for (u32 first = 0; first < STAGE_KEYS; first += KEYS) {
+            TileScores<KEYS> scores;
+            tile_scores<D, KEYS, false>(scores, queries, stage + first * Shape::Layout::STRIDE);
+            // Keys of these that there are; keys that are not have come after others.
+            const int seen = int(length - tile * STAGE_KEYS - first);
+            if (seen < KEYS) mask_keys<KEYS>(scores, seen);
+            tile_softmax<D, KEYS>(result, scores, p.factor);
+            tile_values<D, D, KEYS, false>(result, scores, stage + KEY_BYTES + first * Shape::Layout::STRIDE);
+        }
+    }
+    wait_copies<0>();
+    store_tile(p, result);
+}
+
+// The same grid, for heads of up to 80.
+template <int D> __device__ __forceinline__ void attend(const VisionAttentionParams& p) {
+    typedef WarpRows<D> Warp;
+    constexpr u32 CHUNK_BYTES = CHUNK_KEYS * Warp::Layout::STRIDE, VALUES_AT = 2 * CHUNK_BYTES;
+    extern __shared__ __align__(128) u8 shared[];
+    wait_for_predecessor();
+    allow_successor();
+    const FrameTile at = find_frame_tile(p, blockIdx.x);
+    const u32 length = at.length, num_chunks = (length + CHUNK_KEYS - 1) / CHUNK_KEYS;
+    const TileSources from = tile_sources<D>(p, at);
+    StageSource<D> keys = {from.keys, D, D / 8}, values = {from.values, from.value_stride, from.value_vectors};
+    u32 num_loaded = 0; // keys
+    const auto load_stage = [&](u32 target) {
+        if (num_loaded < length) {
+            keys.template load<STAGE_KEYS>(target, length - num_loaded);
+            values.template load<STAGE_KEYS>(target + VALUES_AT, length - num_loaded);
+            keys.source += STAGE_KEYS * D;
+            values.source += STAGE_KEYS * values.stride;
+            num_loaded += STAGE_KEYS;
+        }
+        commit_copies();
+    };
+    const u32 stages = shared_address(shared);
+    u32 stage = stages, next = stage + Warp::STAGE_BYTES, free = next + Warp::STAGE_BYTES;
+    const StageSource<D> queries = {from.queries, D, D / 8};
+    queries.template load<TILE_ROWS>(free, at.num_rows);
+    load_stage(stage);
+    load_stage(next);
+    wait_copies<1>();
+    __syncthreads();
+
+    Warp warp;
+    warp.factor = p.factor;
+    warp.slack = p.slack;
+    warp.load_queries(free);
+    ChunkScores even, odd;
+    warp.begin(even, stage);
+    warp.raise(even);
+    const auto finish = [&](ChunkScores& scores, u32 chunk, u32 values_at) {
+        const int seen = int(length - chunk * CHUNK_KEYS);
+        if (seen < CHUNK_KEYS) mask_keys<CHUNK_KEYS>(scores, seen);
+        warp.template advance<false>(scores, values_at, scores, 0);
+    };
+    for (u32 chunk = 0;; chunk += 2) {
+        if (chunk + 1 == num_chunks) {
+            finish(even, chunk, stage + VALUES_AT);
+            break;
+        }
+        warp.template advance<true>(even, stage + VALUES_AT, odd, stage + CHUNK_BYTES);
+        if (chunk + 2 == num_chunks) {
+            finish(odd, chunk + 1, stage + VALUES_AT + CHUNK_BYTES);
+            break;
+        }
+        wait_copies<0>();
+        // The stage before this one is free: q, or what all warps have multiplied.
+        __syncthreads();
+        load_stage(free);
+        warp.template advance<true>(odd, stage + VALUES_AT + CHUNK_BYTES, even, next);
+        const u32 before = stage;
+        stage = next;
+        next = free;
+        free = before;
+    }
+    wait_copies<0>();
+    store_tile(p, warp.result);
+}
+
+// Heads of at most D.
+#define VISION(D, BODY)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256) vision_prepare_##D(const __grid_constant__ VisionAttentionParams p) { \
         vision_prepare<D>(p);                                                                                  \
     }                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS, BLOCKS)                                         \
-        vision_attention_##COLUMNS(const __grid_constant__ VisionAttentionParams p) {                          \
-        vision_attention<D, COLUMNS, KEYS>(p);                                                                 \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2)                                              \
+        vision_attention_##D(const __grid_constant__ VisionAttentionParams p) {                                \
+        BODY(p);                                                                                               \
     }
-VISION(32, 32, 64, 3)
-VISION(64, 64, 64, 2)
-VISION(72, 80, 64, 2)
-VISION(80, 80, 64, 2)
-VISION(96, 96, 64, 2)
-VISION(128, 128, 32, 2)
+VISION(32, attend<32>)
+VISION(64, attend<64>)
+VISION(72, attend<72>)
+VISION(80, attend<80>)
+VISION(96, (attend_wide<96, 64>))
+VISION(128, (attend_wide<128, 32>))

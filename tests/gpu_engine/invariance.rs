@@ -5,7 +5,7 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 use spark_engine::{Device, EngineOptions, KvCacheDtype, SparkEngine};
 
-use crate::{Answer, Comparison, Model, alone, ask, chats};
+use crate::{Answer, Comparison, Model, alone, ask, chats, questions::IN_WORDS};
 
 const FIXTURES: [&str; 4] =
     ["text_moe_bf16", "text_moe_fp8_block", "text_moe_nvfp4_ct", "text_dense_bf16_tied"];
@@ -59,7 +59,7 @@ fn reference(model: &Model, kv: KvCacheDtype, bodies: &[Value]) -> Vec<Answer> {
 fn add(to: &mut Comparison, name: &str, model: &Model, expected: &[Answer], got: &[Answer]) {
     for (i, (expected, got)) in expected.iter().zip(got).enumerate() {
         assert_eq!(expected.ids.len(), got.ids.len(), "{name}: chat {i}");
-        to.add(&format!("{name}, chat {i}"), expected, got, model.tolerance());
+        to.add(&format!("{name}, chat {i}"), &model.said(expected), &model.said(got), model.tolerance());
     }
 }
 
@@ -118,10 +118,17 @@ fn a_prefix_hit_does_not_change_answers() {
             let name = format!("{}, cache {kv:?}", model.name);
             let mut bodies = bodies(&model, 12);
             // Long enough for whole blocks of 32 tokens.
+            let turns = IN_WORDS[..4].iter().flat_map(|(question, answer)| {
+                [
+                    json!({"role": "user", "content": question}),
+                    json!({"role": "assistant", "content": answer}),
+                ]
+            });
+            let turns: Vec<Value> = turns.collect();
             for body in &mut bodies {
-                let text = "Say it again, please. ".repeat(4);
-                let message = json!({"role": "user", "content": text});
-                body["messages"].as_array_mut().unwrap().insert(0, message);
+                let messages = body["messages"].as_array_mut().unwrap();
+                let system = usize::from(messages[0]["role"] == "system");
+                messages.splice(system..system, turns.iter().cloned());
             }
             let expected = reference(&model, kv, &bodies);
             let cached = engine(&model, kv, |_| {});

@@ -1,10 +1,16 @@
 //! Many requests of all kinds at once on a GPU for a while: every known answer is right, some go away early, and nothing grows.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 use spark_cuda::Driver;
-use spark_engine::{Device, SparkEngine, api::Health};
+use spark_engine::{
+    Device, SparkEngine,
+    api::{EngineStats, Health},
+};
 use spark_testing::Random;
 
 use crate::{Model, alone, chats, demo};
@@ -46,25 +52,54 @@ async fn work(engine: &SparkEngine, worker: u64, end: Instant) -> usize {
     num_checked
 }
 
-/// Bytes of this process in memory.
-fn resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
+/// How long a soak is asked to be.
+pub(crate) fn seconds() -> u64 {
+    std::env::var(SECONDS_VARIABLE).ok().map_or(SECONDS, |text| text.parse().unwrap())
+}
+
+pub(crate) fn after(seconds: u64) -> Instant {
+    Instant::now() + Duration::from_secs(seconds)
+}
+
+/// What is in use: free bytes of the device, bytes of this process in memory.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    device_free: u64,
+    resident: u64,
+}
+
+impl Memory {
+    pub(crate) fn now() -> Self {
+        let device = Driver::open().unwrap().device(0).unwrap();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let resident = line.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024;
+        Self { device_free: device.memory().unwrap().available, resident }
+    }
+
+    pub(crate) fn assert_flat(&self, after: &Self) {
+        assert_eq!(self.device_free, after.device_free, "device memory in use has changed");
+        assert!(after.resident < self.resident + (64 << 20), "host memory grows: {self} to {after}");
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "resident {} MB, device free {} MB", self.resident >> 20, self.device_free >> 20)
+    }
 }
 
 #[test]
 fn a_soak_changes_no_answer_and_grows_nothing() {
     let _gpu = alone();
-    let seconds = std::env::var(SECONDS_VARIABLE).ok().map_or(SECONDS, |text| text.parse().unwrap());
-    let device = Driver::open().unwrap().device(0).unwrap();
+    let seconds = seconds();
     let engine = Model::demo("awq").engine(Device::Cuda, |options| {
         options.max_num_seqs = 64;
         options.max_num_batched_tokens = Some(512);
     });
     let engine = engine.unwrap();
     let run = |seconds: u64| {
-        let end = Instant::now() + Duration::from_secs(seconds);
+        let end = after(seconds);
         chats::block_on(async {
             let workers = (0..WORKERS).map(|worker| work(&engine, worker, end));
             futures_util::future::join_all(workers).await.iter().sum::<usize>()
@@ -72,33 +107,26 @@ fn a_soak_changes_no_answer_and_grows_nothing() {
     };
     // Caches fill up first.
     run(seconds.div_ceil(5));
-    let before = (device.memory().unwrap().available, resident_bytes());
+    let before = Memory::now();
     let num_checked = run(seconds);
-    let after = (device.memory().unwrap().available, resident_bytes());
+    let after = Memory::now();
     assert_eq!(engine.health(), Health::Ready);
     let stats = engine.stats();
     println!(
-        "soak: {num_checked} answers checked in {seconds} s, {} steps, {} preemptions; resident {} -> {} MB, device free \
-         {} -> {} MB",
-        stats.num_steps,
-        stats.num_preemptions,
-        before.1 >> 20,
-        after.1 >> 20,
-        before.0 >> 20,
-        after.0 >> 20
+        "soak: {num_checked} answers checked in {seconds} s, {} steps, {} preemptions; {before} -> {after}",
+        stats.num_steps, stats.num_preemptions
     );
     assert!(num_checked > WORKERS as usize, "only {num_checked} answers were checked");
-    assert_eq!(before.0, after.0, "device memory in use has changed");
-    assert!(after.1 < before.1 + (64 << 20), "host memory grows: {} to {} bytes", before.1, after.1);
-    wait_until_idle(&engine);
+    before.assert_flat(&after);
+    wait_until_idle(|| engine.stats());
 }
 
-fn wait_until_idle(engine: &SparkEngine) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    let mut stats = engine.stats();
-    while stats.num_running + stats.num_waiting > 0 || stats.kv_cache_usage > 0.0 {
-        assert!(Instant::now() < deadline, "requests are left: {stats:?}");
+pub(crate) fn wait_until_idle(stats: impl Fn() -> EngineStats) {
+    let deadline = after(10);
+    let mut now = stats();
+    while now.num_running + now.num_waiting > 0 || now.kv_cache_usage > 0.0 {
+        assert!(Instant::now() < deadline, "requests are left: {now:?}");
         std::thread::yield_now();
-        stats = engine.stats();
+        now = stats();
     }
 }

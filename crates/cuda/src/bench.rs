@@ -187,7 +187,7 @@ impl Bench<'_> {
         let out = Tensor::new(&out, [rows, hidden], Dtype::Bf16)?;
         let micros = self.time(LAUNCHES, |i| {
             let of_launch = tokens.slice(4 * (i * rows) as u64, 4 * rows as u64)?;
-            self.kernels.embed(&self.stream, &of_launch, &tokens, &table, &out)
+            self.kernels.embed(&self.stream, &of_launch, &tokens, &table, 0, &out)
         })?;
         let shape = format!("{rows} x {hidden} bf16");
         Ok(Timing { name: "embed", shape, micros, num_bytes: 2 * out_bytes })

@@ -13,17 +13,19 @@ const LINEARS: [[usize; 2]; 5] = [[5120, 2048], [2048, 4096], [4608, 4096], [409
 const HEADS: [[usize; 2]; 2] = [[151_936, 2048], [75_968, 4096]];
 /// Width and intermediate size of the experts of the 30B, and of half a 235B.
 const EXPERTS: [[usize; 2]; 2] = [[2048, 768], [4096, 768]];
+/// For products in parts.
+const POOL_BYTES: u64 = 32 << 20;
 const ROWS: [usize; 7] = [1, 4, 8, 16, 32, 64, 128];
 
 /// All of them.
 pub(crate) fn run(bench: &Bench<'_>) -> Result<Vec<Timing>> {
     let mut timings = Vec::new();
     for shape in LINEARS {
-        timings.extend(linear(bench, shape, Scheme::Int4(128), Dtype::Bf16, &ROWS[..6])?);
+        timings.extend(linear(bench, shape, Scheme::Int4(128), Dtype::Bf16, &ROWS)?);
     }
     for scheme in [Scheme::Nvfp4, Scheme::Fp8, Scheme::Bf16, Scheme::Int4(32)] {
         for shape in [LINEARS[0], LINEARS[4]] {
-            timings.extend(linear(bench, shape, scheme, Dtype::Bf16, &[1, 16, 64])?);
+            timings.extend(linear(bench, shape, scheme, Dtype::Bf16, &[1, 16, 32, 64])?);
         }
     }
     for shape in HEADS {
@@ -57,7 +59,7 @@ pub(crate) fn linear(
     let mut timings = Vec::new();
     for &rows in all_rows {
         let out_bytes = (rows * n * out_dtype.size()) as u64;
-        let [x, out, pool] = memory(bench.device(), [2 * (rows * k) as u64, out_bytes, 1 << 20])?;
+        let [x, out, pool] = memory(bench.device(), [2 * (rows * k) as u64, out_bytes, POOL_BYTES])?;
         bench.stream.upload(&x, &random_rows(rows * k))?;
         let (x, pool) = (Tensor::new(&x, [rows, k], Dtype::Bf16)?, Pool::new(&pool));
         let out = Tensor::new(&out, [rows, n], out_dtype)?;
@@ -123,7 +125,7 @@ impl Router {
     fn route(&self, bench: &Bench<'_>, x: &crate::DeviceSlice, launch: usize, rows: usize) -> Result<Choice> {
         let weight = &self.weights[launch % self.weights.len()];
         let x = self.rows(x, launch, rows)?;
-        bench.kernels.route(&bench.stream, &self.pool, &x, weight, TOP_K, true, None)
+        bench.kernels.route_for_experts(&bench.stream, &self.pool, &x, weight, TOP_K, true, None)
     }
 }
 

@@ -53,12 +53,18 @@ impl Cubins {
         Ok(Self { arch, cubins, nvrtc, num_compiled, elapsed: start.elapsed() })
     }
 
-    /// Compiles every module for `arch` into `folder`, for [`KernelOptions::kernel_dir`] on other machines. Returns the files.
+    /// Compiles every module for `arch` into `folder`, or takes it from `kept`, for [`KernelOptions::kernel_dir`] on other
+    /// machines. Returns the files.
     ///
     /// # Errors
     /// What compiling says, or [`Error::Io`].
-    pub fn build(nvrtc: &Nvrtc, arch: Arch, folder: &Path) -> Result<Vec<PathBuf>> {
-        let (cubins, _) = compile_all(nvrtc, arch, None)?;
+    pub fn build(
+        nvrtc: &Nvrtc,
+        arch: Arch,
+        folder: &Path,
+        kept: Option<&CubinCache>,
+    ) -> Result<Vec<PathBuf>> {
+        let (cubins, _) = compile_all(nvrtc, arch, kept)?;
         let cache = CubinCache::new(folder);
         let write = |(module, cubin): (&ModuleSource, Vec<u8>)| {
             cache.write(&CubinKey::new(module, &module.text()?, arch, None), &cubin)

@@ -168,6 +168,9 @@ pub enum Error {
         /// How many.
         count: usize,
     },
+    /// The ranks cannot compute together, or stopped.
+    #[error(transparent)]
+    Group(#[from] spark_comm::nccl::Error),
     /// A tensor or weight has a shape or type that the kernel does not take.
     #[error("{op}: expected {expected}, got {got}")]
     Shape {

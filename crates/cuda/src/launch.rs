@@ -181,6 +181,8 @@ impl<P: Params> Kernel<P> {
             return Ok(());
         }
         stream.keep_module(&self.module);
+        // Other libraries' kernels do not say when a successor may start, nor do all their operations run on a kernel's terms.
+        let overlaps = !stream.take_foreign() && overlaps;
         stream.device().bind()?;
         let mut overlap = sys::CUlaunchAttribute_st {
             id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,

@@ -13,6 +13,7 @@ pub mod bench_attention;
 mod bench_decode;
 pub mod bench_gemm;
 pub mod bench_proxy;
+pub mod bench_team;
 mod cache;
 mod compile;
 mod device;
@@ -22,6 +23,7 @@ mod host_buffer;
 mod kernels;
 mod launch;
 mod library;
+mod mailbox;
 mod nvml;
 mod nvrtc;
 mod pool;
@@ -30,11 +32,12 @@ mod sm_group;
 mod source;
 mod step;
 mod stream;
+mod team;
 mod tensor;
 
 pub use arch::Arch;
 pub use arena::{ALIGNMENT, Arena, ArenaPlan, DeviceSlice, Region};
-pub use backend::{CudaBackend, CudaOptions, CudaTensor, Profile, Time};
+pub use backend::{CudaBackend, CudaOptions, CudaTensor, Profile, Routing, Time};
 pub use cache::{CubinCache, CubinKey, Entry};
 pub use compile::{Cubins, KernelOptions};
 pub use device::{Device, Properties};
@@ -42,13 +45,15 @@ pub use driver::Driver;
 pub use error::{Error, Result, Version};
 pub use host_buffer::HostBuffer;
 pub use kernels::{
-    AttendArgs, Choice, Experts, ExpertsHost, Kernels, KvCache, Linear, MAX_DECODE_ROWS, MAX_EXPERTS,
+    After, AttendArgs, Choice, Experts, ExpertsHost, Kernels, KvCache, Linear, MAX_DECODE_ROWS, MAX_EXPERTS,
     MAX_PAIRS, MAX_ROUTED_EXPERTS, PackedHost, PackedWeight, ReduceNorm, Staging, WeightLoader,
 };
 pub use kernels::{MAX_ALTERNATIVES, RowRange, SampleOut, Sampler, Wanted};
+pub use mailbox::Mailboxes;
 pub use nvrtc::{Compiled, NVRTC_VARIABLE, Nvrtc};
 pub use pool::Pool;
 pub use source::{MODULES, ModuleSource};
 pub use step::{PADDING, PENDING, StepLimits, StepView};
 pub use stream::{Event, Graph, Stream};
+pub use team::Team;
 pub use tensor::{Element, Tensor};

@@ -4,11 +4,13 @@
 use std::fmt::Write as _;
 
 use crate::kernels::{
-    AdmitParams, ElementsParams, GatherParams, LayerNormParams, PatchesParams, PositionParams, SampleParams,
+    AdmitParams, ElementsParams, GatherParams, JoinParams, LayerNormParams, PatchesParams, PositionParams,
+    SampleParams,
 };
 use crate::kernels::{
     AttentionParams, EmbedParams, GemmAddParams, GemmParams, LinearParams, MoeAddParams, MoeParams,
-    MoeSortParams, NormParams, ProbeParams, RepackParams, RouterParams, SwigluParams, VisionAttentionParams,
+    MoeSortParams, NormParams, ProbeParams, RanksNormParams, RepackParams, RouterParams, SwigluParams,
+    VisionAttentionParams,
 };
 use crate::launch::Params;
 use crate::{Error, Result};
@@ -34,8 +36,11 @@ pub const MODULES: &[ModuleSource] = &[
     ModuleSource { name: "gemm_add", params: &[size::<GemmAddParams>()] },
     ModuleSource { name: "gemm_bf16", params: &[size::<GemmParams>()] },
     ModuleSource { name: "gemm_fp8", params: &[size::<GemmParams>()] },
-    ModuleSource { name: "gemm_int4", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_g128", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_g32", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_g64", params: &[size::<GemmParams>()] },
     ModuleSource { name: "gemm_nvfp4", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "linear_add", params: &[size::<LinearParams>()] },
     ModuleSource { name: "linear_bf16", params: &[size::<LinearParams>()] },
     ModuleSource { name: "linear_fp8", params: &[size::<LinearParams>()] },
     ModuleSource { name: "linear_int4", params: &[size::<LinearParams>()] },
@@ -46,11 +51,17 @@ pub const MODULES: &[ModuleSource] = &[
     ModuleSource { name: "moe_gemm", params: &[size::<MoeSortParams>(), size::<MoeAddParams>()] },
     ModuleSource { name: "moe_int4", params: &[size::<MoeParams>()] },
     ModuleSource { name: "moe_nvfp4", params: &[size::<MoeParams>()] },
-    ModuleSource { name: "norm", params: &[size::<NormParams>(), size::<LayerNormParams>()] },
+    ModuleSource {
+        name: "norm",
+        params: &[size::<NormParams>(), size::<RanksNormParams>(), size::<LayerNormParams>()],
+    },
     ModuleSource { name: "probe", params: &[size::<ProbeParams>()] },
     ModuleSource { name: "repack", params: &[size::<RepackParams>()] },
     ModuleSource { name: "router", params: &[size::<RouterParams>()] },
-    ModuleSource { name: "rows", params: &[size::<GatherParams>(), size::<ElementsParams>()] },
+    ModuleSource {
+        name: "rows",
+        params: &[size::<GatherParams>(), size::<JoinParams>(), size::<ElementsParams>()],
+    },
     ModuleSource { name: "sample", params: &[size::<SampleParams>()] },
     ModuleSource { name: "sample_admit", params: &[size::<SampleParams>(), size::<AdmitParams>()] },
     ModuleSource { name: "swiglu", params: &[size::<SwigluParams>()] },
@@ -60,12 +71,14 @@ pub const MODULES: &[ModuleSource] = &[
 
 /// The files of `kernels/`, by name.
 const FILES: &[(&str, &str)] = &[
+    ("activation.cuh", include_str!("../../../kernels/activation.cuh")),
     ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
     ("attention_copy.cuh", include_str!("../../../kernels/attention_copy.cuh")),
     ("attention_decode.cu", include_str!("../../../kernels/attention_decode.cu")),
     ("attention_prefill.cu", include_str!("../../../kernels/attention_prefill.cu")),
     ("attention_tile.cuh", include_str!("../../../kernels/attention_tile.cuh")),
     ("bf16.cuh", include_str!("../../../kernels/bf16.cuh")),
+    ("choose.cuh", include_str!("../../../kernels/choose.cuh")),
     ("decode_linear.cuh", include_str!("../../../kernels/decode_linear.cuh")),
     ("embed.cu", include_str!("../../../kernels/embed.cu")),
     ("fp8.cuh", include_str!("../../../kernels/fp8.cuh")),
@@ -73,15 +86,21 @@ const FILES: &[(&str, &str)] = &[
     ("gemm_add.cu", include_str!("../../../kernels/gemm_add.cu")),
     ("gemm_bf16.cu", include_str!("../../../kernels/gemm_bf16.cu")),
     ("gemm_fp8.cu", include_str!("../../../kernels/gemm_fp8.cu")),
-    ("gemm_int4.cu", include_str!("../../../kernels/gemm_int4.cu")),
+    ("gemm_g128.cu", include_str!("../../../kernels/gemm_g128.cu")),
+    ("gemm_g32.cu", include_str!("../../../kernels/gemm_g32.cu")),
+    ("gemm_g64.cu", include_str!("../../../kernels/gemm_g64.cu")),
+    ("gemm_int4.cuh", include_str!("../../../kernels/gemm_int4.cuh")),
     ("gemm_nvfp4.cu", include_str!("../../../kernels/gemm_nvfp4.cu")),
+    ("gemm_pipeline.cuh", include_str!("../../../kernels/gemm_pipeline.cuh")),
     ("gemm_stage.cuh", include_str!("../../../kernels/gemm_stage.cuh")),
     ("gemm_store.cuh", include_str!("../../../kernels/gemm_store.cuh")),
     ("int4.cuh", include_str!("../../../kernels/int4.cuh")),
     ("linear.cuh", include_str!("../../../kernels/linear.cuh")),
+    ("linear_add.cu", include_str!("../../../kernels/linear_add.cu")),
     ("linear_bf16.cu", include_str!("../../../kernels/linear_bf16.cu")),
     ("linear_fp8.cu", include_str!("../../../kernels/linear_fp8.cu")),
     ("linear_int4.cu", include_str!("../../../kernels/linear_int4.cu")),
+    ("linear_many.cuh", include_str!("../../../kernels/linear_many.cuh")),
     ("linear_nvfp4.cu", include_str!("../../../kernels/linear_nvfp4.cu")),
     ("moe.cu", include_str!("../../../kernels/moe.cu")),
     ("moe.cuh", include_str!("../../../kernels/moe.cuh")),
@@ -89,6 +108,7 @@ const FILES: &[(&str, &str)] = &[
     ("moe_fp8.cu", include_str!("../../../kernels/moe_fp8.cu")),
     ("moe_gemm.cu", include_str!("../../../kernels/moe_gemm.cu")),
     ("moe_int4.cu", include_str!("../../../kernels/moe_int4.cu")),
+    ("moe_many.cuh", include_str!("../../../kernels/moe_many.cuh")),
     ("moe_nvfp4.cu", include_str!("../../../kernels/moe_nvfp4.cu")),
     ("norm.cu", include_str!("../../../kernels/norm.cu")),
     ("nvfp4.cuh", include_str!("../../../kernels/nvfp4.cuh")),
@@ -97,6 +117,7 @@ const FILES: &[(&str, &str)] = &[
     ("probe.cu", include_str!("../../../kernels/probe.cu")),
     ("repack.cu", include_str!("../../../kernels/repack.cu")),
     ("rope.cuh", include_str!("../../../kernels/rope.cuh")),
+    ("rounds.cuh", include_str!("../../../kernels/rounds.cuh")),
     ("router.cu", include_str!("../../../kernels/router.cu")),
     ("rows.cu", include_str!("../../../kernels/rows.cu")),
     ("sample.cu", include_str!("../../../kernels/sample.cu")),
@@ -106,6 +127,7 @@ const FILES: &[(&str, &str)] = &[
     ("swiglu.cu", include_str!("../../../kernels/swiglu.cu")),
     ("vision.cu", include_str!("../../../kernels/vision.cu")),
     ("vision_attention.cu", include_str!("../../../kernels/vision_attention.cu")),
+    ("vision_tile.cuh", include_str!("../../../kernels/vision_tile.cuh")),
 ];
 
 impl ModuleSource {

@@ -1,6 +1,6 @@
 //! Streams (queues of work on a device), events (marks in them), graphs (recorded work), and copies.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc as Shared;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ pub struct Stream {
     sm_group: Option<SmGroup>,
     /// While work is recorded: what the graph will need.
     recording: RefCell<Option<Kept>>,
+    /// What was put in last is work of another library.
+    foreign: Cell<bool>,
 }
 
 // SAFETY: the driver takes calls on a stream from any thread that made its context current, which every call here does.
@@ -35,13 +37,26 @@ impl Stream {
     /// # Errors
     /// [`Error::Driver`].
     pub fn new(device: &Device) -> Result<Self> {
+        Self::with_priority(device, 0)
+    }
+
+    /// A stream whose kernels come before those of others where multiprocessors become free.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn urgent(device: &Device) -> Result<Self> {
+        // The driver takes its highest priority for anything above that.
+        Self::with_priority(device, i32::MIN)
+    }
+
+    fn with_priority(device: &Device, priority: i32) -> Result<Self> {
         device.bind()?;
         let mut handle = std::ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the context is current; the pointer is valid; `Drop` destroys it.
-        let status = unsafe { sys::cuStreamCreateWithPriority(&raw mut handle, flags, 0) };
+        let status = unsafe { sys::cuStreamCreateWithPriority(&raw mut handle, flags, priority) };
         check("cuStreamCreateWithPriority", status)?;
-        Ok(Self { device: device.clone(), handle, sm_group: None, recording: RefCell::new(None) })
+        Ok(Self::of(device, handle, None))
     }
 
     /// A stream whose kernels run on `num_sms` multiprocessors of the device only, to measure what a smaller one would do.
@@ -52,7 +67,12 @@ impl Stream {
     pub fn on_sms(device: &Device, num_sms: u32) -> Result<Self> {
         let group = SmGroup::new(device, num_sms)?;
         let handle = group.create_stream()?;
-        Ok(Self { device: device.clone(), handle, sm_group: Some(group), recording: RefCell::new(None) })
+        Ok(Self::of(device, handle, Some(group)))
+    }
+
+    fn of(device: &Device, handle: sys::CUstream, sm_group: Option<SmGroup>) -> Self {
+        let (recording, foreign) = (RefCell::new(None), Cell::new(false));
+        Self { device: device.clone(), handle, sm_group, recording, foreign }
     }
 
     /// Multiprocessors that its kernels run on: what grids are sized by.
@@ -78,6 +98,16 @@ impl Stream {
             slices.iter().for_each(|slice| keep(&mut kept.memory, slice.memory()));
         }
         Ok(())
+    }
+
+    /// Says that another library puts work in now: the kernel behind it starts when all of that has ended.
+    pub(crate) fn set_foreign(&self) {
+        self.foreign.set(true);
+    }
+
+    /// Whether the last work is another library's; asked by the kernel that is put in behind it.
+    pub(crate) fn take_foreign(&self) -> bool {
+        self.foreign.take()
     }
 
     /// A graph that is being recorded keeps `module` loaded.
@@ -112,6 +142,8 @@ impl Stream {
     pub fn wait(&self, event: &Event) -> Result<()> {
         alike("wait", &self.device, &event.device)?;
         self.device.bind()?;
+        // Early starts are for kernels that follow each other: the next one waits for all that the stream waits for.
+        self.foreign.set(true);
         // SAFETY: stream and event live; the flags must be 0.
         check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.handle, event.handle, 0) })
     }

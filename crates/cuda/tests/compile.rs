@@ -3,9 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "all of this is test code: a panic is a failed test")]
 #![expect(clippy::print_stdout, reason = "the last line says what was compiled")]
 
-use std::path::Path;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use spark_cuda::{Arch, CubinCache, Cubins, KernelOptions, MODULES, Nvrtc};
+use spark_cuda::{Arch, CubinCache, CubinKey, Cubins, KernelOptions, MODULES, ModuleSource, Nvrtc};
 
 /// Most shared memory of a block on GB10, in bytes.
 const SHARED_LIMIT: u32 = 101_376;
@@ -45,35 +46,110 @@ fn usages(log: &str) -> Vec<Usage> {
     found
 }
 
+/// Every kernel of every architecture is compiled once: the folders are tested with the same machine code.
 #[test]
-fn all_kernels_compile_for_all_architectures_without_spills() {
-    let nvrtc = nvrtc();
-    let mut num_kernels = 0;
-    for arch in Arch::ALL {
-        num_kernels = 0;
-        for module in MODULES {
-            let mut options = module.options();
-            options.push("--ptxas-options=-v".to_owned());
-            let compiled = nvrtc.compile(module.name, &module.text().unwrap(), arch, &options).unwrap();
-            assert!(compiled.cubin.starts_with(b"\x7fELF"), "{} for {arch}", module.name);
-            assert!(!compiled.log.contains("warning"), "{}", compiled.log);
-            let usages = usages(&compiled.log);
-            assert!(!usages.is_empty(), "no kernel in the report:\n{}", compiled.log);
-            for usage in usages {
-                println!("{arch:8} {usage:?}");
-                assert!(usage.registers > 0, "{usage:?}");
-                assert_eq!(usage.spilled_bytes, 0, "{arch}: {usage:?}");
-                assert!(usage.shared_bytes <= SHARED_LIMIT, "{arch}: {usage:?}");
-                num_kernels += 1;
-            }
+fn all_kernels_compile_for_all_architectures_without_spills_and_are_kept() {
+    let (nvrtc, folder) = (nvrtc(), tempfile::tempdir().unwrap());
+    let cache = CubinCache::new(folder.path());
+    let modules: Vec<_> =
+        Arch::ALL.into_iter().flat_map(|arch| MODULES.iter().map(move |module| (arch, module))).collect();
+    let (next, threads) = (AtomicUsize::new(0), std::thread::available_parallelism().map_or(1, usize::from));
+    let work = || {
+        let mut found = Vec::new();
+        while let Some(&(arch, module)) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
+            found.extend(compile(&nvrtc, arch, module, &cache).into_iter().map(|usage| (arch, usage)));
         }
+        found
+    };
+    let mut found: Vec<(Arch, Usage)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    found.sort_by_key(|(arch, usage)| (arch.name(), usage.kernel.clone()));
+    for (arch, usage) in &found {
+        println!("{arch:8} {usage:?}");
+        assert!(usage.registers > 0, "{usage:?}");
+        assert_eq!(usage.spilled_bytes, 0, "{arch}: {usage:?}");
+        assert!(usage.shared_bytes <= SHARED_LIMIT, "{arch}: {usage:?}");
     }
+    // Older ones lack some of the probe's.
+    let num_kernels = found.iter().filter(|(arch, _)| *arch == Arch::Sm121a).count();
+    assert!(num_kernels >= MODULES.len());
+
+    what_is_kept_is_not_compiled_again(&nvrtc, &cache);
+    what_cannot_be_kept_only_costs_time(&nvrtc, &cache);
+    a_built_folder_needs_no_compiler(&nvrtc, &cache);
     println!(
         "{num_kernels} kernels compiled for {} architectures by NVRTC {}",
         Arch::ALL.len(),
         nvrtc.version()
     );
-    assert!(num_kernels >= MODULES.len());
+}
+
+/// Compiles a module, puts it where the program would keep it, and returns what ptxas says.
+fn compile(nvrtc: &Nvrtc, arch: Arch, module: &ModuleSource, cache: &CubinCache) -> Vec<Usage> {
+    let (text, mut options) = (module.text().unwrap(), module.options());
+    options.push("--ptxas-options=-v".to_owned());
+    let compiled = nvrtc.compile(module.name, &text, arch, &options).unwrap();
+    assert!(compiled.cubin.starts_with(b"\x7fELF"), "{} for {arch}", module.name);
+    assert!(!compiled.log.contains("warning"), "{}", compiled.log);
+    let usages = usages(&compiled.log);
+    assert!(!usages.is_empty(), "no kernel in the report:\n{}", compiled.log);
+    cache.write(&CubinKey::new(module, &text, arch, Some(nvrtc.version())), &compiled.cubin).unwrap();
+    usages
+}
+
+/// Where the cache has a module that is compiled quickly.
+fn small_file(nvrtc: &Nvrtc, arch: Arch, cache: &CubinCache) -> PathBuf {
+    let module = MODULES.iter().find(|module| module.name == "embed").unwrap();
+    let key = CubinKey::new(module, &module.text().unwrap(), arch, Some(nvrtc.version()));
+    cache.folder().join(key.file_name())
+}
+
+fn get(arch: Arch, cache: &CubinCache) -> Cubins {
+    let options = KernelOptions { cache_dir: Some(cache.folder().to_owned()), ..Default::default() };
+    Cubins::get(arch, &options).unwrap()
+}
+
+fn what_is_kept_is_not_compiled_again(nvrtc: &Nvrtc, cache: &CubinCache) {
+    for arch in Arch::ALL {
+        assert_eq!(get(arch, cache).num_compiled, 0, "{arch}");
+    }
+    let damaged = small_file(nvrtc, Arch::Sm90, cache);
+    let mut bytes = std::fs::read(&damaged).unwrap();
+    bytes[100] ^= 0xff;
+    std::fs::write(&damaged, bytes).unwrap();
+    let [repaired, kept] = [(); 2].map(|()| get(Arch::Sm90, cache));
+    assert_eq!((repaired.num_compiled, kept.num_compiled), (1, 0));
+    assert!(repaired.cubins == kept.cubins, "what was kept is not what was compiled");
+    // The file of another architecture is no hit.
+    std::fs::remove_file(small_file(nvrtc, Arch::Sm80, cache)).unwrap();
+    assert_eq!(get(Arch::Sm80, cache).num_compiled, 1);
+    assert_eq!(get(Arch::Sm80, cache).num_compiled, 0);
+}
+
+/// A folder in the place of a file can neither be read nor written.
+fn what_cannot_be_kept_only_costs_time(nvrtc: &Nvrtc, cache: &CubinCache) {
+    let file = small_file(nvrtc, Arch::Sm120a, cache);
+    std::fs::remove_file(&file).unwrap();
+    std::fs::create_dir(&file).unwrap();
+    let [first, second] = [(); 2].map(|()| get(Arch::Sm120a, cache));
+    assert_eq!((first.num_compiled, second.num_compiled), (1, 1));
+    assert!(first.cubins == second.cubins, "compiled twice, with another result");
+}
+
+fn a_built_folder_needs_no_compiler(nvrtc: &Nvrtc, cache: &CubinCache) {
+    let folder = tempfile::tempdir().unwrap();
+    let built = Cubins::build(nvrtc, Arch::Sm121a, folder.path(), Some(cache)).unwrap();
+    assert_eq!(built.len(), MODULES.len());
+    let options = KernelOptions {
+        kernel_dir: Some(folder.path().to_owned()),
+        nvrtc: Some("absent/libnvrtc.so".into()),
+        ..Default::default()
+    };
+    let read = Cubins::get(Arch::Sm121a, &options).unwrap();
+    assert_eq!(read.num_compiled, 0);
+    assert!(read.cubins == get(Arch::Sm121a, cache).cubins, "the folder holds other code");
 }
 
 #[test]
@@ -102,55 +178,4 @@ fn parameters_of_another_size_do_not_compile() {
             nvrtc().compile(module.name, &module.text().unwrap(), Arch::Sm121a, &options).unwrap_err();
         assert!(error.to_string().contains("has another size on the host"), "{error}");
     }
-}
-
-fn files(folder: &Path) -> Vec<std::path::PathBuf> {
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files
-}
-
-#[test]
-fn a_second_start_compiles_nothing_and_a_damaged_file_is_compiled_again() {
-    let folder = tempfile::tempdir().unwrap();
-    let options = KernelOptions { cache_dir: Some(folder.path().to_owned()), ..Default::default() };
-    let first = Cubins::get(Arch::Sm90, &options).unwrap();
-    assert_eq!(first.num_compiled, MODULES.len());
-    let second = Cubins::get(Arch::Sm90, &options).unwrap();
-    assert_eq!((second.num_compiled, &second.cubins), (0, &first.cubins));
-
-    let damaged = &files(folder.path())[0];
-    let mut bytes = std::fs::read(damaged).unwrap();
-    bytes[100] ^= 0xff;
-    std::fs::write(damaged, bytes).unwrap();
-    let third = Cubins::get(Arch::Sm90, &options).unwrap();
-    assert_eq!((third.num_compiled, &third.cubins), (1, &first.cubins));
-    assert_eq!(Cubins::get(Arch::Sm90, &options).unwrap().num_compiled, 0);
-    // Another architecture is no hit.
-    assert_eq!(Cubins::get(Arch::Sm80, &options).unwrap().num_compiled, MODULES.len());
-}
-
-#[test]
-fn a_cache_that_cannot_be_written_only_costs_time() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("file");
-    std::fs::write(&file, b"").unwrap();
-    let options = KernelOptions { cache_dir: Some(file), ..Default::default() };
-    assert_eq!(Cubins::get(Arch::Sm90, &options).unwrap().num_compiled, MODULES.len());
-}
-
-#[test]
-fn a_built_folder_needs_no_compiler() {
-    let folder = tempfile::tempdir().unwrap();
-    let built = Cubins::build(&nvrtc(), Arch::Sm121a, folder.path()).unwrap();
-    assert_eq!(built.len(), MODULES.len());
-    let options = KernelOptions {
-        kernel_dir: Some(folder.path().to_owned()),
-        nvrtc: Some("absent/libnvrtc.so".into()),
-        ..Default::default()
-    };
-    let read = Cubins::get(Arch::Sm121a, &options).unwrap();
-    let cache = KernelOptions { cache_dir: Some(folder.path().join("cache")), ..Default::default() };
-    assert_eq!(read.cubins, Cubins::get(Arch::Sm121a, &cache).unwrap().cubins);
-    assert_eq!(CubinCache::new(folder.path()).folder(), folder.path());
 }

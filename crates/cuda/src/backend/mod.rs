@@ -6,7 +6,9 @@
 
 mod kept;
 mod ops;
+mod overlap;
 mod profile;
+mod ranks;
 mod sizes;
 mod state;
 mod tensor;
@@ -17,14 +19,20 @@ use std::cell::{RefCell, RefMut};
 
 use spark_backend::{
     Activation, ActivationSpec, AttentionSpec, Backend, Dtype, Error, ExpertsWeight, LinearWeight, Memory,
-    Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
+    Rank, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
 };
+use spark_comm::nccl::Group;
 
+use self::overlap::Overlap;
+pub use self::overlap::Routing;
 pub use self::profile::{Profile, Time};
 use self::state::State;
 pub use self::tensor::CudaTensor;
 use self::weights::WeightMemory;
-use crate::{Choice, Cubins, Device, Driver, Experts, KernelOptions, Kernels, Linear, Stream, WeightLoader};
+use crate::{
+    After, Cubins, Device, Driver, Experts, KernelOptions, Kernels, Linear, Mailboxes, Stream, Team,
+    WeightLoader,
+};
 
 /// How the backend is made.
 #[derive(Debug, Clone, Default)]
@@ -37,6 +45,13 @@ pub struct CudaOptions {
     pub enforce_eager: bool,
     /// Takes the time of every operation; nothing is recorded then, and steps are slower.
     pub profile: Option<Profile>,
+    /// The ranks that share the model with this one; `None`: it is alone.
+    pub group: Option<Group>,
+    /// Fewest rows of a step of prompts whose sums over the ranks run beside other work; `None`: as many as it was found to be
+    /// worth for.
+    pub overlap_rows: Option<usize>,
+    /// All sums over the ranks go through NCCL, also where GPUs reach each other's memory: for tests and comparison.
+    pub no_mailboxes: bool,
 }
 
 /// A GPU as a backend. Computes in bfloat16 with float32 sums, rounding where the CPU backend does.
@@ -53,26 +68,44 @@ pub struct CudaBackend {
     state: Option<State>,
     enforce_eager: bool,
     profile: Option<Profile>,
+    /// Behind the graphs of `state`, which hold on to it.
+    team: Option<Team>,
+    /// Where the ranks' GPUs reach each other, once the state is allocated.
+    mailboxes: Option<Mailboxes>,
+    no_mailboxes: bool,
+    /// With ranks, unless operations are timed.
+    overlap: Option<Overlap>,
 }
 
 impl CudaBackend {
-    /// Opens the GPU, compiles or reads its kernels, and loads them.
+    /// Opens the GPU, compiles or reads its kernels, and loads them. With a group, connects with its other ranks, which must do
+    /// the same.
     ///
     /// # Errors
-    /// No driver, no such GPU, one that the kernels are not made for, no compiler and no kernels.
+    /// No driver, no such GPU, one that the kernels are not made for, no compiler and no kernels; ranks that do not come.
     pub fn new(options: &CudaOptions) -> crate::Result<Self> {
         let device = Driver::open()?.device(options.ordinal)?;
         let cubins = Cubins::get(device.arch(), &options.kernels)?;
         let kernels = Kernels::load(&device, &cubins)?;
+        let stream = Stream::new(&device)?;
+        // After all that may take long on one rank: the others wait.
+        let team = options.group.as_ref().map(|group| Team::connect(&device, &stream, group)).transpose()?;
+        let has_overlap = team.is_some() && options.profile.is_none();
+        let overlap = has_overlap.then(|| Overlap::new(&device, options.overlap_rows)).transpose()?;
         Ok(Self {
-            stream: Stream::new(&device)?,
+            stream,
             weights: RefCell::new(WeightMemory::new(&device)),
             loader: RefCell::new(Some(WeightLoader::new(&device, WeightLoader::CAPACITY)?)),
             kernels,
             device,
             state: None,
-            enforce_eager: options.enforce_eager || options.profile.is_some(),
+            enforce_eager: options.enforce_eager
+                || options.profile.as_ref().is_some_and(Profile::is_of_operations),
             profile: options.profile.clone(),
+            team,
+            mailboxes: None,
+            no_mailboxes: options.no_mailboxes,
+            overlap,
         })
     }
 
@@ -91,6 +124,11 @@ impl CudaBackend {
         self.state.as_ref().map_or(0, |state| state.num_replays)
     }
 
+    /// Sums over the ranks that ran beside other work.
+    pub fn num_overlaps(&self) -> u64 {
+        self.overlap.as_ref().map_or(0, Overlap::count)
+    }
+
     /// Bytes of the pool of activations that were ever in use, and all of them.
     pub fn activation_use(&self) -> [u64; 2] {
         self.state.as_ref().map_or([0; 2], |state| [state.pool.high_water(), state.pool.num_bytes()])
@@ -104,9 +142,9 @@ impl CudaBackend {
         self.state.as_mut().ok_or_else(|| unallocated(op))
     }
 
-    fn begin_empty(&mut self, bucket: Option<usize>) -> Result<()> {
+    fn begin_empty(&mut self, bucket: Option<usize>, by_shares: bool) -> Result<()> {
         let Self { state, stream, .. } = self;
-        Ok(state.as_mut().ok_or_else(|| unallocated("prepare"))?.begin_empty(stream, bucket)?)
+        Ok(state.as_mut().ok_or_else(|| unallocated("prepare"))?.begin_empty(stream, bucket, by_shares)?)
     }
 
     fn loader(&self, op: &'static str) -> Result<RefMut<'_, WeightLoader>> {
@@ -121,8 +159,8 @@ impl CudaBackend {
         work: impl FnOnce() -> crate::Result<T>,
     ) -> Result<T> {
         Ok(match &self.profile {
-            None => work()?,
-            Some(profile) => profile.measure(&self.stream, name(), work)?,
+            Some(profile) if profile.is_of_operations() => profile.measure(&self.stream, name(), work)?,
+            _ => work()?,
         })
     }
 }
@@ -139,12 +177,14 @@ fn unallocated(op: &'static str) -> Error {
 }
 
 /// An error for inputs that the kernels do not take, said while the model is loaded.
-fn check_width(op: &'static str, what: &'static str, width: usize) -> Result<()> {
-    match width.is_multiple_of(16) {
+fn check_width(op: &'static str, what: &'static str, width: usize, multiple: usize) -> Result<()> {
+    match width.is_multiple_of(multiple) {
         true => Ok(()),
         false => Err(Error::Unsupported {
             op,
-            reason: format!("{what} must be a multiple of 16 on a GPU, and is {width}: use --device cpu"),
+            reason: format!(
+                "{what} must be a multiple of {multiple} on a GPU, and is {width}: use --device cpu"
+            ),
         }),
     }
 }
@@ -153,10 +193,14 @@ impl Backend for CudaBackend {
     type Tensor = CudaTensor;
     type Linear = Linear;
     type Experts = Experts;
-    type Routing = Choice;
+    type Routing = Routing;
 
     fn name(&self) -> &'static str {
         "cuda"
+    }
+
+    fn rank(&self) -> Rank {
+        self.team.as_ref().map_or(Rank::SINGLE, Team::rank)
     }
 
     fn dtype(&self) -> Dtype {
@@ -179,22 +223,23 @@ impl Backend for CudaBackend {
     }
 
     fn linear_weight(&self, weight: LinearWeight) -> Result<Linear> {
-        check_width("linear_weight", "the number of inputs of a linear layer", weight.k())?;
+        check_width("linear_weight", "the number of inputs of a linear layer", weight.k(), 8)?;
         let slice = self.weights.borrow_mut().take(WeightLoader::linear_bytes(&weight)?)?;
         Ok(self.loader("linear_weight")?.linear(&self.kernels, &slice, &weight)?)
     }
 
     fn experts_weight(&self, weight: ExpertsWeight) -> Result<Experts> {
         if let Some((gate_up, down)) = weight.experts.first() {
-            check_width("experts_weight", "hidden_size", gate_up.k())?;
-            check_width("experts_weight", "moe_intermediate_size", down.k())?;
+            check_width("experts_weight", "hidden_size", gate_up.k(), 16)?;
+            check_width("experts_weight", "moe_intermediate_size", down.k(), 16)?;
         }
         let slice = self.weights.borrow_mut().take(WeightLoader::experts_bytes(&weight)?)?;
         Ok(self.loader("experts_weight")?.experts(&self.kernels, &slice, &weight)?)
     }
 
     fn activation_bytes(&self, spec: &ActivationSpec) -> u64 {
-        sizes::activation_bytes(spec) + sizes::state_bytes(spec)
+        let mailboxes = Mailboxes::num_bytes(self.rank().world(), spec.hidden_size);
+        sizes::activation_bytes(spec, self.rank()) + sizes::state_bytes(spec) + mailboxes
     }
 
     fn allocate_state(&mut self, spec: StateSpec) -> Result<()> {
@@ -203,30 +248,39 @@ impl Backend for CudaBackend {
             loader.finish()?;
         }
         tracing::info!("weights take {:.2} GiB of the GPU", self.weight_bytes() as f64 / f64::from(1 << 30));
-        self.state = Some(State::new(&self.device, &self.stream, &spec)?);
+        if let Some(team) = self.team.as_ref().filter(|_| !self.no_mailboxes) {
+            let columns = spec.activations.hidden_size;
+            self.mailboxes = Mailboxes::open(&self.device, &self.stream, team, columns)?;
+        }
+        self.state = Some(State::new(&self.device, &self.stream, &spec, self.team.as_ref().map(Team::rank))?);
         Ok(())
     }
 
     fn prepare(&mut self, forward: &mut dyn FnMut(&Self) -> Result<()>) -> Result<()> {
-        let buckets = self.state("prepare")?.buckets();
+        let state = self.state("prepare")?;
+        let (buckets, variants) = (state.buckets(), state.variants());
         // The largest step of all and the largest decode step, as they are: what does not fit the memory shows now, and what
-        // the driver does at first uses is done outside of recordings.
+        // the driver and other libraries do at first uses is done outside of recordings.
         for bucket in [None, buckets.last().copied()] {
-            self.begin_empty(bucket)?;
-            forward(self)?;
-            self.stream.synchronize()?;
-            self.state("prepare")?.abandon();
+            for &by_shares in variants {
+                self.begin_empty(bucket, by_shares)?;
+                forward(self)?;
+                self.settle()?;
+                self.stream.synchronize()?;
+                self.state("prepare")?.abandon();
+            }
         }
         if self.enforce_eager {
             return Ok(());
         }
-        for bucket in buckets.into_iter().rev() {
-            self.begin_empty(Some(bucket))?;
+        let pairs = buckets.into_iter().rev().flat_map(|bucket| variants.iter().map(move |&by| (bucket, by)));
+        for (bucket, by_shares) in pairs {
+            self.begin_empty(Some(bucket), by_shares)?;
             let graph = self.stream.record(|| forward(self))?;
             graph.upload(&self.stream)?;
             let state = self.state_mut("prepare")?;
             state.abandon();
-            state.add_graph(bucket, graph);
+            state.add_graph(bucket, by_shares, graph);
         }
         Ok(self.stream.synchronize()?)
     }
@@ -242,14 +296,17 @@ impl Backend for CudaBackend {
     }
 
     fn step(&mut self, inputs: &StepInputs, forward: &mut dyn FnMut(&Self) -> Result<()>) -> Result<()> {
-        let Self { state, stream, .. } = self;
+        let Self { state, stream, team, profile, .. } = self;
+        team.as_ref().map_or(Ok(()), Team::check)?;
         let state = state.as_mut().ok_or_else(|| unallocated("step"))?;
         let graph = state.begin(stream, inputs)?;
         let is_recorded = graph.is_some();
-        if let Some(graph) = graph {
-            graph.launch(stream)?;
+        let launch = || graph.map_or(Ok(()), |graph| graph.launch(stream));
+        match profile {
+            Some(profile) => profile.step(stream, is_recorded, launch)?,
+            None => launch()?,
         }
-        let result = if is_recorded { Ok(()) } else { forward(self) };
+        let result = if is_recorded { Ok(()) } else { forward(self).and(self.settle().map_err(Error::from)) };
         self.state("step")?.abandon();
         result?;
         let Self { state, stream, .. } = self;
@@ -258,14 +315,16 @@ impl Backend for CudaBackend {
 
     fn output(&mut self) -> Result<StepOutput> {
         let output = self.state_mut("output")?.output()?;
+        // What a group that fell apart has computed means nothing.
+        self.team.as_ref().map_or(Ok(()), Team::check)?;
         if let Some(profile) = &self.profile {
             profile.collect()?;
         }
         Ok(output)
     }
 
-    fn embed(&self, table: &Linear) -> Result<CudaTensor> {
-        self.op_embed(table)
+    fn embed(&self, table: &Linear, vocab_rows: usize) -> Result<CudaTensor> {
+        self.op_embed(table, vocab_rows)
     }
 
     fn reduce_norm(
@@ -295,13 +354,13 @@ impl Backend for CudaBackend {
         router: &Linear,
         top_k: usize,
         renormalize: bool,
-    ) -> Result<(CudaTensor, Choice)> {
+    ) -> Result<(CudaTensor, Routing)> {
         let x = self.op_reduce_norm(partial, residual, weight, eps)?;
-        let choice = self.op_route(&x, router, top_k, renormalize)?;
-        Ok((x, choice))
+        let routing = self.op_route(&x, router, top_k, renormalize)?;
+        Ok((x, routing))
     }
 
-    fn moe_mlp(&self, x: &CudaTensor, routing: &Choice, experts: &Experts) -> Result<CudaTensor> {
+    fn moe_mlp(&self, x: &CudaTensor, routing: &Routing, experts: &Experts) -> Result<CudaTensor> {
         self.op_moe_mlp(x, routing, experts)
     }
 
@@ -331,8 +390,8 @@ impl Backend for CudaBackend {
         self.op_rows(ops::Rows::Add, x, row, source, source_row, rows)
     }
 
-    fn logits(&self, x: &CudaTensor, head: &Linear) -> Result<CudaTensor> {
-        self.op_logits(x, head)
+    fn logits(&self, x: &CudaTensor, head: &Linear, vocab_rows: usize) -> Result<CudaTensor> {
+        self.op_logits(x, head, vocab_rows)
     }
 
     fn sample(&self, logits: &CudaTensor) -> Result<()> {
@@ -375,6 +434,17 @@ impl Backend for CudaBackend {
         self.op_add(x, y)
     }
 
+    fn linear_activate(&self, x: &CudaTensor, weight: &Linear, activation: Activation) -> Result<CudaTensor> {
+        let x = x.tensor()?;
+        let out = self.result("linear", [x.rows(), weight.n()])?;
+        self.put_linear_then(&x, weight, After::Activate(activation), &out)?;
+        Ok(out.into())
+    }
+
+    fn linear_add(&self, sum: &mut CudaTensor, x: &CudaTensor, weight: &Linear) -> Result<()> {
+        self.put_linear_then(&x.tensor()?, weight, After::Add, &sum.tensor()?)
+    }
+
     fn reshape(&self, x: &CudaTensor, columns: usize) -> Result<CudaTensor> {
         let x = x.tensor()?;
         let len = x.rows() * x.columns();
@@ -400,7 +470,12 @@ impl Backend for CudaBackend {
         Ok(self.state("keep_rows")?.kept.keep(&self.stream, &part)?)
     }
 
+    fn broadcast(&self, x: Option<CudaTensor>, shape: [usize; 2], root: usize) -> Result<CudaTensor> {
+        self.op_broadcast(x, shape, root)
+    }
+
     fn to_host(&self, x: &CudaTensor) -> Result<(Vec<f32>, [usize; 2])> {
+        self.settle()?;
         let x = x.tensor()?;
         let (shape, len) = (x.shape(), x.rows() * x.columns());
         let values = match x.dtype() {

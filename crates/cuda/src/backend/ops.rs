@@ -2,9 +2,9 @@
 
 use spark_backend::{Activation, AttentionSpec, Dtype, Error, Result, StateSpec, VisionSpec};
 
-use super::{CudaBackend, CudaTensor};
-use crate::kernels::RowRange;
-use crate::{AttendArgs, Choice, Experts, Linear, ReduceNorm, StepView, Tensor};
+use super::{CudaBackend, CudaTensor, Routing};
+use crate::kernels::{After, RowRange};
+use crate::{AttendArgs, Choice, Experts, Linear, Mailboxes, ReduceNorm, StepView, Tensor};
 
 /// Widths of heads that attention has kernels for, and the widest of the encoder.
 const HEAD_DIMS: [usize; 3] = [32, 64, 128];
@@ -38,15 +38,15 @@ pub(super) fn check_model(spec: &StateSpec) -> Result<()> {
         ));
     }
     let widths = [
-        ("hidden_size", spec.activations.hidden_size),
-        ("moe_intermediate_size", spec.activations.moe_intermediate_size),
-        ("intermediate_size", spec.activations.intermediate_size),
-        ("the encoder's hidden_size", spec.activations.vision_hidden_size),
-        ("the encoder's intermediate_size", spec.activations.vision_intermediate_size),
+        ("hidden_size", spec.activations.hidden_size, 16),
+        ("moe_intermediate_size", spec.activations.moe_intermediate_size, 16),
+        ("intermediate_size", spec.activations.intermediate_size, 16),
+        ("the encoder's hidden_size", spec.activations.vision_hidden_size, 8),
+        ("the encoder's intermediate_size", spec.activations.vision_intermediate_size, 8),
     ];
-    match widths.iter().find(|(_, width)| !width.is_multiple_of(16)) {
-        Some((what, width)) => {
-            unsupported(format!("{what} must be a multiple of 16 on a GPU, and is {width}"))
+    match widths.iter().find(|(_, width, multiple)| !width.is_multiple_of(*multiple)) {
+        Some((what, width, multiple)) => {
+            unsupported(format!("{what} must be a multiple of {multiple} on a GPU, and is {width}"))
         }
         None => Ok(()),
     }
@@ -54,7 +54,7 @@ pub(super) fn check_model(spec: &StateSpec) -> Result<()> {
 
 impl CudaBackend {
     /// Memory for a result in the compute dtype.
-    fn result(&self, op: &'static str, shape: [usize; 2]) -> Result<Tensor> {
+    pub(super) fn result(&self, op: &'static str, shape: [usize; 2]) -> Result<Tensor> {
         Ok(self.state(op)?.pool.tensor(op, shape, Dtype::Bf16)?)
     }
 
@@ -62,14 +62,17 @@ impl CudaBackend {
         Ok(self.state(op)?.view(op)?)
     }
 
-    pub(super) fn op_embed(&self, table: &Linear) -> Result<CudaTensor> {
+    pub(super) fn op_embed(&self, table: &Linear, vocab_rows: usize) -> Result<CudaTensor> {
+        let first_row = self.first_row("embed", table, vocab_rows)?;
         let step = self.view("embed")?;
         let out = self.result("embed", [step.num_tokens, table.k()])?;
         let last_tokens = self.state("embed")?.sampler.last_tokens();
         self.measured(
             || "embed".to_owned(),
-            || self.kernels.embed(&self.stream, &step.tokens, last_tokens, table, &out),
+            || self.kernels.embed(&self.stream, &step.tokens, last_tokens, table, first_row, &out),
         )?;
+        // Rows of the other ranks' tokens are zero here.
+        self.all_reduce(&out)?;
         Ok(out.into())
     }
 
@@ -84,6 +87,19 @@ impl CudaBackend {
         let partial = partial.map(|partial| partial.tensor()).transpose()?;
         let out = self.result("reduce_norm", residual.shape())?;
         let args = ReduceNorm { partial: partial.as_ref(), residual: &residual, weight: &weight, eps };
+        if self.norm_in_halves(&args, &out)? {
+            return Ok(out.into());
+        }
+        self.settle()?;
+        let fits = |mailboxes: &&Mailboxes| partial.as_ref().is_some_and(|partial| mailboxes.takes(partial));
+        if let Some(mailboxes) = self.mailboxes.as_ref().filter(fits) {
+            self.measured(
+                || "reduce_norm of ranks".to_owned(),
+                || self.kernels.reduce_norm_ranks(&self.stream, mailboxes, args, &out),
+            )?;
+            return Ok(out.into());
+        }
+        partial.as_ref().map_or(Ok(()), |partial| self.all_reduce(partial))?;
         self.measured(|| "reduce_norm".to_owned(), || self.kernels.reduce_norm(&self.stream, args, &out))?;
         Ok(out.into())
     }
@@ -91,15 +107,35 @@ impl CudaBackend {
     pub(super) fn op_linear(&self, x: &CudaTensor, weight: &Linear) -> Result<CudaTensor> {
         let x = x.tensor()?;
         let out = self.result("linear", [x.rows(), weight.n()])?;
-        self.put_linear("linear", &x, weight, &out)?;
+        self.in_halves(&x, &out, |x, out| self.put_linear("linear", x, weight, out))?;
         Ok(out.into())
     }
 
-    fn put_linear(&self, op: &'static str, x: &Tensor, weight: &Linear, out: &Tensor) -> Result<()> {
+    pub(super) fn put_linear(
+        &self,
+        op: &'static str,
+        x: &Tensor,
+        weight: &Linear,
+        out: &Tensor,
+    ) -> Result<()> {
         let pool = &self.state(op)?.pool;
         self.measured(
             || format!("{op} {} x {}", weight.n(), weight.k()),
             || self.kernels.linear(&self.stream, pool, x, weight, out),
+        )
+    }
+
+    pub(super) fn put_linear_then(
+        &self,
+        x: &Tensor,
+        weight: &Linear,
+        after: After,
+        out: &Tensor,
+    ) -> Result<()> {
+        let pool = &self.state("linear")?.pool;
+        self.measured(
+            || format!("linear {} x {}, {after}", weight.n(), weight.k()),
+            || self.kernels.linear_then(&self.stream, pool, x, weight, after, out),
         )
     }
 
@@ -109,6 +145,7 @@ impl CudaBackend {
         layer: usize,
         spec: &AttentionSpec<'_, Self>,
     ) -> Result<CudaTensor> {
+        self.settle()?;
         let (state, step) = (self.state("attend")?, self.view("attend")?);
         let (qkv, q_norm, k_norm) = (qkv.tensor()?, spec.q_norm.tensor()?, spec.k_norm.tensor()?);
         let out = self.result("attend", [qkv.rows(), spec.num_heads * spec.head_dim])?;
@@ -139,33 +176,58 @@ impl CudaBackend {
         router: &Linear,
         top_k: usize,
         renormalize: bool,
+    ) -> Result<Routing> {
+        self.route_in_halves(&x.tensor()?, router, top_k, renormalize)
+    }
+
+    pub(super) fn put_route(
+        &self,
+        x: &Tensor,
+        router: &Linear,
+        top_k: usize,
+        renormalize: bool,
     ) -> Result<Choice> {
-        let (state, x) = (self.state("route")?, x.tensor()?);
+        let state = self.state("route")?;
         // Rows of padding choose no experts, so that none is read for them.
         let step = state.view("route")?;
         let counts = (step.num_tokens == x.rows()).then_some(&step.counts);
         self.measured(
             || "route".to_owned(),
-            || self.kernels.route(&self.stream, &state.pool, &x, router, top_k, renormalize, counts),
+            || {
+                let kernels = &self.kernels;
+                kernels.route_for_experts(&self.stream, &state.pool, x, router, top_k, renormalize, counts)
+            },
         )
     }
 
     pub(super) fn op_moe_mlp(
         &self,
         x: &CudaTensor,
-        choice: &Choice,
+        routing: &Routing,
         experts: &Experts,
     ) -> Result<CudaTensor> {
-        let (pool, x) = (&self.state("moe_mlp")?.pool, x.tensor()?);
+        let x = x.tensor()?;
         let out = self.result("moe_mlp", x.shape())?;
-        self.measured(
-            || "moe_mlp".to_owned(),
-            || self.kernels.moe_mlp(&self.stream, pool, &x, choice, experts, &out),
-        )?;
+        self.experts_in_halves(&x, routing, experts, &out)?;
         Ok(out.into())
     }
 
+    pub(super) fn put_experts(
+        &self,
+        x: &Tensor,
+        choice: &Choice,
+        experts: &Experts,
+        out: &Tensor,
+    ) -> Result<()> {
+        let pool = &self.state("moe_mlp")?.pool;
+        self.measured(
+            || "moe_mlp".to_owned(),
+            || self.kernels.moe_mlp(&self.stream, pool, x, choice, experts, out),
+        )
+    }
+
     pub(super) fn op_swiglu(&self, gate_up: &CudaTensor) -> Result<CudaTensor> {
+        self.settle()?;
         let gate_up = gate_up.tensor()?;
         let out = self.result("swiglu", [gate_up.rows(), gate_up.columns() / 2])?;
         self.measured(|| "swiglu".to_owned(), || self.kernels.swiglu(&self.stream, &gate_up, &out))?;
@@ -181,6 +243,7 @@ impl CudaBackend {
         source_row: usize,
         rows: usize,
     ) -> Result<()> {
+        self.settle()?;
         let (x, source) = (x.tensor()?, source.tensor()?);
         let range = RowRange { row, source_row, rows };
         let stream = &self.stream;
@@ -194,7 +257,9 @@ impl CudaBackend {
         }
     }
 
-    pub(super) fn op_logits(&self, x: &CudaTensor, head: &Linear) -> Result<CudaTensor> {
+    pub(super) fn op_logits(&self, x: &CudaTensor, head: &Linear, vocab_rows: usize) -> Result<CudaTensor> {
+        self.settle()?;
+        self.first_row("logits", head, vocab_rows)?;
         let (step, x) = (self.view("logits")?, x.tensor()?);
         let rows = match step.is_decode {
             true => x,
@@ -207,14 +272,25 @@ impl CudaBackend {
                 rows
             }
         };
-        let pool = &self.state("logits")?.pool;
-        let out = pool.tensor("logits", [step.num_logit_rows, head.n()], Dtype::F32)?;
-        self.put_linear("logits", &rows, head, &out)?;
+        let out = match &self.team {
+            Some(team) if !self.state("logits")?.is_by_shares() => {
+                self.gathered_logits(team, &rows, head, vocab_rows)?
+            }
+            _ => {
+                let shape = [step.num_logit_rows, head.n()];
+                let out = self.state("logits")?.pool.tensor("logits", shape, Dtype::F32)?;
+                self.put_linear("logits", &rows, head, &out)?;
+                out
+            }
+        };
         Ok(out.into())
     }
 
     pub(super) fn op_sample(&self, logits: &CudaTensor) -> Result<()> {
         let (state, step, logits) = (self.state("sample")?, self.view("sample")?, logits.tensor()?);
+        if let Some(team) = self.team.as_ref().filter(|_| state.is_by_shares()) {
+            return self.sample_shares(team, &logits);
+        }
         self.measured(
             || "sample".to_owned(),
             || self.kernels.sample(&self.stream, &logits, &step, &state.sampler, &state.sample_out),

@@ -1,15 +1,16 @@
 //! How large the pool of activations must be, from the sizes of the model and of the largest step. Bounds, not layouts:
 //! what is taken when is in `ops.rs` and in the wrappers.
 
-use spark_backend::ActivationSpec;
+use spark_backend::{ActivationSpec, Rank};
 
+use crate::kernels::PARTIAL_BYTES as MOE_PARTIAL_BYTES;
 use crate::{Kernels, SampleOut, Sampler, StepLimits};
 
 /// Added for what does not grow with the rows: sums of products and of contexts that are computed in parts, one or two for
 /// each multiprocessor, and counters.
 const SLACK: u64 = 48 << 20;
-/// Results of experts at a time, as `moe_gemm` divides them, with their factors.
-const PARTIAL_BYTES: usize = (128 + 4) << 20;
+/// Results of experts at a time, as `moe_gemm` divides them, with their factors: four bytes for each 256.
+const PARTIAL_BYTES: usize = MOE_PARTIAL_BYTES + MOE_PARTIAL_BYTES / 64;
 /// Fewest columns of them.
 const PARTIAL_COLUMNS: usize = 128;
 
@@ -28,20 +29,20 @@ pub(super) fn state_bytes(spec: &ActivationSpec) -> u64 {
         + limits.num_bytes() as u64
 }
 
-/// Bytes that hold all activations of the largest step or the largest medium.
-pub(super) fn activation_bytes(spec: &ActivationSpec) -> u64 {
-    let most = step_bytes(spec).max(encoder_bytes(spec));
+/// Bytes that hold all activations of the largest step or the largest medium on `rank`.
+pub(super) fn activation_bytes(spec: &ActivationSpec, rank: Rank) -> u64 {
+    let most = step_bytes(spec, rank).max(encoder_bytes(spec));
     // Pieces come and go in different sizes: an eighth for holes.
     most + most / 8 + SLACK
 }
 
 /// A decoder layer, or the head, in its widest moment.
-fn step_bytes(spec: &ActivationSpec) -> u64 {
+fn step_bytes(spec: &ActivationSpec, rank: Rank) -> u64 {
     let rows = spec.num_tokens;
     let query = spec.num_heads * spec.head_dim;
     let qkv = query + 2 * spec.num_kv_heads * spec.head_dim;
-    // Residual, what is added to it, normalised x.
-    let stream = 3 * rows * spec.hidden_size * 2;
+    // Residual, what is added to it, normalised x; with ranks what is still being summed.
+    let stream = (3 + usize::from(rank.world() > 1)) * rows * spec.hidden_size * 2;
     let attention = rows * (qkv + query) * 2;
     let pairs = rows * spec.top_k;
     let most = PARTIAL_BYTES.max(pairs * PARTIAL_COLUMNS * 4);
@@ -50,7 +51,12 @@ fn step_bytes(spec: &ActivationSpec) -> u64 {
         + pairs * (32 + 2 * spec.moe_intermediate_size)
         + most.min(pairs * spec.hidden_size * 4);
     let dense = rows * 3 * spec.intermediate_size * 2;
-    let head = spec.num_logit_rows * (spec.vocab_rows * 4 + spec.hidden_size * 2);
+    // Logits of ranks are gathered first, each rank's in as much space as the largest share, then put side by side.
+    let gathered = match rank.world() {
+        1 => 0,
+        world => world * 4 * (spec.vocab_rows.div_ceil(world) + 4),
+    };
+    let head = spec.num_logit_rows * (spec.vocab_rows * 4 + gathered + spec.hidden_size * 2);
     (stream + attention.max(experts).max(dense).max(head)) as u64
 }
 
@@ -104,11 +110,11 @@ mod tests {
     fn the_pool_is_what_the_largest_needs() {
         const MIB: u64 = 1 << 20;
         let text = ActivationSpec { num_patches: 0, ..LARGE };
-        let bytes = activation_bytes(&text) / MIB;
+        let bytes = activation_bytes(&text, Rank::SINGLE) / MIB;
         assert!((200..300).contains(&bytes), "{bytes} MiB: experts");
-        let bytes = activation_bytes(&LARGE) / MIB;
-        assert!((1200..1500).contains(&bytes), "{bytes} MiB: the encoder");
-        assert_eq!(activation_bytes(&ActivationSpec::default()), SLACK);
+        let bytes = activation_bytes(&LARGE, Rank::SINGLE) / MIB;
+        assert!((1100..1400).contains(&bytes), "{bytes} MiB: the encoder");
+        assert_eq!(activation_bytes(&ActivationSpec::default(), Rank::SINGLE), SLACK);
         let state = state_bytes(&LARGE) / MIB;
         assert!((60..90).contains(&state), "{state} MiB: 6 bytes a token and slot");
     }
@@ -127,7 +133,7 @@ mod tests {
     }
 
     /// Highest byte in use by the calls of two layers and the head, in the order of the model and of the wrappers.
-    fn simulated_step(spec: &ActivationSpec, rows: usize) -> u64 {
+    fn simulated_step(spec: &ActivationSpec, rows: usize, world: usize) -> u64 {
         let mut pool = Simulated(FreeRuns::new(0, 1 << 60));
         let row = 2 * rows;
         let (hidden, query) = (row * spec.hidden_size, row * spec.num_heads * spec.head_dim);
@@ -168,8 +174,13 @@ mod tests {
         let x = pool.take(hidden);
         let last = spec.num_logit_rows.min(rows);
         let gathered = pool.take(2 * last * spec.hidden_size);
+        let parts = (world > 1)
+            .then(|| pool.take(4 * world * (last * spec.vocab_rows.div_ceil(world)).next_multiple_of(4)));
         let logits = pool.take(4 * last * spec.vocab_rows);
         pool.drop([gathered, logits, x, residual]);
+        if let Some(parts) = parts {
+            pool.drop([parts]);
+        }
         pool.0.high_water
     }
 
@@ -177,15 +188,30 @@ mod tests {
     fn steps_of_every_size_fit() {
         for num_tokens in [256, 2048, 8192, 16_384] {
             let spec = ActivationSpec { num_tokens, num_patches: 0, ..LARGE };
-            let bytes = activation_bytes(&spec);
+            let bytes = activation_bytes(&spec, Rank::SINGLE);
             for rows in
                 [1, 7, 64, 200, 256, 2048, 3000, 8192, 16_384].into_iter().filter(|&rows| rows <= num_tokens)
             {
-                let used = simulated_step(&spec, rows);
+                let used = simulated_step(&spec, rows, 1);
                 assert!(used <= bytes, "{rows} of {num_tokens} rows: {used} of {bytes} bytes");
             }
-            let (used, bytes) = (simulated_step(&spec, num_tokens) as f64, bytes as f64);
+            let (used, bytes) = (simulated_step(&spec, num_tokens, 1) as f64, bytes as f64);
             assert!(used > 0.6 * (bytes - SLACK as f64), "{num_tokens} rows: {used} of {bytes} bytes");
+        }
+    }
+
+    /// Many rows with logits, of which all shares are gathered and then put side by side.
+    #[test]
+    fn gathered_logits_fit() {
+        for world in [2, 3, 8] {
+            let rank = Rank::new(0, world).unwrap();
+            for num_logit_rows in [64, 1000] {
+                let spec = ActivationSpec { num_tokens: 1024, num_logit_rows, num_patches: 0, ..LARGE };
+                let (used, bytes) = (simulated_step(&spec, 1024, world), activation_bytes(&spec, rank));
+                assert!(used <= bytes, "{world} ranks, {num_logit_rows} rows: {used} of {bytes} bytes");
+                let alone = activation_bytes(&spec, Rank::SINGLE);
+                assert!(num_logit_rows == 64 || used > alone, "it needs more than one rank's {alone} bytes");
+            }
         }
     }
 
@@ -203,7 +229,7 @@ mod tests {
             let qkv = pool.take(3 * hidden);
             pool.drop([norm]);
             let attended = pool.take(hidden);
-            let rotated = pool.take(2 * row * 16 * 80);
+            let rotated = pool.take(Kernels::vision_attend_scratch_bytes(patches, 16, 72) as usize);
             pool.drop([rotated]);
             let projected = pool.take(hidden);
             pool.drop([projected, attended, qkv]);
@@ -224,7 +250,7 @@ mod tests {
     fn media_of_every_size_fit() {
         for num_patches in [4096, 65_536] {
             let spec = ActivationSpec { num_tokens: 64, num_patches, ..LARGE };
-            let bytes = activation_bytes(&spec);
+            let bytes = activation_bytes(&spec, Rank::SINGLE);
             for patches in
                 [4, 1024, 4096, 30_000, 65_536].into_iter().filter(|&patches| patches <= num_patches)
             {
@@ -232,7 +258,8 @@ mod tests {
                 assert!(used <= bytes, "{patches} of {num_patches} patches: {used} of {bytes} bytes");
             }
         }
-        let (used, bytes) = (simulated_encoder(&LARGE, 65_536) as f64, activation_bytes(&LARGE) as f64);
+        let (used, bytes) =
+            (simulated_encoder(&LARGE, 65_536) as f64, activation_bytes(&LARGE, Rank::SINGLE) as f64);
         assert!(used > 0.7 * bytes, "{used} of {bytes} bytes");
     }
 }

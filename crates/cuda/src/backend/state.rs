@@ -1,10 +1,10 @@
 //! What lives from the start to the end besides weights: one arena cut into KV cache, sampler, step data and the pools; and
 //! the steps that are on their way. Which kernels run is in `mod.rs`.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 
-use spark_backend::{SlotParams, StateSpec, StepInputs, StepKey, StepOutput, TokenInput};
+use spark_backend::{Rank, SlotParams, StateSpec, StepInputs, StepKey, StepOutput, TokenInput};
 
 use super::kept::KeptStore;
 use super::sizes;
@@ -26,20 +26,31 @@ pub(super) struct State {
     pub(super) sample_out: SampleOut,
     /// The step that is being put into the stream.
     view: RefCell<Option<StepView>>,
+    /// Whether ranks keep their shares of that step's logits and exchange only the best of them.
+    by_shares: Cell<bool>,
+    /// Whether there are ranks.
+    has_team: bool,
+    /// Tokens of the head, padding included.
+    pub(super) vocab_rows: usize,
     inputs: DeviceSlice,
     upload: Upload,
     pub(super) pixels: RefCell<Option<Upload>>,
     download: Download,
     /// What is wanted of the steps whose output was not taken.
     wanted: VecDeque<Wanted>,
-    /// By bucket.
-    graphs: BTreeMap<usize, Graph>,
+    /// By bucket, and whether logits stay with the ranks.
+    graphs: BTreeMap<(usize, bool), Graph>,
     pub(super) num_replays: u64,
 }
 
 impl State {
-    /// Allocates everything for `spec` and seals the device.
-    pub(super) fn new(device: &Device, stream: &Stream, spec: &StateSpec) -> Result<Self> {
+    /// Allocates everything for `spec`, the share of a rank if there are several, and seals the device.
+    pub(super) fn new(
+        device: &Device,
+        stream: &Stream,
+        spec: &StateSpec,
+        rank: Option<Rank>,
+    ) -> Result<Self> {
         let limits = StepLimits {
             max_num_tokens: spec.max_num_tokens,
             num_slots: spec.num_slots,
@@ -53,7 +64,8 @@ impl State {
         let sampler = plan.add("sampler", Sampler::num_bytes(spec.num_slots, spec.vocab_size))?;
         let inputs = plan.add("step inputs", limits.num_bytes() as u64)?;
         let outputs = plan.add("step outputs", out_bytes)?;
-        let activations = plan.add("activations", sizes::activation_bytes(&spec.activations))?;
+        let activations = plan
+            .add("activations", sizes::activation_bytes(&spec.activations, rank.unwrap_or(Rank::SINGLE)))?;
         let kept = plan.add("encoder cache", KeptStore::num_bytes(spec.encoder_cache_bytes))?;
         let arena = Arena::new(device, plan)?;
         // What was never written may be read beside what was, and masked: it must be finite.
@@ -69,6 +81,9 @@ impl State {
             sampler: Sampler::new(stream, &arena.region(sampler)?, spec.num_slots, spec.vocab_size)?,
             sample_out: SampleOut::new(&arena.region(outputs)?, limits.max_logit_rows)?,
             view: RefCell::new(None),
+            by_shares: Cell::new(false),
+            has_team: rank.is_some(),
+            vocab_rows: spec.activations.vocab_rows,
             inputs: arena.region(inputs)?,
             upload: Upload::new(device, limits.num_bytes())?,
             pixels: RefCell::new(
@@ -110,7 +125,10 @@ impl State {
             inputs.key()
         };
         self.upload.inputs(stream, &self.inputs, inputs, key, self.limits.vocab_size)?;
-        let graph = if is_decode && !inputs.has_media { self.graphs.get(&key.num_tokens) } else { None };
+        let by_shares = self.has_team && self.sampler.takes_shares(inputs);
+        self.by_shares.set(by_shares);
+        let is_recorded = is_decode && !inputs.has_media;
+        let graph = if is_recorded { self.graphs.get(&(key.num_tokens, by_shares)) } else { None };
         if graph.is_none() {
             let view =
                 StepView::new(&self.inputs, key, self.limits.vocab_size, host_seqs(inputs), is_decode)?;
@@ -184,8 +202,29 @@ impl State {
         self.view.borrow().clone().ok_or_else(|| Error::shape(op, "a call inside a step", "one outside"))
     }
 
+    /// Whether the current step has `rows` and is no decode step.
+    pub(super) fn is_prompt_step(&self, rows: usize) -> bool {
+        self.view.borrow().as_ref().is_some_and(|step| !step.is_decode && step.num_tokens == rows)
+    }
+
+    /// Whether logits of the current step stay with the ranks.
+    pub(super) fn is_by_shares(&self) -> bool {
+        self.by_shares.get()
+    }
+
+    /// The ways to sample, each of which has its graphs: whether by shares.
+    pub(super) fn variants(&self) -> &'static [bool] {
+        if self.has_team { &[false, true] } else { &[false] }
+    }
+
     /// Makes a step current whose rows are all padding: a decode step of `bucket` rows, or else the largest step.
-    pub(super) fn begin_empty(&mut self, stream: &Stream, bucket: Option<usize>) -> Result<()> {
+    pub(super) fn begin_empty(
+        &mut self,
+        stream: &Stream,
+        bucket: Option<usize>,
+        by_shares: bool,
+    ) -> Result<()> {
+        self.by_shares.set(by_shares);
         let (limits, vocab_size) = (&self.limits, self.limits.vocab_size);
         let largest = StepKey {
             num_tokens: limits.max_num_tokens,
@@ -200,8 +239,8 @@ impl State {
     }
 
     /// Keeps the graph of the decode steps of `bucket` sequences.
-    pub(super) fn add_graph(&mut self, bucket: usize, graph: Graph) {
-        self.graphs.insert(bucket, graph);
+    pub(super) fn add_graph(&mut self, bucket: usize, by_shares: bool, graph: Graph) {
+        self.graphs.insert((bucket, by_shares), graph);
     }
 
     /// Sizes of decode steps, ascending.

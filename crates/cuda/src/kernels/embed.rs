@@ -23,11 +23,13 @@ pub(crate) struct EmbedParams {
     out: u64,
     row_vectors: u32,
     row_tiles: u32,
+    first_row: u32,
     vocab_rows: u32,
     num_slots: u32,
+    unused: u32,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 4 * 8 + 4 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 4 * 8 + 6 * 4 bytes, no padding.
 unsafe impl Params for EmbedParams {
     const NAME: &'static str = "EmbedParams";
 }
@@ -44,8 +46,8 @@ impl Embed {
 }
 
 impl Kernels {
-    /// Rows of `table` (`[vocab, hidden]`, one part in bfloat16) for `tokens` (`[num_tokens]` u32): `out`
-    /// `[num_tokens, hidden]`. A token with bit 31 set ([`crate::PENDING`]) is the one in `last_tokens` (`[num_slots]`
+    /// Rows of `table` (`[_, hidden]`, one part in bfloat16, its first row that of token `first_row`) for `tokens`
+    /// (`[num_tokens]` u32): `out` `[num_tokens, hidden]`. A token with bit 31 set ([`crate::PENDING`]) is the one in `last_tokens` (`[num_slots]`
     /// u32) of the slot in its other bits. Zeros for tokens outside the table.
     ///
     /// # Errors
@@ -56,6 +58,7 @@ impl Kernels {
         tokens: &DeviceSlice,
         last_tokens: &DeviceSlice,
         table: &Linear,
+        first_row: usize,
         out: &Tensor,
     ) -> Result<()> {
         let [table] = table.parts.as_slice() else {
@@ -77,8 +80,10 @@ impl Kernels {
             out: out.address(),
             row_vectors: to_u32(OP, table.k / VECTOR)?,
             row_tiles: to_u32(OP, padded_k(table.k) / TILE_K)?,
+            first_row: to_u32(OP, first_row)?,
             vocab_rows: to_u32(OP, table.n)?,
             num_slots: u32::try_from(last_tokens.num_bytes() / 4).unwrap_or(u32::MAX),
+            unused: 0,
         };
         let num_threads = params.row_vectors.next_multiple_of(32).clamp(32, 256);
         let launch = Launch::blocks(to_u32(OP, out.rows())?, num_threads);

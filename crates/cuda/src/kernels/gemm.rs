@@ -1,10 +1,12 @@
 //! Wrapper of `kernels/gemm_*.cu`: products with packed weights of any scheme for many rows of x, on tensor cores. Few rows are in
 //! `linear.rs`, experts in `moe_gemm.rs`.
 
-use spark_backend::Dtype;
+use std::fmt;
+
+use spark_backend::{Activation, Dtype};
 
 use super::pack::{Scheme, padded_k, padded_n};
-use super::{Kernels, LoadedModule, PackedWeight, disjoint, to_u32};
+use super::{Kernels, Linear, LoadedModule, MAX_DECODE_ROWS, PackedWeight, disjoint, to_u32};
 use crate::launch::{Kernel, Launch, Params};
 use crate::{Arch, DeviceSlice, Error, Pool, Result, Stream, Tensor};
 
@@ -31,6 +33,8 @@ const PANEL_BYTES: usize = 8 << 20;
 const MAX_SPLIT_ROWS: usize = 256;
 /// Fewest inputs of a split, and what splits start at: whole groups.
 const SPLIT_K: usize = 256;
+/// Columns of out that a thread stores at once, and goes on with.
+const AFTER_COLUMNS: usize = 8;
 /// Threads of a block that adds, and columns of a thread.
 const ADD_THREADS: u32 = 128;
 const ADD_COLUMNS: u32 = 4;
@@ -76,6 +80,37 @@ pub(super) enum What {
     Down = 4,
 }
 
+/// What becomes of the rounded results of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// The activation of them, rounded.
+    Activate(Activation),
+    /// They are added to what the result holds, and rounded.
+    Add,
+}
+
+impl fmt::Display for After {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Activate(Activation::GeluTanh | Activation::GeluErf) => "gelu",
+            Self::Activate(Activation::Silu) => "silu",
+            Self::Add => "add",
+        })
+    }
+}
+
+impl After {
+    /// The kernel's number for it; the kernel has no SiLU.
+    fn number(self) -> Option<u32> {
+        match self {
+            Self::Activate(Activation::GeluTanh) => Some(1),
+            Self::Activate(Activation::GeluErf) => Some(2),
+            Self::Add => Some(3),
+            Self::Activate(Activation::Silu) => None,
+        }
+    }
+}
+
 /// `GemmParams` of `kernels/gemm_stage.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -102,7 +137,7 @@ pub(crate) struct GemmParams {
     pub(super) top_k: u32,
     pub(super) panel: u32,
     pub(super) steps_per_split: u32,
-    pub(super) padding: u32,
+    pub(super) after: u32,
 }
 
 // SAFETY: the fields are those of the kernel's struct in the same order; 9 * 8 + 14 * 4 bytes, no padding.
@@ -139,7 +174,7 @@ impl GemmParams {
             top_k: 1,
             panel: 1,
             steps_per_split: 0,
-            padding: 0,
+            after: 0,
         })
     }
 }
@@ -207,14 +242,14 @@ pub(super) struct Gemm {
 impl Gemm {
     /// The modules by the name of their file.
     pub(super) fn new(arch: Arch, module: impl Fn(&'static str) -> Result<LoadedModule>) -> Result<Self> {
-        let int4 = module("gemm_int4")?;
-        let group =
-            |group_size| by_block(arch, &int4, &format!("g{group_size}"), Scheme::Int4 { group_size });
+        let group = |group_size, name| {
+            by_block(arch, &module(name)?, &format!("g{group_size}"), Scheme::Int4 { group_size })
+        };
         Ok(Self {
             arch,
             bf16: by_block(arch, &module("gemm_bf16")?, "bf16", Scheme::Bf16)?,
             fp8: by_block(arch, &module("gemm_fp8")?, "fp8", Scheme::Fp8)?,
-            int4: [group(32)?, group(64)?, group(128)?],
+            int4: [group(32, "gemm_g32")?, group(64, "gemm_g64")?, group(128, "gemm_g128")?],
             nvfp4: by_block(arch, &module("gemm_nvfp4")?, "nvfp4", Scheme::Nvfp4)?,
             add: Kernel::new(&module("gemm_add")?, "gemm_add", 0)?,
         })
@@ -317,6 +352,42 @@ impl Kernels {
         self.gemm_cut(stream, pool, x, weight, (out, first_column), cut)
     }
 
+    /// [`Kernels::linear`], then `after` with its results: `x` `[rows, k]` bf16, `out` `[rows, n]` bf16. One launch for many rows and
+    /// bf16 weights, else the layer and a launch of its own; the results are the same.
+    ///
+    /// # Errors
+    /// As for [`Kernels::linear`]; [`Error::Shape`] also when `out` is not a multiple of 8 elements.
+    pub fn linear_then(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        weight: &Linear,
+        after: After,
+        out: &Tensor,
+    ) -> Result<()> {
+        let rows = x.rows();
+        if let ([part], Some(number)) = (&weight.parts[..], after.number()) {
+            let cut = GemmCut::new(rows, part.n, part.k, stream.num_sms() as usize);
+            let is_fused = part.scheme == Scheme::Bf16 && rows > MAX_DECODE_ROWS && cut.splits == 1;
+            if is_fused && out.shape() == [rows, part.n] && part.n.is_multiple_of(AFTER_COLUMNS) {
+                out.expect(OP, out.shape(), Dtype::Bf16)?;
+                return self.put_gemm(stream, pool, x, part, (out, 0), (cut, number));
+            }
+        }
+        match after {
+            After::Activate(activation) => {
+                self.linear(stream, pool, x, weight, out)?;
+                self.activate(stream, out, activation)
+            }
+            After::Add => {
+                let summand = pool.tensor("a layer's result", out.shape(), Dtype::Bf16)?;
+                self.linear(stream, pool, x, weight, &summand)?;
+                self.add(stream, out, &summand)
+            }
+        }
+    }
+
     /// [`Kernels::gemm`], cut in a given way.
     pub(crate) fn gemm_cut(
         &self,
@@ -324,8 +395,21 @@ impl Kernels {
         pool: &Pool,
         x: &Tensor,
         weight: &PackedWeight,
-        (out, first_column): (&Tensor, usize),
+        out: (&Tensor, usize),
         cut: GemmCut,
+    ) -> Result<()> {
+        self.put_gemm(stream, pool, x, weight, out, (cut, 0))
+    }
+
+    /// The same, and what comes after it, by its number: for one part of k, and whole rows of [`AFTER_COLUMNS`] of bf16.
+    fn put_gemm(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        weight: &PackedWeight,
+        (out, first_column): (&Tensor, usize),
+        (cut, after): (GemmCut, u32),
     ) -> Result<()> {
         let rows = x.rows();
         let is_f32 = check(stream, x, weight, out, first_column)?;
@@ -344,6 +428,7 @@ impl Kernels {
             first_column: to_u32(OP, first_column)?,
             panel: to_u32(OP, panel(weight))?,
             steps_per_split: to_u32(OP, cut.steps_per_split)?,
+            after,
             ..GemmParams::of(weight, x.address(), what)?
         };
         let grid = [weight.n.div_ceil(BLOCK_ROWS) * rows.div_ceil(cut.block.tokens()), cut.splits];
@@ -351,7 +436,7 @@ impl Kernels {
         if cut.splits == 1 {
             // SAFETY: codes, scales, row scales and bias were made by `PackedHost` for n, k and the scheme; x and out have the shapes that
             // the parameters say; out overlaps with nothing that is read; everything is aligned to 16 bytes, rows of x too,
-            // because k is a multiple of 16.
+            // because k is a multiple of 8.
             return unsafe { self.gemm.launch(stream, kernel, grid, &params) };
         }
         let stride = padded_n(weight.n);

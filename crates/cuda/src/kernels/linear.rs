@@ -9,10 +9,16 @@ use crate::launch::{Kernel, Launch, Params};
 use crate::{DeviceSlice, Error, Pool, Result, Stream, Tensor};
 
 const OP: &str = "linear";
-/// Most rows that the kernels for few rows take.
-pub const MAX_DECODE_ROWS: usize = 64;
+/// Most rows that the kernels of decode take.
+pub const MAX_DECODE_ROWS: usize = 128;
+/// Most rows for which every block reads all rows of x by itself.
+const MAX_FEW_ROWS: usize = 16;
 /// Most rows that they take of wide layers (the head): there the blocks for many rows, which read x less often, fill the device.
 const MAX_WIDE_ROWS: usize = 32;
+/// Rows of W of a layer, for each multiprocessor, from which on k is not cut.
+const PARTS_ROWS: usize = 128;
+/// Most rows that the kernels of decode take of such a layer.
+const MAX_ROWS_AT_ONCE: usize = 64;
 /// Rows of W, for each multiprocessor, of a wide layer: two of those blocks.
 const WIDE: usize = 256;
 /// Rows of x that a tensor core takes at a time, and most such tiles of a block.
@@ -32,6 +38,7 @@ pub(crate) struct LinearParams {
     bias: u64,
     x: u64,
     out: u64,
+    partial: u64,
     n: u32,
     k: u32,
     x_columns: u32,
@@ -42,9 +49,16 @@ pub(crate) struct LinearParams {
     padding: u32,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 6 * 8 + 8 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 7 * 8 + 8 * 4 bytes, no padding.
 unsafe impl Params for LinearParams {
     const NAME: &'static str = "LinearParams";
+}
+
+impl LinearParams {
+    /// The same product with k in parts, whose sums go to `partial`.
+    pub(super) fn in_parts(self, partial: u64, token_blocks: u32) -> Self {
+        Self { partial, token_blocks, ..self }
+    }
 }
 
 /// What a block computes.
@@ -78,9 +92,21 @@ impl Block {
     }
 }
 
-/// Most rows of x that the kernels for few rows take of `n` rows of W.
+/// Whether `rows` rows of x, which the kernels of decode take, are for those that cut k: more than a few, unless rows of W alone
+/// make a block for each multiprocessor.
+fn is_in_parts(rows: usize, n: usize, multiprocessors: usize) -> bool {
+    rows > MAX_FEW_ROWS && n < PARTS_ROWS * multiprocessors
+}
+
+/// Most rows of x that the kernels of decode take of `n` rows of W.
 fn most_decode_rows(n: usize, multiprocessors: usize) -> usize {
-    if n >= WIDE * multiprocessors { MAX_WIDE_ROWS } else { MAX_DECODE_ROWS }
+    if n < PARTS_ROWS * multiprocessors {
+        MAX_DECODE_ROWS
+    } else if n < WIDE * multiprocessors {
+        MAX_ROWS_AT_ONCE
+    } else {
+        MAX_WIDE_ROWS
+    }
 }
 
 /// 0, 1, 2 for group sizes 32, 64, 128; there are no others after packing.
@@ -138,7 +164,7 @@ impl DecodeLinear {
 
 impl Kernels {
     /// `x W^T + bias` for any number of rows: `x` `[rows, k]` bf16 to `out` `[rows, n]`, bf16 or f32 (logits). Up to
-    /// [`MAX_DECODE_ROWS`] rows, or 32 of layers as wide as a head, a row has the same bits alone and beside others.
+    /// [`MAX_DECODE_ROWS`] rows, or 64 or 32 of layers as wide as a head, a row has the same bits alone and beside others.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Driver`]; [`Error::Memory`] when `pool` has no room for what many rows need.
@@ -160,7 +186,7 @@ impl Kernels {
             if rows > most_decode_rows(part.n, multiprocessors) {
                 self.gemm(stream, pool, x, part, out, first_column)?;
             } else {
-                self.decode_linear(stream, x, part, out, first_column)?;
+                self.decode_linear(stream, pool, x, part, out, first_column)?;
             }
             first_column += part.n;
         }
@@ -172,6 +198,7 @@ impl Kernels {
     fn decode_linear(
         &self,
         stream: &Stream,
+        pool: &Pool,
         x: &Tensor,
         weight: &PackedWeight,
         out: &Tensor,
@@ -191,6 +218,7 @@ impl Kernels {
             bias: address(&weight.bias),
             x: x.address(),
             out: out.address() + (first_column * out.dtype().size()) as u64,
+            partial: 0,
             n: to_u32(OP, weight.n)?,
             k: to_u32(OP, padded_k(weight.k))?,
             x_columns: to_u32(OP, weight.k)?,
@@ -200,6 +228,10 @@ impl Kernels {
             token_blocks: to_u32(OP, token_blocks)?,
             padding: 0,
         };
+        if is_in_parts(rows, weight.n, stream.num_sms() as usize) {
+            // SAFETY: as below.
+            return unsafe { self.linear_many.launch(stream, pool, weight, [x, out], params) };
+        }
         let num_blocks = to_u32(OP, n / (TILE_ROWS * block.row_tiles) * token_blocks)?;
         // SAFETY: codes, scales, row scales and bias were made for n, k and the scheme; x and out have the shapes that the
         // parameters say (the caller's word); out overlaps with nothing that is read; tensors and the parts of a weight are
@@ -229,7 +261,7 @@ mod tests {
     #[test]
     fn heads_with_many_rows_are_for_the_other_kernels() {
         let most = [151_936, 75_968, 5120, 32_768].map(|n| most_decode_rows(n, 132));
-        assert_eq!(most, [32, 32, 64, 64]);
+        assert_eq!(most, [32, 32, 128, 64]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod embed;
 mod gemm;
 mod kv;
 mod linear;
+mod linear_many;
 mod loader;
 mod moe;
 mod moe_gemm;
@@ -27,6 +28,7 @@ mod weight;
 pub use attention::AttendArgs;
 pub(crate) use attention::AttentionParams;
 pub(crate) use embed::EmbedParams;
+pub use gemm::After;
 pub(crate) use gemm::{Block, GemmAddParams, GemmCut, GemmParams};
 pub use kv::KvCache;
 pub(crate) use linear::LinearParams;
@@ -34,20 +36,21 @@ pub use linear::MAX_DECODE_ROWS;
 pub use loader::{Staging, WeightLoader};
 pub(crate) use moe::MoeParams;
 pub use moe::{Choice, MAX_PAIRS};
+pub(crate) use moe_gemm::PARTIAL_BYTES;
 pub(crate) use moe_gemm::{MoeAddParams, MoeSortParams};
 pub use norm::ReduceNorm;
-pub(crate) use norm::{LayerNormParams, NormParams};
+pub(crate) use norm::{LayerNormParams, NormParams, RanksNormParams};
 pub use pack::PackedHost;
 pub(crate) use probe::{Empty, MmaType, Probe, ProbeParams};
 pub(crate) use repack::RepackParams;
 pub use router::MAX_ROUTED_EXPERTS;
 pub(crate) use router::RouterParams;
 pub use rows::RowRange;
-pub(crate) use rows::{ElementsParams, GatherParams};
+pub(crate) use rows::{ElementsParams, GatherParams, JoinParams};
 pub(crate) use sampler::AdmitParams;
 pub use sampler::Sampler;
 pub use sampler_output::{MAX_ALTERNATIVES, SampleOut, Wanted};
-pub(crate) use sampler_step::SampleParams;
+pub(crate) use sampler_step::{CANDIDATE_WORDS, SampleParams};
 pub(crate) use swiglu::SwigluParams;
 pub(crate) use vision::{PatchesParams, PositionParams};
 pub(crate) use vision_attention::VisionAttentionParams;
@@ -67,6 +70,7 @@ pub struct Kernels {
     embed: embed::Embed,
     gemm: gemm::Gemm,
     linear: linear::DecodeLinear,
+    linear_many: linear_many::ManyLinear,
     moe: moe::Moe,
     moe_gemm: moe_gemm::MoeGemm,
     norm: norm::Norm,
@@ -102,6 +106,7 @@ impl Kernels {
             embed: embed::Embed::new(&module("embed")?)?,
             gemm: gemm::Gemm::new(device.arch(), module)?,
             linear: linear::DecodeLinear::new(module)?,
+            linear_many: linear_many::ManyLinear::new(device.arch(), module)?,
             moe: moe::Moe::new(module)?,
             moe_gemm: moe_gemm::MoeGemm::new(&module("moe_gemm")?)?,
             norm: norm::Norm::new(&module("norm")?)?,

@@ -23,10 +23,12 @@ const SORT_THREADS: usize = 256;
 const COMBINE_THREADS: usize = 256;
 /// Columns of a thread that combines.
 const COMBINE_COLUMNS: usize = 4;
-/// Rows of W that a block of `down` computes: 4 warps with two tiles each.
-const DOWN_ROWS: usize = 128;
+/// Rows of W that a block of `down` computes: 4 warps with two tiles each; those of `gate_up_many` are half gate, half up.
+const MANY_ROWS: usize = 128;
+/// Blocks of these that a multiprocessor has at a time.
+const MANY_BLOCKS: usize = 4;
 /// Most experts of a single row whose results are added where they are made: warps of a block.
-const ROW_EXPERTS: usize = 8;
+pub(super) const ROW_EXPERTS: usize = 8;
 /// Most pairs for which `gate_up` has small blocks, so that there are enough of them.
 const FEW_PAIRS: usize = 16;
 /// Bytes of `Group` of `kernels/pairs.cuh`.
@@ -46,6 +48,9 @@ pub(crate) struct MoeParams {
     weights: u64,
     groups: u64,
     pairs: u64,
+    logits: u64,
+    router_bias: u64,
+    counts: u64,
     n: u32,
     padded_n: u32,
     k: u32,
@@ -54,9 +59,13 @@ pub(crate) struct MoeParams {
     top_k: u32,
     num_experts: u32,
     max_groups: u32,
+    splits: u32,
+    logits_stride: u32,
+    renormalize: u32,
+    padding: u32,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 10 * 8 + 8 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 13 * 8 + 12 * 4 bytes, no padding.
 unsafe impl Params for MoeParams {
     const NAME: &'static str = "MoeParams";
 }
@@ -65,20 +74,38 @@ unsafe impl Params for MoeParams {
 /// nothing, one that is repeated in a row gives wrong values in that row; nothing outside the given memory is touched.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// `[rows, top_k]` u32, each row without repetition; `u32::MAX` for none.
+    /// `[rows, top_k]` u32, each row without repetition; `u32::MAX` for none. Nothing where [`Kernels::route_for_experts`] has left the
+    /// choice to the experts.
     pub experts: DeviceSlice,
-    /// `[rows, top_k]` f32.
+    /// `[rows, top_k]` f32, or nothing, too.
     pub weights: DeviceSlice,
     /// Experts of a row.
     pub top_k: usize,
     /// Where the router has made them.
     pub(super) lists: Option<Lists>,
+    /// What the choice of a single row is made from, where it is not made yet.
+    pub(super) logits: Option<RowLogits>,
+}
+
+/// The logits of a single row, in parts, and the rule of its choice.
+#[derive(Debug, Clone)]
+pub(super) struct RowLogits {
+    /// `[splits, stride]` f32.
+    pub(super) partial: DeviceSlice,
+    /// `[num_experts]` f32.
+    pub(super) bias: Option<DeviceSlice>,
+    /// Whether the row is real: a u32, not 0.
+    pub(super) counts: Option<DeviceSlice>,
+    pub(super) splits: usize,
+    pub(super) stride: usize,
+    pub(super) num_experts: usize,
+    pub(super) renormalize: bool,
 }
 
 impl Choice {
     /// A choice that did not come from [`Kernels::route`].
     pub fn new(experts: DeviceSlice, weights: DeviceSlice, top_k: usize) -> Self {
-        Self { experts, weights, top_k, lists: None }
+        Self { experts, weights, top_k, lists: None, logits: None }
     }
 }
 
@@ -95,9 +122,37 @@ pub(super) struct Lists {
 #[derive(Debug)]
 struct ByScheme {
     /// For up to [`FEW_PAIRS`] pairs, and for more.
-    gate_up: [Kernel<MoeParams>; 2],
-    down: Kernel<MoeParams>,
+    gate_up_few: Kernel<MoeParams>,
+    gate_up_many: Kernel<MoeParams>,
+    /// For a single row that has only logits.
+    gate_up_row: Kernel<MoeParams>,
+    down_many: Kernel<MoeParams>,
     down_row: Kernel<MoeParams>,
+}
+
+/// Dynamic shared memory of `gate_up_many` and `down_many`: rounds of weights of 128 rows with their scale words, and of 16 rows of x;
+/// as many as `ManyShared` of `kernels/moe_many.cuh` has.
+fn many_bytes(scheme: Scheme) -> usize {
+    const ROUND_K: usize = 128;
+    let rounds = if scheme.bits() == 16 { 2 } else { 3 };
+    let words = match scheme {
+        Scheme::Fp8 => 2,
+        _ => scheme.k_per_word().map_or(0, |k| ROUND_K / k),
+    };
+    rounds * (MANY_ROWS * (ROUND_K * scheme.bits() / 8 + 4 * words) + 2 * 16 * ROUND_K)
+}
+
+/// Dynamic shared memory of `down_row`: for each warp as many spans of a row tile as `EXPERTS` says in `kernels/moe_*.cu`, all of 768
+/// inputs with 4-bit weights.
+fn row_ring_bytes(scheme: Scheme) -> usize {
+    let (span, stages) = match scheme {
+        Scheme::Bf16 => (32, 8),
+        Scheme::Fp8 => (64, 8),
+        Scheme::Int4 { group_size: 32 } => (64, 12),
+        Scheme::Int4 { .. } | Scheme::Nvfp4 => (128, 6),
+    };
+    let words = scheme.k_per_word().map_or(0, |k| usize::max(span / k, 1));
+    ROW_EXPERTS * stages * TILE_ROWS * (span * scheme.bits() / 8 + 4 * words)
 }
 
 #[derive(Debug)]
@@ -114,25 +169,32 @@ pub(super) struct Moe {
 impl Moe {
     /// The kernels of the modules that `module` loads.
     pub(super) fn new(module: impl Fn(&'static str) -> Result<LoadedModule>) -> Result<Self> {
-        let kernels = |module: &LoadedModule, scheme: &str| {
-            let name = |op: &str| format!("{op}_{scheme}");
+        let kernels = |module: &LoadedModule, name: &str, scheme: Scheme| {
+            let name = |op: &str| format!("{op}_{name}");
             let few = |op| Kernel::overlapping(module, &name(op), 0);
-            // Many rows are read through the first-level cache.
-            let many = |op| Kernel::new(module, &name(op), 0);
+            let many_bytes = to_u32(OP, many_bytes(scheme))?;
+            let many = |op| Kernel::new(module, &name(op), many_bytes);
             Ok::<_, Error>(ByScheme {
-                gate_up: [few("gate_up_few")?, many("gate_up")?],
-                down: many("down")?,
-                down_row: few("down_row")?,
+                gate_up_few: few("gate_up_few")?,
+                gate_up_many: many("gate_up_many")?,
+                gate_up_row: few("gate_up_row")?,
+                down_many: many("down_many")?,
+                down_row: Kernel::overlapping(
+                    module,
+                    &name("down_row"),
+                    to_u32(OP, row_ring_bytes(scheme))?,
+                )?,
             })
         };
         let (around, int4) = (module("moe")?, module("moe_int4")?);
+        let group = |group_size| kernels(&int4, &format!("g{group_size}"), Scheme::Int4 { group_size });
         Ok(Self {
             sort: Kernel::new(&around, "moe_sort", 0)?,
             combine: Kernel::new(&around, "moe_combine", 0)?,
-            bf16: kernels(&module("moe_bf16")?, "bf16")?,
-            fp8: kernels(&module("moe_fp8")?, "fp8")?,
-            int4: [kernels(&int4, "g32")?, kernels(&int4, "g64")?, kernels(&int4, "g128")?],
-            nvfp4: kernels(&module("moe_nvfp4")?, "nvfp4")?,
+            bf16: kernels(&module("moe_bf16")?, "bf16", Scheme::Bf16)?,
+            fp8: kernels(&module("moe_fp8")?, "fp8", Scheme::Fp8)?,
+            int4: [group(32)?, group(64)?, group(128)?],
+            nvfp4: kernels(&module("moe_nvfp4")?, "nvfp4", Scheme::Nvfp4)?,
         })
     }
 
@@ -170,7 +232,7 @@ impl Kernels {
             return Ok(());
         }
         let base = call.params()?;
-        if choice.lists.is_none() {
+        if choice.lists.is_none() && choice.logits.is_none() {
             // SAFETY: lists and choice have the sizes that the parameters say; the sort leaves out experts that do not exist.
             unsafe { self.moe.sort.launch(stream, blocks([1, 1], SORT_THREADS)?, &base)? };
         }
@@ -181,30 +243,41 @@ impl Kernels {
         self.down_and_combine(&call, &base)
     }
 
-    /// `silu(gate(x)) * up(x)` of every pair.
+    /// `silu(gate(x)) * up(x)` of every pair; of a single row with logits, of the experts that are chosen there.
     fn gate_up(&self, call: &Call<'_>, base: &MoeParams) -> Result<()> {
         let params = MoeParams {
             out: call.inner.address(),
             ..of_weight(base, &call.experts.gate_up, call.x.address())?
         };
-        let is_few = call.num_pairs <= FEW_PAIRS;
-        let rows = if is_few { TILE_ROWS } else { 2 * TILE_ROWS };
+        let scheme = call.experts.gate_up.scheme;
+        let kernels = self.moe.kernels(scheme);
+        let multiprocessors = call.stream.num_sms() as usize;
+        let (kernel, rows, shared_bytes) = if call.choice.logits.is_some() {
+            (&kernels.gate_up_row, TILE_ROWS, 0)
+        } else if is_few(call, multiprocessors) {
+            (&kernels.gate_up_few, TILE_ROWS, 0)
+        } else {
+            (&kernels.gate_up_many, MANY_ROWS / 2, many_bytes(scheme))
+        };
         let grid = [call.experts.intermediate().div_ceil(rows), call.max_groups];
-        let kernels = self.moe.kernels(call.experts.gate_up.scheme);
-        let kernel = &kernels.gate_up[usize::from(!is_few)];
+        let launch = Launch { shared_bytes: to_u32(OP, shared_bytes)?, ..blocks(grid, NUM_THREADS)? };
         // SAFETY: the weights were made for these sizes; x, inner, lists and choice have the sizes that the parameters say and do
         // not overlap (`Call::new`); everything is aligned to 16 bytes, rows of x too, because hidden is a multiple of 16. Groups
-        // name experts that exist, at most `max_groups` of them.
-        unsafe { kernel.launch(call.stream, blocks(grid, NUM_THREADS)?, &params) }
+        // name experts that exist, at most `max_groups` of them, which is the number of experts of a single row.
+        unsafe { kernel.launch(call.stream, launch, &params) }
     }
 
     /// The second product and the sum, of a single row.
     fn down_row(&self, call: &Call<'_>, base: &MoeParams) -> Result<()> {
         let params = of_weight(base, &call.experts.down, call.inner.address())?;
-        let grid = [call.experts.hidden().div_ceil(TILE_ROWS), 1];
-        let kernel = &self.moe.kernels(call.experts.down.scheme).down_row;
+        let scheme = call.experts.down.scheme;
+        let launch = Launch {
+            grid: [to_u32(OP, call.experts.hidden().div_ceil(TILE_ROWS))?, 1, 1],
+            num_threads: to_u32(OP, ROW_THREADS)?,
+            shared_bytes: to_u32(OP, row_ring_bytes(scheme))?,
+        };
         // SAFETY: as `gate_up`; there are at most `ROW_EXPERTS` groups, of one pair each.
-        unsafe { kernel.launch(call.stream, blocks(grid, ROW_THREADS)?, &params) }
+        unsafe { self.moe.kernels(scheme).down_row.launch(call.stream, launch, &params) }
     }
 
     /// The second product, and the sums of the rows in a launch of their own.
@@ -216,15 +289,28 @@ impl Kernels {
         let params = of_weight(base, &call.experts.down, call.inner.address())?;
         let down = MoeParams { out: partial.address(), ..params };
         let combine = MoeParams { partial: partial.address(), ..params };
-        let down_grid = [padded_n(hidden).div_ceil(DOWN_ROWS), call.max_groups];
+        let down_grid = [padded_n(hidden).div_ceil(MANY_ROWS), call.max_groups];
         let combine_grid = [hidden.div_ceil(COMBINE_COLUMNS * COMBINE_THREADS), rows];
-        let kernel = &self.moe.kernels(call.experts.down.scheme).down;
+        let scheme = call.experts.down.scheme;
+        let down_launch =
+            Launch { shared_bytes: to_u32(OP, many_bytes(scheme))?, ..blocks(down_grid, NUM_THREADS)? };
         // SAFETY: as `gate_up`; partial holds a row of hidden columns for each pair; a row has at most `MAX_TOP_K` experts.
         unsafe {
-            kernel.launch(call.stream, blocks(down_grid, NUM_THREADS)?, &down)?;
+            self.moe.kernels(scheme).down_many.launch(call.stream, down_launch, &down)?;
             self.moe.combine.launch(call.stream, blocks(combine_grid, COMBINE_THREADS)?, &combine)
         }
     }
+}
+
+/// Whether a call is for the small blocks: up to [`FEW_PAIRS`] pairs, or where there would be a few more large ones than can run at once.
+fn is_few(call: &Call<'_>, multiprocessors: usize) -> bool {
+    let blocks = call.experts.intermediate().div_ceil(MANY_ROWS / 2) * call.max_groups;
+    call.num_pairs <= FEW_PAIRS || is_a_little_more(blocks, MANY_BLOCKS * multiprocessors)
+}
+
+/// More than `places`, by up to a half.
+fn is_a_little_more(blocks: usize, places: usize) -> bool {
+    (places + 1..=places + places / 2).contains(&blocks)
 }
 
 fn blocks([x, y]: [usize; 2], num_threads: usize) -> Result<Launch> {
@@ -278,6 +364,12 @@ impl<'a> Call<'a> {
         for slice in [&choice.experts, &choice.weights] {
             words(OP, slice, num_pairs)?;
         }
+        if let Some(logits) = &choice.logits {
+            let (rule, got) = ((1, experts.num_experts()), (x.rows(), logits.num_experts));
+            if rule != got || choice.top_k > ROW_EXPERTS {
+                return Err(Error::shape(OP, format!("logits of (rows, experts) {rule:?}"), got));
+            }
+        }
         let few = if num_pairs > MAX_PAIRS { 0 } else { num_pairs };
         let max_groups = few.min(experts.num_experts());
         let lists = match &choice.lists {
@@ -295,6 +387,10 @@ impl<'a> Call<'a> {
         disjoint(OP, out.slice(), &read)?;
         disjoint(OP, &inner, &read)?;
         disjoint(OP, &inner, &[out.slice()])?;
+        if let Some(logits) = &choice.logits {
+            read.extend([&logits.partial].into_iter().chain(&logits.bias).chain(&logits.counts));
+            disjoint(OP, out.slice(), &read)?;
+        }
         read.extend([out.slice(), &lists.groups, &lists.pairs, &inner]);
         stream.uses(OP, &read)?;
         Ok(Self { stream, pool, x, out, choice, experts, num_pairs, max_groups, lists, inner })
@@ -302,6 +398,8 @@ impl<'a> Call<'a> {
 
     /// What all launches have in common.
     fn params(&self) -> Result<MoeParams> {
+        let logits = self.choice.logits.as_ref();
+        let address = |slice: Option<&DeviceSlice>| slice.map_or(0, DeviceSlice::address);
         Ok(MoeParams {
             codes: 0,
             scales: 0,
@@ -313,6 +411,9 @@ impl<'a> Call<'a> {
             weights: self.choice.weights.address(),
             groups: self.lists.groups.address(),
             pairs: self.lists.pairs.address(),
+            logits: address(logits.map(|logits| &logits.partial)),
+            router_bias: address(logits.and_then(|logits| logits.bias.as_ref())),
+            counts: address(logits.and_then(|logits| logits.counts.as_ref())),
             n: 0,
             padded_n: 0,
             k: 0,
@@ -321,6 +422,10 @@ impl<'a> Call<'a> {
             top_k: to_u32(OP, self.choice.top_k)?,
             num_experts: to_u32(OP, self.experts.num_experts())?,
             max_groups: to_u32(OP, self.max_groups)?,
+            splits: to_u32(OP, logits.map_or(0, |logits| logits.splits))?,
+            logits_stride: to_u32(OP, logits.map_or(0, |logits| logits.stride))?,
+            renormalize: logits.is_some_and(|logits| logits.renormalize).into(),
+            padding: 0,
         })
     }
 }
@@ -339,6 +444,27 @@ fn checked_pairs(rows: usize, top_k: usize, num_experts: usize) -> Result<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blocks_fit_the_smallest_device() {
+        let int4 = [32, 64, 128].map(|group_size| Scheme::Int4 { group_size });
+        for scheme in [Scheme::Bf16, Scheme::Fp8, Scheme::Nvfp4].into_iter().chain(int4) {
+            // With what the kernels have besides.
+            for bytes in [many_bytes(scheme), row_ring_bytes(scheme) + 608] {
+                assert!(bytes <= 101_376, "{scheme:?}: {bytes}");
+            }
+        }
+        // Two blocks on a multiprocessor of GB10, with what each takes besides.
+        let g128 = Scheme::Int4 { group_size: 128 };
+        assert!(2 * (many_bytes(g128) + 1024) <= 100 << 10);
+        assert_eq!(row_ring_bytes(g128), 8 * 6 * (16 * 64 + 64));
+    }
+
+    #[test]
+    fn small_blocks_are_for_few_pairs_and_for_a_bad_number_of_large_ones() {
+        // 4, 8 and 16 rows of the 30B on 132 multiprocessors.
+        assert_eq!([32, 64, 128].map(|groups| is_a_little_more(12 * groups, 528)), [false, true, false]);
+    }
 
     #[test]
     fn pairs_are_bounded() {

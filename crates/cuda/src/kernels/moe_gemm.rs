@@ -3,6 +3,7 @@
 use spark_backend::Dtype;
 
 use super::gemm::{BLOCK_ROWS, Block, GemmParams, What};
+use super::pack::Scheme;
 use super::{Choice, Experts, Kernels, LoadedModule, disjoint, to_u32, words};
 use crate::launch::{Kernel, Launch, Params};
 use crate::{DeviceSlice, Error, Pool, Result, Stream, Tensor};
@@ -18,7 +19,7 @@ const MAX_ROWS: usize = 65_535;
 /// Bytes of `Tile` of `kernels/gemm_stage.cuh`.
 const TILE_BYTES: usize = 16;
 /// Bytes of the results of `down` at a time: there is one for each pair, so columns are done in turn.
-const PARTIAL_BYTES: usize = 128 << 20;
+pub(crate) const PARTIAL_BYTES: usize = 128 << 20;
 /// Threads of a block that adds, and columns of a thread.
 const ADD_THREADS: usize = 256;
 const ADD_COLUMNS: usize = 8;
@@ -94,11 +95,13 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(num_pairs: usize, num_experts: usize, hidden: usize) -> Self {
-        // Measured (docs/kernels/gemm.md): tiles that the mean expert about fills; never the largest blocks.
+    /// `is_bf16`: weights of experts are, which the largest blocks are not for.
+    fn new(num_pairs: usize, num_experts: usize, hidden: usize, is_bf16: bool) -> Self {
+        // Measured (docs/kernels/gemm.md): tiles that the mean expert about fills.
         let block = match num_pairs / num_pairs.min(num_experts).max(1) {
             0..=22 => Block::Tokens16,
             23..=64 => Block::Tokens32,
+            128.. if !is_bf16 => Block::Tokens128,
             _ => Block::Tokens64,
         };
         let columns = PARTIAL_BYTES / (2 * num_pairs.max(1)) / BLOCK_ROWS * BLOCK_ROWS;
@@ -320,7 +323,8 @@ fn checked(stream: &Stream, [x, out]: [&Tensor; 2], choice: &Choice, experts: &E
     disjoint(OP, out.slice(), &read)?;
     read.push(out.slice());
     stream.uses(OP, &read)?;
-    Ok(Cut::new(num_pairs, num_experts, hidden))
+    let is_bf16 = [&experts.gate_up, &experts.down].iter().any(|weight| weight.scheme == Scheme::Bf16);
+    Ok(Cut::new(num_pairs, num_experts, hidden, is_bf16))
 }
 
 #[cfg(test)]
@@ -329,10 +333,11 @@ mod tests {
 
     #[test]
     fn tiles_are_as_large_as_experts_fill_and_always_enough() {
-        let tile = |rows: usize| Cut::new(8 * rows, 128, 2048).block.tokens();
-        assert_eq!([129, 160, 512, 2048, 8192].map(tile), [16, 16, 32, 64, 64]);
+        let tile = |rows: usize| Cut::new(8 * rows, 128, 2048, false).block.tokens();
+        assert_eq!([129, 160, 512, 1100, 2048, 8192].map(tile), [16, 16, 32, 64, 128, 128]);
+        assert_eq!(Cut::new(65_536, 128, 2048, true).block, Block::Tokens64);
         for (num_pairs, num_experts) in [(1, 1), (5, 7), (1032, 128), (4096, 16), (65_536, 128)] {
-            let cut = Cut::new(num_pairs, num_experts, 2048);
+            let cut = Cut::new(num_pairs, num_experts, 2048, false);
             // The worst choice: all experts but one have one pair more than whole tiles.
             let mut left = num_pairs;
             let mut tiles = 0;
@@ -347,9 +352,9 @@ mod tests {
 
     #[test]
     fn results_of_many_pairs_come_in_columns() {
-        assert_eq!(Cut::new(1032, 128, 2048).columns, 2048);
-        assert_eq!(Cut::new(65_536, 128, 2048).columns, 1024);
-        assert_eq!(Cut::new(MAX_PAIRS, 128, 2048).columns, BLOCK_ROWS);
-        assert_eq!(Cut::new(2000, 4, 80).columns, 80);
+        assert_eq!(Cut::new(1032, 128, 2048, false).columns, 2048);
+        assert_eq!(Cut::new(65_536, 128, 2048, false).columns, 1024);
+        assert_eq!(Cut::new(MAX_PAIRS, 128, 2048, false).columns, BLOCK_ROWS);
+        assert_eq!(Cut::new(2000, 4, 80, false).columns, 80);
     }
 }

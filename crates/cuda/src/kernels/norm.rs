@@ -4,7 +4,7 @@ use spark_backend::Dtype;
 
 use super::{Kernels, LoadedModule, disjoint, to_u32, vector_length};
 use crate::launch::{Kernel, Launch, Params};
-use crate::{Error, Result, Stream, Tensor};
+use crate::{Error, Mailboxes, Result, Stream, Tensor};
 
 const OP: &str = "reduce_norm";
 /// Threads of the largest block, and vectors of 16 bytes that each may hold.
@@ -28,6 +28,30 @@ unsafe impl Params for NormParams {
     const NAME: &'static str = "NormParams";
 }
 
+/// `RanksNormParams` of `kernels/norm.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct RanksNormParams {
+    partial: u64,
+    residual: u64,
+    weight: u64,
+    out: u64,
+    epochs: u64,
+    given_up: u64,
+    mailboxes: [u64; Mailboxes::MAX_WORLD],
+    columns: u32,
+    eps: f32,
+    rank: u32,
+    world: u32,
+    max_rows: u32,
+    unused: u32,
+}
+
+// SAFETY: the fields are those of the kernel's struct in the same order; 14 * 8 + 6 * 4 bytes, no padding.
+unsafe impl Params for RanksNormParams {
+    const NAME: &'static str = "RanksNormParams";
+}
+
 /// `LayerNormParams` of `kernels/norm.cu`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -49,6 +73,7 @@ unsafe impl Params for LayerNormParams {
 pub(super) struct Norm {
     /// By dtype (bf16, f32), then one or four vectors a thread.
     kernels: [[Kernel<NormParams>; 2]; 2],
+    ranks: Kernel<RanksNormParams>,
     /// One or four vectors a thread.
     layer_norm: [Kernel<LayerNormParams>; 2],
 }
@@ -61,6 +86,7 @@ impl Norm {
                 [kernel("norm_bf16_v1")?, kernel("norm_bf16_v4")?],
                 [kernel("norm_f32_v1")?, kernel("norm_f32_v4")?],
             ],
+            ranks: Kernel::overlapping(module, "norm_ranks", 0)?,
             layer_norm: [Kernel::new(module, "layer_norm_v1", 0)?, Kernel::new(module, "layer_norm_v4", 0)?],
         })
     }
@@ -114,6 +140,54 @@ impl Kernels {
         // SAFETY: all tensors have the shape and dtype of the residual (the weight one row of it), are aligned to 16
         // bytes, and what is written overlaps with nothing else.
         unsafe { kernel.launch(stream, launch, &params) }
+    }
+
+    /// [`reduce_norm`](Self::reduce_norm) where the partial is the sum over the ranks of `mailboxes`, all of which must call this with
+    /// as many rows: bf16, all tensors of the shape that [`Mailboxes::takes`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Driver`].
+    pub fn reduce_norm_ranks(
+        &self,
+        stream: &Stream,
+        mailboxes: &Mailboxes,
+        args: ReduceNorm<'_>,
+        out: &Tensor,
+    ) -> Result<()> {
+        let ReduceNorm { partial, residual, weight, eps } = args;
+        let ([rows, columns], dtype) = (residual.shape(), Dtype::Bf16);
+        let Some(partial) = partial.filter(|partial| mailboxes.takes(partial)) else {
+            return Err(Error::shape(OP, "a partial that fits the mailboxes", partial.map(Tensor::shape)));
+        };
+        for tensor in [partial, residual, out] {
+            tensor.expect(OP, [rows, columns], dtype)?;
+        }
+        weight.expect(OP, [1, columns], dtype)?;
+        stream.uses(OP, &[partial.slice(), residual.slice(), weight.slice(), out.slice()])?;
+        stream.uses(OP, &[mailboxes.memory()])?;
+        disjoint(OP, out.slice(), &[partial.slice(), residual.slice(), weight.slice()])?;
+        disjoint(OP, residual.slice(), &[partial.slice(), weight.slice()])?;
+        let rank = mailboxes.rank();
+        let params = RanksNormParams {
+            partial: partial.address(),
+            residual: residual.address(),
+            weight: weight.address(),
+            out: out.address(),
+            epochs: mailboxes.epochs(),
+            given_up: mailboxes.given_up(),
+            mailboxes: mailboxes.addresses(),
+            columns: to_u32(OP, columns)?,
+            eps,
+            rank: to_u32(OP, rank.index())?,
+            world: to_u32(OP, rank.world())?,
+            max_rows: to_u32(OP, Mailboxes::MAX_ROWS)?,
+            unused: 0,
+        };
+        let num_threads = (columns / Mailboxes::VECTOR).next_multiple_of(32);
+        let launch = Launch::blocks(to_u32(OP, rows)?, to_u32(OP, num_threads)?);
+        // SAFETY: all tensors have the shape of the residual (the weight one row of it) in aligned vectors of bf16, what is written
+        // overlaps with nothing else, and the mailboxes of all ranks hold as many rows and columns (`takes`).
+        unsafe { self.norm.ranks.launch(stream, launch, &params) }
     }
 
     /// LayerNorm of the rows of `x`: `out` `[rows, columns]`, `weight` and `bias` `[1, columns]`, all bf16. `out` may be `x`.

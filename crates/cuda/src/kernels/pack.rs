@@ -223,8 +223,10 @@ pub(super) fn padded_k(k: usize) -> usize {
 /// [`Error::Shape`] for what the packed layout does not take.
 pub(super) fn layouts(weight: &LinearWeight) -> Result<Vec<(Layout, &[Matrix])>> {
     let (n, k) = (weight.n(), weight.k());
-    if n == 0 || k == 0 || !k.is_multiple_of(16) {
-        return Err(Error::shape(OP, "n above 0, k a multiple of 16 above 0", (n, k)));
+    let is_dense = weight.parts.iter().all(|part| matches!(part.data, MatrixData::Dense { .. }));
+    let multiple = if is_dense { 8 } else { NVFP4_GROUP };
+    if n == 0 || k == 0 || !k.is_multiple_of(multiple) {
+        return Err(Error::shape(OP, format!("n above 0, k a multiple of {multiple} above 0"), (n, k)));
     }
     if weight.bias.as_ref().is_some_and(|bias| bias.len() != n) {
         return Err(Error::shape(OP, format!("a bias of {n}"), weight.bias.as_ref().map(Vec::len)));
@@ -243,7 +245,7 @@ pub(super) fn layouts(weight: &LinearWeight) -> Result<Vec<(Layout, &[Matrix])>>
 
 impl PackedHost {
     /// Packs a linear layer: one for each run of neighbouring parts of one scheme (4-bit integers of one group size 32, 64 or
-    /// 128; NVFP4; FP8; dense), in output order. `k` is a multiple of 16.
+    /// 128; NVFP4; FP8; dense), in output order. `k` is a multiple of 16, of a dense layer of 8.
     ///
     /// # Errors
     /// [`Error::Shape`] for any other layer.
@@ -344,12 +346,13 @@ impl PackedHost {
         }
     }
 
-    /// Puts the codes of a row. The even one of two 4-bit codes is the low nibble, so code j of a word is nibble j.
+    /// Puts the codes of a row. The even one of two 4-bit codes is the low nibble of a byte.
     fn put_codes(&mut self, row: usize, codes: &[u8]) {
         for (i, run) in codes.chunks_exact(self.layout.scheme.bits()).enumerate() {
             let (at, len) = self.layout.run(row, RUN * i);
             for (word, bytes) in self.codes[at..at + len].iter_mut().zip(run.chunks_exact(4)) {
-                *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                let natural = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                *word = if self.layout.scheme.bits() == 4 { by_halves(natural) } else { natural };
             }
         }
     }
@@ -366,7 +369,10 @@ impl PackedHost {
         };
         let value = |row: usize, k: usize| {
             let (at, _) = layout.run(row, k / RUN * RUN);
-            let bit = k % RUN * layout.scheme.bits();
+            let bit = match layout.scheme.bits() {
+                4 => 4 * (k % RUN / 2 + 4 * (k % 2)),
+                bits => k % RUN * bits,
+            };
             let code = self.codes[at + bit / 32] >> (bit % 32);
             let word = scale_bits(row, k);
             match layout.scheme {
@@ -392,6 +398,15 @@ impl PackedHost {
         let all = (0..layout.n).flat_map(|row| (0..layout.k).map(move |k| (row, k)));
         all.map(|(row, k)| value(row, k)).collect()
     }
+}
+
+/// The eight codes of a word: the even ones to its lower half, the odd ones to the upper half, so that neighbours lie 16 bits apart.
+pub(super) fn by_halves(natural: u32) -> u32 {
+    let half = |bytes: u32| {
+        let pairs = (bytes | bytes >> 4) & 0x00ff_00ff;
+        (pairs | pairs >> 8) & 0xffff
+    };
+    half(natural & 0x0f0f_0f0f) | half(natural >> 4 & 0x0f0f_0f0f) << 16
 }
 
 /// The scale with the zero point (at most [`MAX_ZERO`]) in its lowest bits, which are zero for f16 and bf16 scales; an f32 scale
@@ -533,7 +548,7 @@ mod tests {
         let parts = vec![Matrix { n: 16, k: 64, data }];
         let packed = PackedHost::pack(&LinearWeight { parts, bias: None }).unwrap();
         let words: Vec<usize> = (0..packed.codes.len()).filter(|&i| packed.codes[i] != 0).collect();
-        assert_eq!((words.as_slice(), packed.codes[5 * 4 + 3]), (&[5 * 4 + 3][..], 0x8765_4321));
+        assert_eq!((words.as_slice(), packed.codes[5 * 4 + 3]), (&[5 * 4 + 3][..], 0x8642_7531));
     }
 
     #[test]

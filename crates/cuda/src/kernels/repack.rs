@@ -401,7 +401,7 @@ impl Kernels {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pack::{PackedHost, layouts};
+    use super::super::pack::{PackedHost, by_halves, layouts};
     use super::super::testing::matrix_of;
     use super::*;
     use spark_backend::LinearWeight;
@@ -462,8 +462,9 @@ mod tests {
                         let (row, k) = (row(g + half), x / 32 * 64 + t * 8 + k);
                         if row < p.rows {
                             let at = source + u64::from(row) * u64::from(p.k / 2) + u64::from(k / 2);
-                            let word = if k < p.k { self.read::<4>(at) } else { [0; 4] };
-                            self.write(vector(p.columns / 2) + 4 * i as u64, &word);
+                            let natural = if k < p.k { self.read::<4>(at) } else { [0; 4] };
+                            let word = by_halves(u32::from_le_bytes(natural));
+                            self.write(vector(p.columns / 2) + 4 * i as u64, &word.to_le_bytes());
                         }
                     }
                 }

@@ -2,7 +2,7 @@
 
 use spark_backend::Dtype;
 
-use super::moe::{GROUP_BYTES, Lists, MAX_PAIRS, MAX_TOP_K};
+use super::moe::{GROUP_BYTES, Lists, MAX_PAIRS, MAX_TOP_K, ROW_EXPERTS, RowLogits};
 use super::pack::{Scheme, padded_k, padded_n};
 use super::{Choice, Kernels, Linear, LoadedModule, PackedWeight, disjoint, to_u32, words};
 use crate::launch::{Kernel, Launch, Params};
@@ -50,6 +50,7 @@ unsafe impl Params for RouterParams {
 pub(super) struct Router {
     /// For up to 128 experts, and for up to 256.
     router: [Kernel<RouterParams>; 2],
+    row: Kernel<RouterParams>,
     choose: Kernel<RouterParams>,
     /// One for all rows and one for each [`ROWS`] of the [`MAX_PAIRS`] that a launch may have: zeros between launches.
     counters: DeviceSlice,
@@ -68,6 +69,7 @@ impl Router {
                 Kernel::overlapping(module, "router_128", 0)?,
                 Kernel::overlapping(module, "router_256", 0)?,
             ],
+            row: Kernel::overlapping(module, "router_row", 0)?,
             choose: Kernel::new(module, "router_choose", 0)?,
             counters,
         })
@@ -104,28 +106,100 @@ impl Kernels {
         renormalize: bool,
         counts: Option<&DeviceSlice>,
     ) -> Result<Choice> {
-        let (rows, n) = (x.rows(), router.n);
-        x.expect(OP, [rows, router.k], Dtype::Bf16)?;
+        self.route_by(stream, pool, x, &Rule { router, top_k, renormalize, counts }, false)
+    }
+
+    /// [`Kernels::route`] for [`Kernels::moe_mlp`] and nothing else: of a single row only the logits may be computed, because each block
+    /// of the experts' kernels can choose for itself sooner than it could be told. The result's `experts` and `weights` then hold
+    /// nothing.
+    ///
+    /// # Errors
+    /// As [`Kernels::route`].
+    #[expect(clippy::too_many_arguments, reason = "as `route`")]
+    pub fn route_for_experts(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        router: &Linear,
+        top_k: usize,
+        renormalize: bool,
+        counts: Option<&DeviceSlice>,
+    ) -> Result<Choice> {
+        self.route_by(stream, pool, x, &Rule { router, top_k, renormalize, counts }, true)
+    }
+
+    /// Both of the above; `may_leave`: the choice may be left to the experts.
+    fn route_by(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        rule: &Rule<'_>,
+        may_leave: bool,
+    ) -> Result<Choice> {
+        let (rows, n, top_k) = (x.rows(), rule.router.n, rule.top_k);
+        x.expect(OP, [rows, rule.router.k], Dtype::Bf16)?;
         if n > MAX_ROUTED_EXPERTS || top_k == 0 || top_k > n.min(MAX_TOP_K) {
             let rule = format!("1 to {MAX_TOP_K} of at most {MAX_ROUTED_EXPERTS} experts");
             return Err(Error::shape(OP, rule, (top_k, n)));
         }
-        if let Some(counts) = counts {
+        if let Some(counts) = rule.counts {
             words(OP, counts, 1)?;
         }
-        let rule = Rule { router, top_k, renormalize, counts };
         let num_pairs = rows
             .checked_mul(top_k)
             .ok_or_else(|| Error::shape(OP, "a number of choices that fits 64 bits", (rows, top_k)))?;
         let ids = pool.take("chosen experts", 4 * num_pairs as u64)?;
         let mut choice = Choice::new(ids, pool.take("weights of experts", 4 * num_pairs as u64)?, top_k);
-        match &router.parts[..] {
-            [part] if part.scheme == Scheme::Bf16 && num_pairs <= MAX_PAIRS && rows > 0 => {
-                choice.lists = Some(self.route_few(stream, pool, x, part, &rule, &choice)?);
+        match &rule.router.parts[..] {
+            [part] if part.scheme == Scheme::Bf16 && rows == 1 && top_k <= ROW_EXPERTS && may_leave => {
+                choice.logits = Some(self.route_row(stream, pool, x, part, rule, &choice)?);
             }
-            _ => self.route_many(stream, pool, x, &rule, &choice)?,
+            [part] if part.scheme == Scheme::Bf16 && num_pairs <= MAX_PAIRS && rows > 0 => {
+                choice.lists = Some(self.route_few(stream, pool, x, part, rule, &choice)?);
+            }
+            _ => self.route_many(stream, pool, x, rule, &choice)?,
         }
         Ok(choice)
+    }
+
+    /// The logits of a single row, in parts.
+    fn route_row(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        weight: &PackedWeight,
+        rule: &Rule<'_>,
+        choice: &Choice,
+    ) -> Result<RowLogits> {
+        let stride = padded_n(weight.n);
+        let splits = padded_k(weight.k).div_ceil(BLOCK_K);
+        let partial = pool.take("parts of logits", (4 * splits * stride) as u64)?;
+        let read: Vec<&DeviceSlice> = std::iter::once(x.slice()).chain(weight.slices()).collect();
+        disjoint(OP, &partial, &read)?;
+        stream.uses(OP, &[&read[..], &[&partial]].concat())?;
+        let params = RouterParams {
+            codes: weight.codes.address(),
+            partial: partial.address(),
+            padded_n: to_u32(OP, stride)?,
+            k: to_u32(OP, padded_k(weight.k))?,
+            ..params(x, weight.k, rule, choice)?
+        };
+        let grid = [to_u32(OP, stride / EXPERTS)?, to_u32(OP, splits)?, 1];
+        let launch = Launch { grid, num_threads: NUM_THREADS, shared_bytes: 0 };
+        // SAFETY: the weights are bf16 [n, k] in the packed layout; x is a row of k, partial holds [splits, padded n].
+        unsafe { self.router.row.launch(stream, launch, &params)? };
+        Ok(RowLogits {
+            partial,
+            bias: weight.bias.clone(),
+            counts: rule.counts.cloned(),
+            splits,
+            stride,
+            num_experts: weight.n,
+            renormalize: rule.renormalize,
+        })
     }
 
     /// Logits, choice and lists of pairs in one launch.

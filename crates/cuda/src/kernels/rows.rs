@@ -1,6 +1,6 @@
 //! Wrappers of `kernels/rows.cu`, and copies of rows: what moves, adds and activates bf16 activations.
 
-use spark_backend::{Activation, Dtype};
+use spark_backend::{Activation, Dtype, Rank};
 
 use super::{Kernels, LoadedModule, disjoint, to_u32, words};
 use crate::launch::{Kernel, Launch, Params};
@@ -9,6 +9,8 @@ use crate::{DeviceSlice, Error, Result, Stream, Tensor};
 /// Elements of 16 bytes.
 const VECTOR: usize = 8;
 const NUM_THREADS: u32 = 256;
+/// Columns of a block of `join_columns`.
+const JOIN_COLUMNS: usize = 4 * NUM_THREADS as usize;
 
 /// `GatherParams` of `kernels/rows.cu`.
 #[derive(Debug, Clone, Copy)]
@@ -24,6 +26,24 @@ pub(crate) struct GatherParams {
 // SAFETY: the fields are those of the kernel's struct in the same order; 3 * 8 + 2 * 4 bytes, no padding.
 unsafe impl Params for GatherParams {
     const NAME: &'static str = "GatherParams";
+}
+
+/// `JoinParams` of `kernels/rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct JoinParams {
+    parts: u64,
+    out: u64,
+    part_length: u64,
+    columns: u32,
+    each: u32,
+    more: u32,
+    unused: u32,
+}
+
+// SAFETY: the fields are those of the kernel's struct in the same order; 3 * 8 + 4 * 4 bytes, no padding.
+unsafe impl Params for JoinParams {
+    const NAME: &'static str = "JoinParams";
 }
 
 /// `ElementsParams` of `kernels/rows.cu`.
@@ -43,6 +63,7 @@ unsafe impl Params for ElementsParams {
 #[derive(Debug)]
 pub(super) struct Rows {
     gather: Kernel<GatherParams>,
+    join: Kernel<JoinParams>,
     add: Kernel<ElementsParams>,
     silu: Kernel<ElementsParams>,
     gelu_tanh: Kernel<ElementsParams>,
@@ -53,6 +74,7 @@ impl Rows {
     pub(super) fn new(module: &LoadedModule) -> Result<Self> {
         Ok(Self {
             gather: Kernel::new(module, "gather_rows", 0)?,
+            join: Kernel::new(module, "join_columns", 0)?,
             add: Kernel::new(module, "add", 0)?,
             silu: Kernel::new(module, "activate_silu", 0)?,
             gelu_tanh: Kernel::new(module, "activate_gelu_tanh", 0)?,
@@ -105,6 +127,49 @@ impl Kernels {
         // SAFETY: source, rows and result have the sizes that the parameters say and do not overlap; the kernel checks every
         // row.
         unsafe { self.rows.gather.launch(stream, launch, &params) }
+    }
+
+    /// Puts the columns of ranks side by side: `parts` `[world][part_length]` f32, of which the first `[rows, share]` are rank r's
+    /// [share](Rank::range) of the columns of `out` `[rows, columns]` f32.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], also for parts that are too short; [`Error::Driver`].
+    pub fn join_columns(
+        &self,
+        stream: &Stream,
+        parts: &DeviceSlice,
+        part_length: usize,
+        world: usize,
+        out: &Tensor,
+    ) -> Result<()> {
+        const OP: &str = "join_columns";
+        let [rows, columns] = out.shape();
+        out.expect(OP, [rows, columns], Dtype::F32)?;
+        let Some(first) = Rank::new(0, world) else {
+            return Err(Error::shape(OP, "at least one rank", world));
+        };
+        let needed = rows.saturating_mul(first.range(columns).len());
+        if part_length < needed {
+            return Err(Error::shape(OP, format!("parts of {needed} columns"), part_length));
+        }
+        words(OP, parts, part_length.saturating_mul(world))?;
+        stream.uses(OP, &[parts, out.slice()])?;
+        disjoint(OP, out.slice(), &[parts])?;
+        let params = JoinParams {
+            parts: parts.address(),
+            out: out.address(),
+            part_length: part_length as u64,
+            columns: to_u32(OP, columns)?,
+            each: to_u32(OP, columns / world)?,
+            more: to_u32(OP, columns % world)?,
+            unused: 0,
+        };
+        let grid = [to_u32(OP, columns.div_ceil(JOIN_COLUMNS))?, to_u32(OP, rows)?, 1];
+        // SAFETY: every part holds the rank's share of every row, the result all of them; the ranges of ranks are those of
+        // `Rank::range`, as in the kernel.
+        unsafe {
+            self.rows.join.launch(stream, Launch { grid, num_threads: NUM_THREADS, shared_bytes: 0 }, &params)
+        }
     }
 
     /// Overwrites rows of `x` with rows of `source`; both `[_, columns]` of one dtype.

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use spark_backend::SlotParams;
+use spark_backend::{SlotParams, StepInputs};
 
 use super::sampler_output::MAX_ALTERNATIVES;
 use super::{Kernels, LoadedModule, to_u32};
@@ -138,6 +138,7 @@ struct HostSlot {
     /// Whether bias, stop tokens, history were written.
     dirty: [bool; 3],
     logprobs: Option<usize>,
+    has_filters: bool,
 }
 
 /// The state's parts: their bytes, or their memory.
@@ -206,6 +207,16 @@ fn max_rows(num_slots: usize) -> usize {
 }
 
 impl Sampler {
+    /// Whether the best of each rank's share of the tokens are enough for a step: no row has filters, log-probabilities or a
+    /// target, which depend on all logits.
+    pub fn takes_shares(&self, inputs: &StepInputs) -> bool {
+        let depends = |slot: &usize| {
+            self.slots.get(*slot).is_none_or(|slot| slot.has_filters || slot.logprobs.is_some())
+        };
+        !inputs.sample_slots.iter().flatten().any(depends)
+            && inputs.prompt_targets.iter().all(Option::is_none)
+    }
+
     /// Bytes that [`Sampler::new`] needs: 6 and an eighth for each token of the vocabulary in each slot, and up to 20 MiB.
     pub fn num_bytes(num_slots: usize, vocab_size: usize) -> u64 {
         let mut sum = 0;
@@ -321,6 +332,7 @@ impl Kernels {
             *dirty |= needed;
         }
         host.logprobs = params.logprobs;
+        host.has_filters = header.flags & flag::FILTERS != 0;
         let entries = entries(params, header.flags, sampler.vocab_size);
         let parts = &sampler.parts;
         let mut launch = AdmitParams {

@@ -1,4 +1,5 @@
-//! Wrapper of `kernels/sample.cu`: a step's rows of logits to tokens and log-probabilities.
+//! Wrapper of `kernels/sample.cu`: a step's rows of logits to tokens and log-probabilities. Where ranks have a share of the
+//! tokens each, its two halves: what a rank finds in its share, and the choice among all ranks' candidates.
 
 use spark_backend::Dtype;
 
@@ -6,7 +7,7 @@ use super::sampler_output::{MAX_ALTERNATIVES, SampleOut};
 use super::{Kernels, LoadedModule, Sampler, disjoint, to_u32, words};
 use crate::launch::{Kernel, Launch, Params};
 use crate::step::StepView;
-use crate::{Error, Result, Stream, Tensor};
+use crate::{DeviceSlice, Error, Result, Stream, Tensor};
 
 const OP: &str = "sample";
 const NUM_THREADS: u32 = 512;
@@ -14,6 +15,10 @@ const NUM_THREADS: u32 = 512;
 const CHUNK: usize = 4 * NUM_THREADS as usize;
 /// Blocks of the kernels that go through rows which fit a multiprocessor.
 const BLOCKS_PER_SM: u32 = 2;
+/// Threads of a block that chooses, one for each row.
+const CHOOSE_THREADS: u32 = 128;
+/// Values of 4 bytes of a row's candidates: `Candidate` of `kernels/sample.cuh`.
+pub(crate) const CANDIDATE_WORDS: usize = 8;
 
 /// `SampleParams` of `kernels/sample.cuh`.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +41,7 @@ pub(crate) struct SampleParams {
     tokens: u64,
     details: u64,
     alternatives: u64,
+    candidates: u64,
     num_rows: u32,
     num_slots: u32,
     vocab: u32,
@@ -45,10 +51,12 @@ pub(crate) struct SampleParams {
     num_chunks: u32,
     chunks_per_block: u32,
     max_alternatives: u32,
-    unused: u32,
+    first_token: u32,
+    world: u32,
+    candidate_rows: u32,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 17 * 8 + 10 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 18 * 8 + 12 * 4 bytes, no padding.
 unsafe impl Params for SampleParams {
     const NAME: &'static str = "SampleParams";
 }
@@ -59,6 +67,8 @@ pub(super) struct Sample {
     bins: Kernel<SampleParams>,
     list: Kernel<SampleParams>,
     select: Kernel<SampleParams>,
+    share: Kernel<SampleParams>,
+    choose: Kernel<SampleParams>,
 }
 
 impl Sample {
@@ -69,6 +79,8 @@ impl Sample {
             bins: kernel("sample_bins")?,
             list: kernel("sample_list")?,
             select: kernel("sample_select")?,
+            share: kernel("sample_share")?,
+            choose: kernel("sample_choose")?,
         })
     }
 }
@@ -88,47 +100,98 @@ impl Kernels {
         sampler: &Sampler,
         out: &SampleOut,
     ) -> Result<()> {
-        let (num_rows, columns) = (step.num_logit_rows, logits.columns());
-        logits.expect(OP, [num_rows, columns], Dtype::F32)?;
+        let columns = logits.columns();
         if columns < sampler.vocab_size() {
             return Err(Error::shape(OP, format!("at least {} columns", sampler.vocab_size()), columns));
         }
-        if num_rows > out.num_rows() {
-            return Err(Error::shape(OP, format!("at most {} rows", out.num_rows()), num_rows));
-        }
-        if step.mask_words < sampler.vocab_size().div_ceil(32) {
-            return Err(Error::shape(
-                OP,
-                format!("masks of {} tokens", sampler.vocab_size()),
-                step.mask_words,
-            ));
-        }
-        for slice in [&step.sample_slots, &step.mask_rows, &step.prompt_targets] {
-            words(OP, slice, num_rows)?;
-        }
-        words(OP, &step.masks, 0)?;
-        stream.uses(OP, &[logits.slice(), out.slice(), &sampler.parts().slots, &step.sample_slots])?;
-        stream.uses(OP, &[&step.mask_rows, &step.masks, &step.prompt_targets])?;
+        check_logits(stream, logits, step, sampler)?;
+        check_out(stream, step, out)?;
         disjoint(OP, out.slice(), &[logits.slice(), &step.masks])?;
-        for first in (0..num_rows).step_by(sampler.max_rows()) {
-            let count = sampler.max_rows().min(num_rows - first);
-            self.sample_rows(stream, &params(logits, step, sampler, out, [first, count])?)?;
+        for [first, count] in batches(step, sampler) {
+            let params = SampleParams {
+                logits: logits.address() + (4 * first * columns) as u64,
+                columns: to_u32(OP, columns)?,
+                num_chunks: to_u32(OP, columns.div_ceil(CHUNK))?,
+                ..params(step, sampler, [first, count])?.with_out(out, first)
+            };
+            self.sample_rows(stream, &params)?;
         }
         Ok(())
     }
 
+    /// What a rank finds in its share: `logits` (`[num_logit_rows, share]` f32) of the tokens from `first_token` on, to `candidates`
+    /// (`[num_logit_rows]` of 32 bytes). For steps in which no row has filters, log-probabilities or a target
+    /// ([`Sampler::takes_shares`]).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Driver`].
+    pub fn sample_share(
+        &self,
+        stream: &Stream,
+        logits: &Tensor,
+        first_token: usize,
+        step: &StepView,
+        sampler: &Sampler,
+        candidates: &DeviceSlice,
+    ) -> Result<()> {
+        let columns = logits.columns();
+        check_logits(stream, logits, step, sampler)?;
+        expect_candidates(stream, candidates, step.num_logit_rows)?;
+        disjoint(OP, candidates, &[logits.slice(), &step.masks])?;
+        // Tokens are numbers of 32 bits, also those behind the share.
+        to_u32(OP, first_token.saturating_add(columns + CHUNK))?;
+        for [first, count] in batches(step, sampler) {
+            let params = SampleParams {
+                logits: logits.address() + (4 * first * columns) as u64,
+                columns: to_u32(OP, columns)?,
+                // Blocks begin at a multiple of four tokens.
+                num_chunks: to_u32(OP, (first_token % 4 + columns).div_ceil(CHUNK).max(1))?,
+                first_token: to_u32(OP, first_token)?,
+                candidates: candidates.address() + (4 * CANDIDATE_WORDS * first) as u64,
+                ..params(step, sampler, [first, count])?
+            };
+            let (params, scan, _) = grids(stream, &params);
+            // SAFETY: logits, step data and candidates were checked; the sampler's parts have the sizes that the kernel takes for
+            // `max_rows` rows.
+            unsafe { self.sample.share.launch(stream, scan, &params)? };
+        }
+        Ok(())
+    }
+
+    /// Chooses among the `candidates` of all ranks (`[world][num_logit_rows]` of 32 bytes), keeps the tokens for the next step: as
+    /// [`Kernels::sample`] does with all logits.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Driver`].
+    pub fn sample_choose(
+        &self,
+        stream: &Stream,
+        candidates: &DeviceSlice,
+        world: usize,
+        step: &StepView,
+        sampler: &Sampler,
+        out: &SampleOut,
+    ) -> Result<()> {
+        let num_rows = step.num_logit_rows;
+        expect_candidates(stream, candidates, num_rows.saturating_mul(world))?;
+        words(OP, &step.sample_slots, num_rows)?;
+        stream.uses(OP, &[&sampler.parts().slots, &step.sample_slots])?;
+        check_out(stream, step, out)?;
+        disjoint(OP, out.slice(), &[candidates])?;
+        let params = SampleParams {
+            candidates: candidates.address(),
+            world: to_u32(OP, world)?,
+            candidate_rows: to_u32(OP, num_rows)?,
+            ..params(step, sampler, [0, num_rows])?.with_out(out, 0)
+        };
+        let launch = Launch::blocks(params.num_rows.div_ceil(CHOOSE_THREADS), CHOOSE_THREADS);
+        // SAFETY: as above; there are candidates of every rank for every row.
+        unsafe { self.sample.choose.launch(stream, launch, &params) }
+    }
+
     /// The four launches for up to `max_rows` rows.
     fn sample_rows(&self, stream: &Stream, params: &SampleParams) -> Result<()> {
-        // As many parts of rows as fit the device at once: nothing is gained by more.
-        let num_blocks = BLOCKS_PER_SM * stream.num_sms().max(1);
-        let blocks_per_row = (num_blocks / params.num_rows).clamp(1, params.num_chunks);
-        let chunks_per_block = params.num_chunks.div_ceil(blocks_per_row);
-        let params = SampleParams { chunks_per_block, ..*params };
-        let blocks_per_row = params.num_chunks.div_ceil(chunks_per_block);
-        let scan =
-            Launch { grid: [blocks_per_row, params.num_rows, 1], num_threads: NUM_THREADS, shared_bytes: 0 };
-        let num_items = 2 * params.num_rows * blocks_per_row;
-        let through = Launch::blocks(num_items.min(num_blocks), NUM_THREADS);
+        let (params, scan, through) = grids(stream, params);
         // SAFETY: `sample` has checked logits, step data and results; the sampler's parts have the sizes that the kernels
         // take for `max_rows` rows. Slots, masks and targets are checked by the kernels or by whoever packed the step.
         unsafe {
@@ -140,19 +203,63 @@ impl Kernels {
     }
 }
 
-/// Parameters for `count` rows from `first` on, without the number of chunks of a block.
-fn params(
-    logits: &Tensor,
-    step: &StepView,
-    sampler: &Sampler,
-    out: &SampleOut,
-    [first, count]: [usize; 2],
-) -> Result<SampleParams> {
+/// An error unless the kernels may read the logits, and what the step says of them.
+fn check_logits(stream: &Stream, logits: &Tensor, step: &StepView, sampler: &Sampler) -> Result<()> {
+    let num_rows = step.num_logit_rows;
+    logits.expect(OP, [num_rows, logits.columns()], Dtype::F32)?;
+    if step.mask_words < sampler.vocab_size().div_ceil(32) {
+        return Err(Error::shape(OP, format!("masks of {} tokens", sampler.vocab_size()), step.mask_words));
+    }
+    for slice in [&step.sample_slots, &step.mask_rows, &step.prompt_targets] {
+        words(OP, slice, num_rows)?;
+    }
+    words(OP, &step.masks, 0)?;
+    stream.uses(OP, &[logits.slice(), &sampler.parts().slots, &step.sample_slots])?;
+    stream.uses(OP, &[&step.mask_rows, &step.masks, &step.prompt_targets])
+}
+
+/// An error unless `out` holds the step's rows.
+fn check_out(stream: &Stream, step: &StepView, out: &SampleOut) -> Result<()> {
+    if step.num_logit_rows > out.num_rows() {
+        return Err(Error::shape(OP, format!("at most {} rows", out.num_rows()), step.num_logit_rows));
+    }
+    stream.uses(OP, &[out.slice()])
+}
+
+/// An error unless `candidates` holds those of `num_rows` rows.
+fn expect_candidates(stream: &Stream, candidates: &DeviceSlice, num_rows: usize) -> Result<()> {
+    words(OP, candidates, num_rows.saturating_mul(CANDIDATE_WORDS))?;
+    if !candidates.address().is_multiple_of(8) {
+        return Err(Error::shape(OP, "candidates from a multiple of 8 on", candidates.address()));
+    }
+    stream.uses(OP, &[candidates])
+}
+
+/// First row and number of rows of each launch.
+fn batches(step: &StepView, sampler: &Sampler) -> impl Iterator<Item = [usize; 2]> {
+    let (num_rows, most) = (step.num_logit_rows, sampler.max_rows());
+    (0..num_rows).step_by(most).map(move |first| [first, most.min(num_rows - first)])
+}
+
+/// The parameters with the parts of rows, and the launches over parts of rows and over jobs.
+fn grids(stream: &Stream, params: &SampleParams) -> (SampleParams, Launch, Launch) {
+    // As many parts of rows as fit the device at once: nothing is gained by more.
+    let num_blocks = BLOCKS_PER_SM * stream.num_sms().max(1);
+    let blocks_per_row = (num_blocks / params.num_rows).clamp(1, params.num_chunks);
+    let chunks_per_block = params.num_chunks.div_ceil(blocks_per_row);
+    let params = SampleParams { chunks_per_block, ..*params };
+    let blocks_per_row = params.num_chunks.div_ceil(chunks_per_block);
+    let scan =
+        Launch { grid: [blocks_per_row, params.num_rows, 1], num_threads: NUM_THREADS, shared_bytes: 0 };
+    let num_items = 2 * params.num_rows * blocks_per_row;
+    (params, scan, Launch::blocks(num_items.min(num_blocks), NUM_THREADS))
+}
+
+/// Parameters for `count` rows from `first` on, without logits, results and candidates.
+fn params(step: &StepView, sampler: &Sampler, [first, count]: [usize; 2]) -> Result<SampleParams> {
     let parts = sampler.parts();
-    let [tokens, details, alternatives] = out.addresses(first);
-    let columns = logits.columns();
     Ok(SampleParams {
-        logits: logits.address() + (4 * first * columns) as u64,
+        logits: 0,
         sample_slots: step.sample_slots.address() + 4 * first as u64,
         mask_rows: step.mask_rows.address() + 4 * first as u64,
         masks: step.masks.address(),
@@ -166,18 +273,29 @@ fn params(
         active: parts.active.address(),
         bins: parts.bins.address(),
         lists: parts.lists.address(),
-        tokens,
-        details,
-        alternatives,
+        tokens: 0,
+        details: 0,
+        alternatives: 0,
+        candidates: 0,
         num_rows: to_u32(OP, count)?,
         num_slots: to_u32(OP, sampler.num_slots())?,
         vocab: to_u32(OP, sampler.vocab_size())?,
-        columns: to_u32(OP, columns)?,
+        columns: 0,
         stride: to_u32(OP, sampler.stride() as usize)?,
         mask_words: to_u32(OP, step.mask_words)?,
-        num_chunks: to_u32(OP, columns.div_ceil(CHUNK))?,
+        num_chunks: 1,
         chunks_per_block: 1,
         max_alternatives: MAX_ALTERNATIVES as u32,
-        unused: 0,
+        first_token: 0,
+        world: 1,
+        candidate_rows: 0,
     })
+}
+
+impl SampleParams {
+    /// With results from row `first` of `out` on.
+    fn with_out(self, out: &SampleOut, first: usize) -> Self {
+        let [tokens, details, alternatives] = out.addresses(first);
+        Self { tokens, details, alternatives, ..self }
+    }
 }

@@ -9,11 +9,15 @@ use crate::{Error, Pool, Result, Stream, Tensor};
 const OP: &str = "vision_attend";
 /// Images of a launch; more are several launches.
 const MAX_IMAGES: usize = 64;
-/// Widths that the kernels are made for: a head is padded to the next one, for the products with q to the next multiple of 16.
+/// Widths that the kernels are made for: a head is padded to the next one.
 const WIDTHS: [usize; 6] = [32, 64, 72, 80, 96, 128];
 /// Query rows and keys of a tile.
 const TILE_ROWS: usize = 128;
 const TILE_KEYS: usize = 64;
+/// Up to this width q is in registers, and comes through one of three stages.
+const MAX_NARROW: usize = 80;
+/// Logarithm to base 2 of how much a weight may exceed 1 before its row is rescaled.
+const SLACK: f32 = 8.0;
 const NUM_THREADS: u32 = 128;
 const PREPARE_THREADS: u32 = 256;
 
@@ -40,11 +44,13 @@ pub(crate) struct VisionAttentionParams {
     merge: u32,
     num_images: u32,
     factor: f32,
+    slack: f32,
+    unused: u32,
     inv_freq: [f32; 32],
     images: [Image; MAX_IMAGES],
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 3 * 8 + 6 * 4 + 32 * 4 + 64 * 16 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 3 * 8 + 8 * 4 + 32 * 4 + 64 * 16 bytes, no padding.
 unsafe impl Params for VisionAttentionParams {
     const NAME: &'static str = "VisionAttentionParams";
 }
@@ -67,17 +73,13 @@ impl VisionAttention {
     }
 }
 
-/// Shared memory of `vision_attention`: q and two stages of K and V. Rows whose number of 16-byte vectors is no power of two get
-/// an odd number of them.
+/// Shared memory of `vision_attention`: stages of K and V, for wide heads q too. Rows whose number of 16-byte vectors is no power
+/// of two get an odd number of them.
 fn shared_bytes(width: usize) -> u32 {
-    let vectors = padded(width) / 8;
+    let vectors = width / 8;
     let row_bytes = 16 * if vectors.is_power_of_two() { vectors } else { vectors | 1 };
-    ((TILE_ROWS + 4 * TILE_KEYS) * row_bytes) as u32
-}
-
-/// Numbers of a rotated vector.
-fn padded(width: usize) -> usize {
-    width.next_multiple_of(16)
+    let rows = if width <= MAX_NARROW { 3 * 2 * TILE_KEYS } else { TILE_ROWS + 2 * 2 * TILE_KEYS };
+    (rows * row_bytes) as u32
 }
 
 impl Kernels {
@@ -86,7 +88,7 @@ impl Kernels {
         let width = WIDTHS.get(width_index(head_dim)).copied().unwrap_or(head_dim);
         // q and k, and v where its vectors are not whole multiples of 16 bytes.
         let parts = if head_dim.is_multiple_of(8) { 2 } else { 3 };
-        2 * parts * num_heads as u64 * num_patches as u64 * padded(width) as u64
+        2 * parts * num_heads as u64 * num_patches as u64 * width as u64
     }
 
     /// [`Kernels::vision_attend_images`] of one image or video: `grid` is its frames, rows and columns of patches.
@@ -137,6 +139,7 @@ impl Kernels {
             let (images, num_tiles) = images(grids)?;
             let patches = patches_of(grids);
             let row = |columns: usize| 2 * (first_patch * columns) as u64;
+            let factor = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
             let params = VisionAttentionParams {
                 qkv: qkv.address() + row(3 * hidden),
                 rotated: rotated.address(),
@@ -146,7 +149,9 @@ impl Kernels {
                 head_dim: to_u32(OP, head_dim)?,
                 merge: to_u32(OP, spec.merge_size)?,
                 num_images: to_u32(OP, grids.len())?,
-                factor: std::f32::consts::LOG2_E / (head_dim as f32).sqrt(),
+                factor,
+                slack: SLACK / factor,
+                unused: 0,
                 inv_freq: inv_freq(head_dim),
                 images,
             };
@@ -235,13 +240,12 @@ mod tests {
     fn heads_are_padded_to_the_next_width() {
         let width = |head_dim| WIDTHS[width_index(head_dim)];
         assert_eq!([4, 32, 36, 64, 72, 76, 84, 128].map(width), [32, 32, 64, 64, 72, 80, 96, 128]);
-        assert_eq!(WIDTHS.map(padded), [32, 64, 80, 80, 96, 128]);
     }
 
     #[test]
     fn shared_memory_fits_every_device() {
         assert!(WIDTHS.iter().all(|&width| shared_bytes(width) <= 101_376));
-        assert_eq!([72, 80].map(shared_bytes), [384 * 176; 2]);
+        assert_eq!([72, 80, 96].map(shared_bytes), [384 * 144, 384 * 176, 384 * 208]);
     }
 
     #[test]

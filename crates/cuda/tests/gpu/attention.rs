@@ -510,3 +510,33 @@ fn measurements_of_attention() {
     println!("{report}");
     assert!(report.timings.iter().all(|timing| timing.micros > 0.0), "{report}");
 }
+
+/// What an FP8 cache costs: the results of the same rows over both caches, as a share of what they are over bf16.
+#[test]
+fn measurements_of_an_fp8_cache() {
+    println!(
+        "attention over an FP8 cache against bf16, head_dim 128, 8 query heads, 2 kv heads: relative difference"
+    );
+    for (context, outlier) in [(64, 1.0), (300, 1.0), (2048, 1.0), (2048, 16.0), (16_384, 1.0)] {
+        let results = [KvDtype::Bf16, KvDtype::Fp8].map(|dtype| {
+            let mut case = Case::new(128, 2, 4, dtype);
+            case.kv.num_blocks = 1024;
+            // Equal seeds: equal weights, rows and blocks.
+            let mut both = Both::new(case, 1, 77);
+            let mut rows = |count: usize| {
+                let inputs = both.inputs(&[(0, count)]);
+                let mut qkv = both.qkv(count);
+                // Of every vector one number is larger, as in real models.
+                qkv.chunks_exact_mut(128).for_each(|vector| vector[5] *= outlier);
+                both.on_gpu(&inputs, inputs.key(), 1, &qkv)
+            };
+            [rows(context - 1), rows(1)]
+        });
+        let [[prompt, row], [prompt_fp8, row_fp8]] = results;
+        let (prompt, row) = (rel_err(&prompt_fp8, &prompt), rel_err(&row_fp8, &row));
+        println!(
+            "context {context:6}, one number of 128 {outlier:2} times as large: prompt {prompt:.5}, last row {row:.5}"
+        );
+        assert!(prompt < 0.06 && row < 0.06, "{context}: {prompt} {row}");
+    }
+}

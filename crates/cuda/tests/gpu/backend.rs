@@ -6,13 +6,13 @@ use spark_backend::{Backend, KvDtype, SlotParams, StepInputs, StepOutput};
 use spark_cuda::{CudaBackend, CudaOptions, Profile};
 use spark_testing::{Random, rel_err, tolerance};
 
-use super::tiny::{BLOCK, Chunk, HIDDEN, Tiny, VOCAB, inputs, prompts, state};
+use super::tiny::{BLOCK, Chunk, HIDDEN, Tiny, VOCAB, inputs, prompts, state, state_of};
 use super::{cpu, kernel_options};
 use spark_backend::{Dtype, TokenInput, VectorWeight};
 
 const SEED: u64 = 31;
 
-fn options() -> CudaOptions {
+pub(crate) fn options() -> CudaOptions {
     CudaOptions { kernels: kernel_options(), ..CudaOptions::default() }
 }
 
@@ -25,7 +25,7 @@ pub(crate) struct Run<B: Backend> {
 impl<B: Backend> Run<B> {
     pub(crate) fn new(mut backend: B, num_slots: usize, kv_dtype: KvDtype) -> Self {
         let model = Tiny::load(&backend, SEED).unwrap();
-        backend.allocate_state(state(num_slots, kv_dtype)).unwrap();
+        backend.allocate_state(state_of(backend.rank(), num_slots, kv_dtype)).unwrap();
         backend.prepare(&mut |b| model.forward(b, None, &mut |_| ())).unwrap();
         for slot in 0..num_slots {
             backend.admit(slot, SlotParams { logprobs: Some(3), ..SlotParams::greedy() }).unwrap();
@@ -88,7 +88,7 @@ pub(crate) fn assert_rows_alike(got: &[Vec<f32>], want: &[Vec<f32>], what: &str)
 }
 
 /// Steps after the prompts: the tokens are given, so that both backends see the same.
-fn decodes(count: usize) -> Vec<StepInputs> {
+pub(crate) fn decodes(count: usize) -> Vec<StepInputs> {
     let mut random = Random::new(77);
     (0..count)
         .map(|i| {
@@ -125,9 +125,9 @@ fn steps_are_the_cpu_backends() {
 }
 
 /// Slot, token, the bits of its log-probability, alternatives with theirs.
-type Bits = (usize, u32, u32, Vec<(u32, u32)>);
+pub(crate) type Bits = (usize, u32, u32, Vec<(u32, u32)>);
 
-fn bits(output: &StepOutput) -> Vec<Bits> {
+pub(crate) fn bits(output: &StepOutput) -> Vec<Bits> {
     let one = |sampled: &spark_backend::SampledToken| {
         let (chosen, top) = sampled.logprobs.as_ref().unwrap();
         let top = top.iter().map(|top| (top.token, top.logprob.to_bits())).collect();
@@ -137,7 +137,7 @@ fn bits(output: &StepOutput) -> Vec<Bits> {
 }
 
 /// Prompts, then steps of pending tokens of fewer and fewer sequences.
-fn pending_steps() -> Vec<StepInputs> {
+pub(crate) fn pending_steps() -> Vec<StepInputs> {
     let mut steps = vec![inputs(&prompts(2))];
     for i in 0..6 {
         let live = 3 - i / 2;

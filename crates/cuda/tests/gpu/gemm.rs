@@ -2,8 +2,8 @@
 //! `moe_gemm.rs`.
 
 use half::{bf16, f16};
-use spark_backend::{Backend, Dtype, LinearWeight, Matrix, MatrixData};
-use spark_cuda::{PackedHost, PackedWeight, Pool, Tensor};
+use spark_backend::{Activation, Backend, Dtype, LinearWeight, Matrix, MatrixData};
+use spark_cuda::{After, Linear, PackedHost, PackedWeight, Pool, Tensor};
 use spark_testing::{Random, rel_err, tolerance};
 
 use super::{Bed, cpu, cpu_tensor};
@@ -196,6 +196,57 @@ fn equal_inputs_give_equal_bits() {
         assert!(got.iter().all(|v| v.is_finite()), "{scheme:?}");
         assert_eq!(got[..512], got[(rows - 1) * 512..], "{scheme:?}");
         assert_eq!(got, layer.values(&x, Dtype::F32), "{scheme:?}");
+    }
+}
+
+/// What follows a layer inside its kernel has the bits of the two operations, and the CPU backend's values.
+#[test]
+fn what_follows_a_layer_is_the_same_in_one_launch() {
+    let (bed, mut random, backend) = (Bed::new(), Random::new(35), cpu(Dtype::Bf16));
+    let (kernels, pool) = (&bed.kernels, Pool::new(&bed.bytes(64 << 20)));
+    // One launch; parts of k; few rows; columns that are no vectors; another scheme.
+    for (n, k, rows, scheme) in [
+        (1152, 432, 700, Scheme::Bf16),
+        (200, 128, 5000, Scheme::Bf16),
+        (128, 1152, 100, Scheme::Bf16),
+        (64, 96, 9, Scheme::Bf16),
+        (36, 64, 600, Scheme::Bf16),
+        (512, 256, 300, Scheme::Int4(64)),
+    ] {
+        let weight = LinearWeight {
+            parts: vec![matrix(&mut random, n, k, scheme)],
+            bias: Some(random.normals(n, 1.0)),
+        };
+        let host = PackedHost::pack_parts(&weight).unwrap();
+        let layer = Linear::upload(&bed.stream, &bed.bytes(Linear::num_bytes(&host)), &host).unwrap();
+        let (x, sum) = (random.bf16s(rows * k, 1.0), random.bf16s(rows * n, 2.0));
+        let on_cpu = backend.linear_weight(weight).unwrap();
+        let x_on_cpu = cpu_tensor(&backend, &x, [rows, k]);
+        let x = bed.tensor(&x, [rows, k], Dtype::Bf16);
+        let plain = bed.empty([rows, n], Dtype::Bf16);
+        kernels.linear(&bed.stream, &pool, &x, &layer, &plain).unwrap();
+        let activations = [Activation::GeluTanh, Activation::GeluErf, Activation::Silu].map(After::Activate);
+        for after in [activations[0], activations[1], activations[2], After::Add] {
+            let what = format!("{rows} rows of {n} x {k} {scheme:?}, {after:?}");
+            let (got, want) = (bed.tensor(&sum, [rows, n], Dtype::Bf16), bed.empty([rows, n], Dtype::Bf16));
+            kernels.linear_then(&bed.stream, &pool, &x, &layer, after, &got).unwrap();
+            let mut cpu_want = cpu_tensor(&backend, &sum, [rows, n]);
+            match after {
+                After::Activate(activation) => {
+                    bed.stream.copy(want.slice(), plain.slice()).unwrap();
+                    kernels.activate(&bed.stream, &want, activation).unwrap();
+                    cpu_want = backend.linear_activate(&x_on_cpu, &on_cpu, activation).unwrap();
+                }
+                After::Add => {
+                    bed.stream.copy(want.slice(), bed.tensor(&sum, [rows, n], Dtype::Bf16).slice()).unwrap();
+                    kernels.add(&bed.stream, &want, &plain).unwrap();
+                    backend.linear_add(&mut cpu_want, &x_on_cpu, &on_cpu).unwrap();
+                }
+            }
+            let got = bed.values(&got);
+            assert_close(&what, &got, cpu_want.values(), n, tolerance::KERNEL_BF16);
+            assert_close(&format!("{what}, bits"), &got, &bed.values(&want), n, f64::MIN_POSITIVE);
+        }
     }
 }
 

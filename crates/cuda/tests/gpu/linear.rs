@@ -79,7 +79,7 @@ fn linear_over_odd_and_real_sizes() {
             let exact = reference(&x, &weight);
             let on_cpu_x = cpu_tensor(&backend, &x, [MAX_DECODE_ROWS, k]);
             let rounded = backend.linear(&on_cpu_x, &on_cpu).unwrap();
-            for rows in [1, 3, 8, 9, 16, 17, 32, 33, 64] {
+            for rows in [1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 128] {
                 let x = &x[..rows * k];
                 let what = format!("{n} x {k} {scheme:?}, {rows} rows");
                 assert_close(&what, &layer.values(x, Dtype::F32), &exact[..rows * n], n, FLOAT_SUMS);
@@ -98,9 +98,9 @@ fn linear_over_many_inputs() {
     for scheme in SCHEMES {
         let weight = LinearWeight { parts: vec![matrix(&mut random, n, k, scheme)], bias: None };
         let layer = Layer::new(&bed, &weight);
-        let x = random.bf16s(20 * k, 1.0);
+        let x = random.bf16s(40 * k, 1.0);
         let exact = reference(&x, &weight);
-        for rows in [1, 12, 20] {
+        for rows in [1, 12, 20, 40] {
             let got = layer.values(&x[..rows * k], Dtype::F32);
             assert_close(&format!("{scheme:?}, {rows} rows"), &got, &exact[..rows * n], n, 2e-4);
         }
@@ -134,17 +134,17 @@ fn parts_with_outputs_side_by_side() {
 fn a_row_has_the_same_bits_alone_and_in_a_batch() {
     let (bed, mut random) = (Bed::new(), Random::new(13));
     // With few and with many blocks.
-    for [n, k] in [[768, 2048], [5120, 384]] {
+    for [n, k] in [[768, 2048], [5120, 384], [2080, 4304]] {
         for scheme in SCHEMES {
             let weight = LinearWeight { parts: vec![matrix(&mut random, n, k, scheme)], bias: None };
             let layer = Layer::new(&bed, &weight);
-            let x = random.bf16s(64 * k, 1.0);
+            let x = random.bf16s(MAX_DECODE_ROWS * k, 1.0);
             let all = layer.values(&x, Dtype::F32);
-            for rows in [1, 7, 8, 12, 20, 33] {
+            for rows in [1, 7, 8, 12, 20, 33, 64, 65] {
                 let got = layer.values(&x[..rows * k], Dtype::F32);
                 assert_eq!(got, all[..rows * n], "{n} x {k} {scheme:?}, {rows} rows");
             }
-            assert_eq!(layer.values(&x[63 * k..], Dtype::F32), all[63 * n..], "{scheme:?}");
+            assert_eq!(layer.values(&x[127 * k..], Dtype::F32), all[127 * n..], "{scheme:?}");
         }
     }
 }

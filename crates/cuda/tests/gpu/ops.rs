@@ -84,11 +84,41 @@ fn embed_takes_rows_of_the_packed_table() {
         // Some tokens lie behind the table.
         let tokens: Vec<u32> = random.token_ids(num_tokens, rows + 20);
         let (ids, out) = (bed.upload(&tokens), bed.empty([num_tokens, hidden], Dtype::Bf16));
-        bed.kernels.embed(&bed.stream, &ids, &none, &table, &out).unwrap();
+        bed.kernels.embed(&bed.stream, &ids, &none, &table, 0, &out).unwrap();
         let zeros = vec![0.0; hidden];
         let row = |token: u32| values.get(token as usize * hidden..).and_then(|rest| rest.get(..hidden));
         let want: Vec<f32> = tokens.iter().flat_map(|&token| row(token).unwrap_or(&zeros)).copied().collect();
         assert_eq!(bed.values(&out), want, "{rows} {hidden} {num_tokens}");
+    }
+}
+
+/// The table of a rank: rows of other ranks' tokens are zero, also those of tokens that are still on the device.
+#[test]
+fn embed_takes_the_rows_of_its_share() {
+    let (bed, mut random) = (Bed::new(), Random::new(6));
+    for (rows, first, hidden, num_tokens) in [(50, 37, 80, 40), (1, 0, 16, 3), (150, 150, 256, 300)] {
+        let values = random.bf16s(rows * hidden, 1.0);
+        let table = table(&bed, &values, [rows, hidden]);
+        let mut tokens: Vec<u32> = random.token_ids(num_tokens, first + rows + 20);
+        let last: Vec<u32> = random.token_ids(8, first + rows + 20);
+        let mut want_tokens = tokens.clone();
+        for (i, token) in tokens.iter_mut().enumerate().step_by(3) {
+            // Slots beyond the last have no token.
+            let slot = i % 10;
+            *token = spark_cuda::PENDING | slot as u32;
+            want_tokens[i] = last.get(slot).copied().unwrap_or(u32::MAX);
+        }
+        let out = bed.empty([num_tokens, hidden], Dtype::Bf16);
+        let (ids, last) = (bed.upload(&tokens), bed.upload(&last));
+        bed.kernels.embed(&bed.stream, &ids, &last, &table, first, &out).unwrap();
+        let zeros = vec![0.0; hidden];
+        let row = |token: u32| {
+            let row = (token as usize).checked_sub(first)?;
+            values.get(row.checked_mul(hidden)?..)?.get(..hidden)
+        };
+        let want: Vec<f32> =
+            want_tokens.iter().flat_map(|&token| row(token).unwrap_or(&zeros)).copied().collect();
+        assert_eq!(bed.values(&out), want, "{rows} rows from {first}");
     }
 }
 
@@ -161,9 +191,9 @@ fn wrong_shapes_are_refused_before_the_launch() {
     assert!(bed.kernels.layer_norm(&bed.stream, &x, [&w, &out], 1e-6, &w).is_err());
     let table = table(&bed, &[0.0; 128], [2, 64]);
     let short = bed.upload(&[1u32]);
-    assert!(bed.kernels.embed(&bed.stream, &short, &short, &table, &out).is_err());
+    assert!(bed.kernels.embed(&bed.stream, &short, &short, &table, 0, &out).is_err());
     let unaligned = bed.bytes(10).slice(2, 8).unwrap();
-    let error = bed.kernels.embed(&bed.stream, &unaligned, &short, &table, &out).unwrap_err().to_string();
+    let error = bed.kernels.embed(&bed.stream, &unaligned, &short, &table, 0, &out).unwrap_err().to_string();
     assert!(error.contains("start at a multiple of 4"), "{error}");
     bed.stream.synchronize().unwrap();
 }

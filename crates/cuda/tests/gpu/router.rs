@@ -227,6 +227,48 @@ fn a_row_is_routed_alike_alone_and_in_a_batch() {
     }
 }
 
+/// A single row whose choice is left to the experts' kernels has the bits that it has with a choice.
+#[test]
+fn a_single_row_may_choose_late() {
+    let (bed, mut random) = (Bed::new(), Random::new(78));
+    let _alone = alone();
+    let pool = Pool::new(&bed.bytes(64 << 20));
+    let schemes =
+        [Scheme::Bf16, Scheme::Fp8, Scheme::Nvfp4, Scheme::Int4(32), Scheme::Int4(64), Scheme::Int4(128)];
+    for (n, k, intermediate, top_k) in
+        [(24, 256, 96, 8), (200, 128, 64, 5), (128, 2048, 768, 8), (16, 80, 48, 1)]
+    {
+        let mut weight = dense(&random.bf16s(n * k, 0.1), n, k);
+        weight.bias = (n % 3 == 0).then(|| random.bf16s(n, 1.0));
+        let router = upload(&bed, &weight);
+        for scheme in schemes {
+            // Large layers once: they are many bytes.
+            if n == 128 && scheme != Scheme::Int4(128) {
+                continue;
+            }
+            let experts = Layer::new(&mut random, n, [k, intermediate], scheme).upload(&bed);
+            for real in [Some(1u8), Some(0), None] {
+                let x = bed.tensor(&random.bf16s(k, 1.0), [1, k], Dtype::Bf16);
+                let counts = real.map(|real| bed.upload(&[u32::from(real), 7, 7, 0]));
+                let (kernels, stream, counts) = (&bed.kernels, &bed.stream, counts.as_ref());
+                let choices = [
+                    kernels.route(stream, &pool, &x, &router, top_k, real.is_none(), counts).unwrap(),
+                    kernels
+                        .route_for_experts(stream, &pool, &x, &router, top_k, real.is_none(), counts)
+                        .unwrap(),
+                ];
+                let outs = choices.map(|choice| {
+                    let out = bed.empty([1, k], Dtype::Bf16);
+                    kernels.moe_mlp(stream, &pool, &x, &choice, &experts, &out).unwrap();
+                    bed.values(&out)
+                });
+                assert_eq!(outs[0], outs[1], "{n} experts, {k} x {intermediate}, {scheme:?}, {real:?}");
+                assert_eq!(outs[0].iter().any(|&v| v != 0.0), real != Some(0), "{scheme:?}");
+            }
+        }
+    }
+}
+
 /// Inputs that are no numbers may choose anything that exists, each expert once.
 #[test]
 fn no_numbers_choose_experts_that_exist() {

@@ -1,6 +1,6 @@
 //! Moving, adding and activating rows against the CPU backend.
 
-use spark_backend::{Activation, Backend, Dtype};
+use spark_backend::{Activation, Backend, Dtype, Rank};
 use spark_cuda::RowRange;
 use spark_testing::{Random, rel_err, tolerance};
 
@@ -22,6 +22,31 @@ fn rows_are_gathered() {
         let row = |i: u32| values.get(i as usize * columns..).and_then(|rest| rest.get(..columns));
         let want: Vec<f32> = rows.iter().flat_map(|&i| row(i).unwrap_or(&zeros)).copied().collect();
         assert_eq!(bed.values(&out), want, "{source_rows} {columns} {num_rows}");
+    }
+}
+
+#[test]
+fn columns_of_ranks_come_side_by_side() {
+    let (bed, mut random) = (Bed::new(), Random::new(44));
+    for (world, rows, columns) in
+        [(2, 1, 300), (2, 5, 151_936), (3, 4, 1025), (8, 2, 5), (1, 3, 70), (2, 3, 2049)]
+    {
+        let want = random.normals(rows * columns, 1.0);
+        let part_length = rows * columns.div_ceil(world) + 3;
+        let mut parts = vec![f32::NAN; world * part_length];
+        for index in 0..world {
+            let share = Rank::new(index, world).unwrap().range(columns);
+            for (row, values) in want.chunks(columns).enumerate() {
+                let start = index * part_length + row * share.len();
+                parts[start..start + share.len()].copy_from_slice(&values[share.clone()]);
+            }
+        }
+        let (parts, out) = (bed.upload(&parts), bed.empty([rows, columns], Dtype::F32));
+        bed.kernels.join_columns(&bed.stream, &parts, part_length, world, &out).unwrap();
+        assert_eq!(bed.values(&out), want, "{world} ranks, {rows} x {columns}");
+        let error = bed.kernels.join_columns(&bed.stream, &parts, part_length + 1, world, &out).unwrap_err();
+        assert!(error.to_string().contains("values of 4 bytes"), "{error}");
+        assert!(bed.kernels.join_columns(&bed.stream, &parts, part_length, 0, &out).is_err());
     }
 }
 

@@ -126,6 +126,61 @@ fn every_parameter_gives_the_cpu_backends_tokens() {
     }
 }
 
+/// Ranks that have a share of the tokens each: shares that begin anywhere, more ranks than tokens, masks that allow tokens of one
+/// share or none.
+#[test]
+fn shares_give_the_tokens_of_the_whole() {
+    let variants: Vec<SlotParams> = variants()
+        .into_iter()
+        .filter(|params| params.top_k == 0 && params.top_p >= 1.0 && params.min_p == 0.0)
+        .map(|params| SlotParams { logprobs: None, ..params })
+        .collect();
+    assert!(variants.len() > 8);
+    let mask = |vocab: usize, tokens: std::ops::Range<usize>| {
+        let mut mask = vec![0u32; vocab.div_ceil(32)];
+        tokens.for_each(|token| mask[token / 32] |= 1 << (token % 32));
+        Some(mask)
+    };
+    let mut random = Random::new(69);
+    for (vocab, columns, num_shares) in
+        [(997, 1001, 2), (997, 1024, 2), (997, 1003, 3), (500, 1024, 2), (5, 6, 8), (151_669, REAL_VOCAB, 2)]
+    {
+        let mut pair = Pair::new(variants.len(), vocab, columns);
+        pair.num_shares = num_shares;
+        for (slot, params) in variants.iter().enumerate() {
+            pair.admit(slot, params);
+        }
+        for step in 0..if vocab > 1000 { 4 } else { 40 } {
+            let mut rows = sampled(0..variants.len());
+            if step % 3 == 2 {
+                rows[0].mask = mask(vocab, 0..vocab / 7);
+                rows[1].mask = mask(vocab, vocab - 1..vocab);
+                rows[2].mask = mask(vocab, 0..0);
+                rows.swap(3, 4);
+                rows.insert(2, Row::default());
+            }
+            let mut logits = pair.random_logits(&mut random, rows.len(), [3.0, 8.0, 0.3, 1.0][step % 4]);
+            if step % 4 == 3 {
+                logits.iter_mut().for_each(|x| *x = (2.0 * *x).round() / 2.0);
+            }
+            pair.step(&logits, &rows);
+        }
+        pair.expect_equal(1);
+    }
+    let mut pair = Pair::new(3, 100, 100);
+    let asks = [
+        SlotParams { logprobs: Some(0), ..SlotParams::greedy() },
+        SlotParams { top_p: 0.9, ..warm(1) },
+        SlotParams { top_p: 0.9, ..SlotParams::greedy() },
+    ];
+    for (slot, params) in asks.iter().enumerate() {
+        pair.admit(slot, params);
+    }
+    let takes = |rows: &[Row]| pair.sampler.takes_shares(&pair.inputs(rows));
+    assert_eq!([0, 1, 2].map(|slot| takes(&sampled(slot..slot + 1))), [false, false, true]);
+    assert!(!takes(&[Row { target: Some((1, 0)), ..Row::default() }]) && takes(&[Row::default()]));
+}
+
 #[test]
 fn thousands_of_draws_are_the_cpu_backends() {
     let num_slots = 64;
@@ -328,7 +383,7 @@ fn the_sampled_token_is_the_next_steps_pending_one() {
     let embed = |pair: &Pair| {
         let out = pair.bed.empty([5, hidden], Dtype::Bf16);
         let (bed, last) = (&pair.bed, pair.sampler.last_tokens());
-        bed.kernels.embed(&bed.stream, &ids, last, &table, &out).unwrap();
+        bed.kernels.embed(&bed.stream, &ids, last, &table, 0, &out).unwrap();
         bed.values(&out)
     };
     let expect = |pair: &Pair, tokens: [u32; 4]| {

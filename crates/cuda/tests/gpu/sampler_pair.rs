@@ -1,8 +1,8 @@
 //! The sampler of the CPU backend and that of the GPU with the same slots, step by step. No tests.
 
 use spark_backend::{
-    ActivationSpec, Backend, Dtype, KvDtype, KvSpec, SeqInput, SlotParams, StateSpec, StepInputs, StepOutput,
-    TokenInput, TokenLogprob,
+    ActivationSpec, Backend, Dtype, KvDtype, KvSpec, Rank, SeqInput, SlotParams, StateSpec, StepInputs,
+    StepOutput, TokenInput, TokenLogprob,
 };
 use spark_cpu::CpuBackend;
 use spark_cuda::{DeviceSlice, SampleOut, Sampler, StepLimits, StepView, Tensor, Wanted};
@@ -19,6 +19,8 @@ pub(super) struct Pair {
     pub(super) step: DeviceSlice,
     vocab: usize,
     columns: usize,
+    /// Ranks whose shares of the tokens are sampled apart; 0: all tokens at once.
+    pub(super) num_shares: usize,
     pub(super) params: Vec<SlotParams>,
     /// Of each slot, by the CPU.
     pub(crate) outputs: Vec<Vec<u32>>,
@@ -63,6 +65,7 @@ impl Pair {
             step: bed.bytes(limits.num_bytes() as u64),
             vocab,
             columns,
+            num_shares: 0,
             params: vec![SlotParams::greedy(); num_slots],
             outputs: vec![Vec::new(); num_slots],
             num_rows: 0,
@@ -109,8 +112,31 @@ impl Pair {
     pub(super) fn sample(&self, logits: &Tensor, inputs: &StepInputs) -> StepOutput {
         let wanted = Wanted::new(&self.sampler, inputs).unwrap();
         let view = StepView::upload(&self.bed.stream, &self.step, inputs, inputs.key(), self.vocab).unwrap();
-        self.bed.kernels.sample(&self.bed.stream, logits, &view, &self.sampler, &self.out).unwrap();
+        match self.num_shares {
+            0 => self.bed.kernels.sample(&self.bed.stream, logits, &view, &self.sampler, &self.out).unwrap(),
+            _ => {
+                assert!(self.sampler.takes_shares(inputs));
+                self.sample_shares(logits, &view);
+            }
+        }
         self.read(&wanted)
+    }
+
+    /// What ranks do, one after the other.
+    fn sample_shares(&self, logits: &Tensor, view: &StepView) {
+        let (Bed { stream, kernels }, rows, world) = (&self.bed, logits.rows(), self.num_shares);
+        let values = self.bed.values(logits);
+        let num_bytes = 32 * rows as u64;
+        let candidates = self.bed.bytes(num_bytes * world as u64);
+        for index in 0..world {
+            let share = Rank::new(index, world).unwrap().range(self.columns);
+            let of_share: Vec<f32> =
+                values.chunks(self.columns).flat_map(|row| &row[share.clone()]).copied().collect();
+            let of_share = self.bed.tensor(&of_share, [rows, share.len()], Dtype::F32);
+            let mine = candidates.slice(num_bytes * index as u64, num_bytes).unwrap();
+            kernels.sample_share(stream, &of_share, share.start, view, &self.sampler, &mine).unwrap();
+        }
+        kernels.sample_choose(stream, &candidates, world, view, &self.sampler, &self.out).unwrap();
     }
 
     pub(super) fn read(&self, wanted: &Wanted) -> StepOutput {

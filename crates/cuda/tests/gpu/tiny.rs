@@ -1,9 +1,11 @@
 //! A model of two layers over any backend, written by hand, with the same random weights on each: what the tests of
-//! the backend run. One layer of experts in 4 bits, one dense layer in bfloat16.
+//! the backend run. One layer of experts in 4 bits, one dense layer in bfloat16. A rank of several loads its share.
+
+use std::ops::Range;
 
 use spark_backend::{
     ActivationSpec, AttentionSpec, Backend, Dtype, ExpertsWeight, KvDtype, KvSpec, LinearWeight, Matrix,
-    MatrixData, Result, SeqInput, StateSpec, StepInputs, TokenInput, VectorWeight,
+    MatrixData, Rank, Result, SeqInput, StateSpec, StepInputs, TokenInput, VectorWeight,
 };
 use spark_testing::Random;
 
@@ -32,6 +34,7 @@ pub(crate) struct Tiny<B: Backend> {
     gate_up: B::Linear,
     down: B::Linear,
     inv_freq: Vec<f32>,
+    rank: Rank,
 }
 
 struct Layer<B: Backend> {
@@ -87,30 +90,98 @@ impl Weights {
     }
 }
 
+/// Values of `bytes` (rows of `row_bytes`) in `rows`, of each row those in `columns`, in bytes.
+fn cut(bytes: &[u8], row_bytes: usize, rows: &Range<usize>, columns: &Range<usize>) -> Vec<u8> {
+    let rows = &bytes[rows.start * row_bytes..rows.end * row_bytes];
+    rows.chunks(row_bytes).flat_map(|row| &row[columns.clone()]).copied().collect()
+}
+
+fn part(matrix: &Matrix, rows: &Range<usize>, columns: &Range<usize>) -> Matrix {
+    let scaled = |times: usize, by: usize| times * columns.start / by..times * columns.end / by;
+    let data = match &matrix.data {
+        MatrixData::Dense { dtype, values } => {
+            let values = cut(values, 2 * matrix.k, rows, &scaled(2, 1)).into();
+            MatrixData::Dense { dtype: *dtype, values }
+        }
+        MatrixData::Int4 { codes, zeros: None, scales, scale_dtype, group_size } => MatrixData::Int4 {
+            codes: cut(codes, matrix.k / 2, rows, &scaled(1, 2)).into(),
+            zeros: None,
+            scales: cut(scales, 2 * matrix.k / group_size, rows, &scaled(2, *group_size)).into(),
+            scale_dtype: *scale_dtype,
+            group_size: *group_size,
+        },
+        _ => unreachable!("the model has no others"),
+    };
+    Matrix { n: rows.len(), k: columns.len(), data }
+}
+
+/// All columns of some rows of a layer, one matrix for each range.
+fn rows_of(weight: &LinearWeight, ranges: &[Range<usize>]) -> LinearWeight {
+    let whole = &weight.parts[0];
+    let parts = ranges.iter().map(|rows| part(whole, rows, &(0..whole.k))).collect();
+    LinearWeight { parts, bias: None }
+}
+
+/// All rows of some columns of a layer.
+fn columns_of(weight: &LinearWeight, columns: &Range<usize>) -> LinearWeight {
+    let whole = &weight.parts[0];
+    LinearWeight { parts: vec![part(whole, &(0..whole.n), columns)], bias: None }
+}
+
+/// `range` of things that are `size` wide, behind `start` others.
+fn times(range: &Range<usize>, size: usize, start: usize) -> Range<usize> {
+    (start + range.start) * size..(start + range.end) * size
+}
+
+/// The share of a rank.
+fn shard_experts(rank: Rank, weight: &ExpertsWeight) -> ExpertsWeight {
+    let width = rank.range(EXPERT_WIDTH);
+    let expert = |(gate_up, down): &(LinearWeight, LinearWeight)| {
+        let parts = gate_up.parts.iter().map(|matrix| part(matrix, &width, &(0..HIDDEN))).collect();
+        (LinearWeight { parts, bias: None }, columns_of(down, &width))
+    };
+    ExpertsWeight { experts: weight.experts.iter().map(expert).collect() }
+}
+
 impl<B: Backend> Tiny<B> {
     pub(crate) fn load(b: &B, seed: u64) -> Result<Self> {
         let mut w = Weights { random: Random::new(seed) };
+        let rank = b.rank();
+        let (heads, kv_heads) = (rank.range(HEADS), rank.kv_heads(KV_HEADS));
+        let (width, vocab) = (rank.range(WIDTH), [rank.range(VOCAB_ROWS)]);
         let qkv = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+        let of_rank = [
+            times(&heads, HEAD_DIM, 0),
+            times(&kv_heads, HEAD_DIM, HEADS),
+            times(&kv_heads, HEAD_DIM, HEADS + KV_HEADS),
+        ];
         let std = |k: usize| 1.0 / (k as f32).sqrt();
         let layer = |w: &mut Weights| -> Result<Layer<B>> {
             Ok(Layer {
                 norms: [b.vector(w.norm(HIDDEN))?, b.vector(w.norm(HIDDEN))?],
-                qkv: b.linear_weight(w.dense(qkv, HIDDEN, std(HIDDEN)))?,
+                qkv: b.linear_weight(rows_of(&w.dense(qkv, HIDDEN, std(HIDDEN)), &of_rank))?,
                 heads: [b.vector(w.norm(HEAD_DIM))?, b.vector(w.norm(HEAD_DIM))?],
-                out: b.linear_weight(w.dense(HIDDEN, HEADS * HEAD_DIM, std(HIDDEN)))?,
+                out: b.linear_weight(columns_of(
+                    &w.dense(HIDDEN, HEADS * HEAD_DIM, std(HIDDEN)),
+                    &times(&heads, HEAD_DIM, 0),
+                ))?,
             })
         };
         Ok(Self {
-            embed: b.linear_weight(w.dense(VOCAB_ROWS, HIDDEN, 1.0))?,
-            head: b.linear_weight(w.dense(VOCAB_ROWS, HIDDEN, std(HIDDEN)))?,
+            embed: b.linear_weight(rows_of(&w.dense(VOCAB_ROWS, HIDDEN, 1.0), &vocab))?,
+            head: b.linear_weight(rows_of(&w.dense(VOCAB_ROWS, HIDDEN, std(HIDDEN)), &vocab))?,
             layers: [layer(&mut w)?, layer(&mut w)?],
             norm: b.vector(w.norm(HIDDEN))?,
             // Far apart, so that roundings seldom change a choice.
             router: b.linear_weight(w.dense(EXPERTS, HIDDEN, 0.5))?,
-            experts: b.experts_weight(w.experts())?,
-            gate_up: b.linear_weight(w.dense(2 * WIDTH, HIDDEN, std(HIDDEN)))?,
-            down: b.linear_weight(w.dense(HIDDEN, WIDTH, std(WIDTH)))?,
+            experts: b.experts_weight(shard_experts(rank, &w.experts()))?,
+            gate_up: b.linear_weight(rows_of(
+                &w.dense(2 * WIDTH, HIDDEN, std(HIDDEN)),
+                &[width.clone(), WIDTH + width.start..WIDTH + width.end],
+            ))?,
+            down: b.linear_weight(columns_of(&w.dense(HIDDEN, WIDTH, std(WIDTH)), &width))?,
             inv_freq: (0..HEAD_DIM / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / HEAD_DIM as f32)).collect(),
+            rank,
         })
     }
 
@@ -119,8 +190,8 @@ impl<B: Backend> Tiny<B> {
             q_norm: &layer.heads[0],
             k_norm: &layer.heads[1],
             eps: EPS,
-            num_heads: HEADS,
-            num_kv_heads: KV_HEADS,
+            num_heads: self.rank.range(HEADS).len(),
+            num_kv_heads: self.rank.kv_heads(KV_HEADS).len(),
             head_dim: HEAD_DIM,
             inv_freq: &self.inv_freq,
             rope_factor: 1.0,
@@ -136,7 +207,7 @@ impl<B: Backend> Tiny<B> {
         media: Option<(usize, &B::Tensor, usize)>,
         tap: &mut dyn FnMut(&B::Tensor),
     ) -> Result<()> {
-        let mut residual = b.embed(&self.embed)?;
+        let mut residual = b.embed(&self.embed, VOCAB_ROWS)?;
         if let Some((row, source, rows)) = media {
             b.set_rows(&mut residual, row, source, 1, rows)?;
         }
@@ -163,7 +234,7 @@ impl<B: Backend> Tiny<B> {
             }
         }
         let x = b.reduce_norm(partial, &mut residual, &self.norm, EPS)?;
-        let logits = b.logits(&x, &self.head)?;
+        let logits = b.logits(&x, &self.head, VOCAB_ROWS)?;
         tap(&logits);
         b.sample(&logits)
     }
@@ -171,9 +242,15 @@ impl<B: Backend> Tiny<B> {
 
 /// State for `num_slots` sequences of at most 64 tokens.
 pub(crate) fn state(num_slots: usize, kv_dtype: KvDtype) -> StateSpec {
+    state_of(Rank::SINGLE, num_slots, kv_dtype)
+}
+
+/// [`state`] of a rank.
+pub(crate) fn state_of(rank: Rank, num_slots: usize, kv_dtype: KvDtype) -> StateSpec {
+    let num_kv_heads = rank.kv_heads(KV_HEADS).len();
     let kv = KvSpec {
         num_layers: 2,
-        num_kv_heads: KV_HEADS,
+        num_kv_heads,
         head_dim: HEAD_DIM,
         block_size: BLOCK,
         num_blocks: 4 * num_slots,
@@ -185,13 +262,13 @@ pub(crate) fn state(num_slots: usize, kv_dtype: KvDtype) -> StateSpec {
         num_logit_rows: num_slots + 64,
         vocab_rows: VOCAB_ROWS,
         hidden_size: HIDDEN,
-        num_heads: HEADS,
-        num_kv_heads: KV_HEADS,
+        num_heads: rank.range(HEADS).len(),
+        num_kv_heads,
         head_dim: HEAD_DIM,
-        intermediate_size: WIDTH,
+        intermediate_size: rank.range(WIDTH).len(),
         num_experts: EXPERTS,
         top_k: TOP_K,
-        moe_intermediate_size: EXPERT_WIDTH,
+        moe_intermediate_size: rank.range(EXPERT_WIDTH).len(),
         num_patches: 256,
         patch_size: 96,
         vision_hidden_size: 144,

@@ -21,10 +21,19 @@ fn spec(num_heads: usize, head_dim: usize) -> VisionSpec {
 
 /// Both devices' results for some images in one call on the GPU, one after the other on the CPU.
 fn compare(grids: &[[usize; 3]], spec: &VisionSpec, seed: u64) {
+    compare_grown(grids, spec, seed, 1.0);
+}
+
+/// The same, with vectors that grow from the first patch to the last, `growth` times as long as the first.
+fn compare_grown(grids: &[[usize; 3]], spec: &VisionSpec, seed: u64, growth: f32) {
     let (bed, backend, hidden) = (Bed::new(), cpu(Dtype::Bf16), spec.hidden_size);
     let patches: Vec<usize> = grids.iter().map(|grid| grid.iter().product()).collect();
     let rows: usize = patches.iter().sum();
-    let x = Random::new(seed).bf16s(rows * 3 * hidden, 1.0);
+    let mut x = Random::new(seed).bf16s(rows * 3 * hidden, 1.0);
+    for (i, row) in x.chunks_exact_mut(3 * hidden).enumerate() {
+        let factor = 1.0 + (growth - 1.0) * i as f32 / rows as f32;
+        row[..2 * hidden].iter_mut().for_each(|v| *v = half::bf16::from_f32(*v * factor).to_f32());
+    }
     let mut want = Vec::new();
     for (i, (&grid, &count)) in grids.iter().zip(&patches).enumerate() {
         let first: usize = patches[..i].iter().sum();
@@ -75,6 +84,13 @@ fn frames_of_any_size_are_the_cpu_backends() {
 #[test]
 fn the_real_heads_are_the_cpu_backends() {
     compare(&[[1, 32, 32]], &spec(16, 72), 140);
+}
+
+#[test]
+fn maxima_that_grow_are_the_cpu_backends() {
+    for (i, (head_dim, growth)) in [(32, 3.0), (64, 4.0), (72, 6.0), (80, 3.0)].into_iter().enumerate() {
+        compare_grown(&[[1, 20, 22]], &spec(2, head_dim), 160 + i as u64, growth);
+    }
 }
 
 #[test]
