@@ -3,7 +3,7 @@
 //! Mirrors `Qwen3VLMoeTextDecoderLayer` and `Qwen3DecoderLayer` of transformers. The residual stream is replicated;
 //! what a layer returns is a partial sum that the next `reduce_norm` reduces and adds.
 
-use spark_backend::{AttentionSpec, Backend};
+use spark_backend::{AttentionSpec, Backend, Rank};
 use spark_weights::{Params, Shard};
 
 use crate::{
@@ -21,7 +21,7 @@ pub(crate) struct DecoderLayer<B: Backend> {
 }
 
 struct Attention<B: Backend> {
-    qkv_proj: B::Linear, // [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+    qkv_proj: B::Linear, // [(num_heads + 2 * num_kv_heads) * head_dim, hidden], heads of this rank
     q_norm: B::Tensor,   // [1, head_dim]
     k_norm: B::Tensor,   // [1, head_dim]
     o_proj: B::Linear,   // [hidden, num_heads * head_dim]
@@ -36,8 +36,9 @@ enum Mlp<B: Backend> {
 pub(crate) fn specs(config: &TextConfig, layer: usize, specs: &mut Specs<'_>) {
     let (hidden, head_dim) = (config.hidden_size, config.head_dim);
     let (q, kv) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
+    let shard = Shard::Qkv { num_kv_heads: config.num_key_value_heads };
     specs.vector("input_layernorm.weight", [1, hidden]);
-    specs.fused("self_attn", &[("q_proj", q), ("k_proj", kv), ("v_proj", kv)], hidden, Shard::Rows);
+    specs.fused("self_attn", &[("q_proj", q), ("k_proj", kv), ("v_proj", kv)], hidden, shard);
     specs.vector("self_attn.q_norm.weight", [1, head_dim]);
     specs.vector("self_attn.k_norm.weight", [1, head_dim]);
     specs.linear("self_attn.o_proj", hidden, q, Shard::Columns);
@@ -128,17 +129,17 @@ impl<B: Backend> Attention<B> {
         x: &B::Tensor,
     ) -> spark_backend::Result<B::Tensor> {
         let qkv = b.linear(x, &self.qkv_proj)?;
-        let attended = b.attend(&qkv, layer, &self.spec(config))?;
+        let attended = b.attend(&qkv, layer, &self.spec(config, b.rank()))?;
         b.linear(&attended, &self.o_proj)
     }
 
-    fn spec<'a>(&'a self, config: &'a TextConfig) -> AttentionSpec<'a, B> {
+    fn spec<'a>(&'a self, config: &'a TextConfig, rank: Rank) -> AttentionSpec<'a, B> {
         AttentionSpec {
             q_norm: &self.q_norm,
             k_norm: &self.k_norm,
             eps: config.rms_norm_eps,
-            num_heads: config.num_attention_heads,
-            num_kv_heads: config.num_key_value_heads,
+            num_heads: config.num_attention_heads / rank.world(),
+            num_kv_heads: rank.kv_heads(config.num_key_value_heads).len(),
             head_dim: config.head_dim,
             inv_freq: &config.rope.inv_freq,
             rope_factor: config.rope.factor,

@@ -11,6 +11,7 @@ mod error;
 mod fields;
 mod param;
 mod qwen3_vl;
+mod ranks;
 mod registry;
 mod rope;
 mod vision;

@@ -20,7 +20,7 @@ const VISUAL: &str = "model.visual";
 /// The network.
 pub struct Qwen3Vl<B: Backend> {
     config: ModelConfig,
-    embed_tokens: B::Linear, // [vocab, hidden]
+    embed_tokens: B::Linear, // [vocab, hidden], rows of this rank
     layers: Vec<DecoderLayer<B>>,
     norm: B::Tensor,            // [1, hidden]
     lm_head: Option<B::Linear>, // [vocab, hidden]; None: the embeddings are the head
@@ -58,10 +58,11 @@ impl ModelConfig {
 }
 
 impl<B: Backend> Qwen3Vl<B> {
-    /// Takes all parameters to the backend. `mean_std` are the image processor's, per channel.
+    /// Takes all parameters, which are the shards of the backend's rank, to the backend. `mean_std` are the image processor's, per channel.
     ///
     /// # Errors
-    /// A parameter is missing, or the backend cannot take it.
+    /// A parameter is missing, the backend cannot take it, or its group has a number of ranks that the model cannot be split
+    /// over.
     pub fn load(
         config: ModelConfig,
         has_lm_head: bool,
@@ -69,6 +70,7 @@ impl<B: Backend> Qwen3Vl<B> {
         params: &mut Params,
         backend: &B,
     ) -> Result<Self> {
+        config.check_ranks(backend.rank().world())?;
         let mut language = Loader { prefix: LANGUAGE_MODEL, params, backend };
         let embed_tokens = language.linear("embed_tokens")?;
         let norm = language.vector("norm.weight")?;
@@ -107,7 +109,7 @@ impl<B: Backend> Qwen3Vl<B> {
         visual: &[VisualRows<'_, B::Tensor>],
         tap: &mut dyn FnMut(&str, &B::Tensor),
     ) -> spark_backend::Result<()> {
-        let mut residual = b.embed(&self.embed_tokens)?; // [num_tokens, hidden]
+        let mut residual = b.embed(&self.embed_tokens, self.config.text.vocab_size)?; // [num_tokens, hidden]
         for v in visual {
             b.set_rows(&mut residual, v.token_row, v.embeddings, v.source_row, v.rows)?;
         }
@@ -122,7 +124,8 @@ impl<B: Backend> Qwen3Vl<B> {
         }
         let x = b.reduce_norm(partial, &mut residual, &self.norm, self.config.text.rms_norm_eps)?;
         tap("norm_in", &residual);
-        let logits = b.logits(&x, self.lm_head.as_ref().unwrap_or(&self.embed_tokens))?;
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        let logits = b.logits(&x, head, self.config.text.vocab_size)?;
         tap("logits", &logits);
         b.sample(&logits)
     }

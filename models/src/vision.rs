@@ -175,9 +175,11 @@ impl<B: Backend> VisionBlock<B> {
         spec: &VisionSpec,
     ) -> spark_backend::Result<()> {
         self.attend(b, x, grid, spec)?;
-        let mut h = b.linear(&self.norm2.forward(b, x)?, &self.linear_fc1)?;
-        b.activate(&mut h, Activation::GeluTanh)?;
-        b.add(x, &b.linear(&h, &self.linear_fc2)?)
+        let normed = self.norm2.forward(b, x)?;
+        let h = b.linear_activate(&normed, &self.linear_fc1, Activation::GeluTanh)?;
+        // Its memory is free for what the second layer needs.
+        drop(normed);
+        b.linear_add(x, &h, &self.linear_fc2)
     }
 
     /// The first half: what it needs is given back before the second begins.
@@ -190,7 +192,7 @@ impl<B: Backend> VisionBlock<B> {
     ) -> spark_backend::Result<()> {
         let qkv = b.linear(&self.norm1.forward(b, x)?, &self.qkv)?;
         let attended = b.vision_attend(&qkv, grid, spec)?;
-        b.add(x, &b.linear(&attended, &self.proj)?)
+        b.linear_add(x, &attended, &self.proj)
     }
 }
 
@@ -204,8 +206,7 @@ impl<B: Backend> PatchMerger<B> {
     }
 
     fn merge(&self, b: &B, x: &B::Tensor) -> spark_backend::Result<B::Tensor> {
-        let mut h = b.linear(x, &self.linear_fc1)?;
-        b.activate(&mut h, Activation::GeluErf)?;
+        let h = b.linear_activate(x, &self.linear_fc1, Activation::GeluErf)?;
         b.linear(&h, &self.linear_fc2)
     }
 }

@@ -1,5 +1,7 @@
 //! A request: one prompt, one sequence of output tokens. Validated at construction.
 
+use tokio::sync::mpsc::UnboundedSender;
+
 use crate::{Limits, MediaGeometry, MediaItem, SamplingParams, TokenConstraint, TokenId};
 
 /// One sequence to generate. Front ends turn `n` choices into `n` requests.
@@ -17,6 +19,8 @@ pub struct Request {
     pub cache_salt: Option<String>,
     /// Grammar, if output is constrained.
     pub constraint: Option<Box<dyn TokenConstraint>>,
+    /// Told, while the prompt is computed, how many of its tokens are done or under way.
+    pub progress: Option<UnboundedSender<usize>>,
     /// For logs and traces; need not be unique.
     pub name: String,
 }
@@ -52,6 +56,7 @@ impl Request {
             priority: 0,
             cache_salt: None,
             constraint: None,
+            progress: None,
             name: String::new(),
         })
     }

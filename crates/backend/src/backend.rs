@@ -1,8 +1,8 @@
 //! The operations a model is written in.
 
 use crate::{
-    ActivationSpec, Dtype, ExpertsWeight, LinearWeight, Memory, Result, SlotParams, StateSpec, StepInputs,
-    StepOutput, VectorWeight,
+    ActivationSpec, Dtype, Error, ExpertsWeight, LinearWeight, Memory, Rank, Result, SlotParams, StateSpec,
+    StepInputs, StepOutput, VectorWeight,
 };
 
 /// A device that can run the models.
@@ -28,6 +28,12 @@ pub trait Backend: Send + Sized + 'static {
 
     /// For logs and `inspect`.
     fn name(&self) -> &'static str;
+
+    /// Which rank of its group this backend is. With more than one, weights are this rank's shards, and partial sums and
+    /// logits are brought together inside the operations that say so.
+    fn rank(&self) -> Rank {
+        Rank::SINGLE
+    }
 
     /// The compute dtype: results are rounded to it where Hugging Face's are.
     fn dtype(&self) -> Dtype;
@@ -107,11 +113,12 @@ pub trait Backend: Send + Sized + 'static {
 
     // ---- decoder, inside a step
 
-    /// Rows of `table` (`[vocab, hidden]`) for the step's tokens: `[num_tokens, hidden]`.
+    /// Rows of a table of `vocab_rows` rows for the step's tokens: `[num_tokens, hidden]`. `table` holds this rank's
+    /// [share](Rank::range) of it; the group brings the rows together.
     ///
     /// # Errors
-    /// Device failure.
-    fn embed(&self, table: &Self::Linear) -> Result<Self::Tensor>;
+    /// Device or peer failure.
+    fn embed(&self, table: &Self::Linear, vocab_rows: usize) -> Result<Self::Tensor>;
 
     /// `residual += all_reduce(partial)`, then RMSNorm of it: statistic in float32, times `weight`.
     /// `residual`, `partial` and the result are `[rows, hidden]`.
@@ -206,11 +213,13 @@ pub trait Backend: Send + Sized + 'static {
         rows: usize,
     ) -> Result<()>;
 
-    /// Logits of the step's `logit_rows`, in float32: `[num_logit_rows, vocab]`.
+    /// Logits of the step's `logit_rows`, in float32: `[num_logit_rows, vocab_rows]`. `head` holds this rank's
+    /// [share](Rank::range) of the rows. Every rank ends with all logits, or with those of its share where that is enough to
+    /// [sample](Backend::sample): then the result has only these columns.
     ///
     /// # Errors
-    /// Shape mismatch or device failure.
-    fn logits(&self, x: &Self::Tensor, head: &Self::Linear) -> Result<Self::Tensor>;
+    /// Shape mismatch, device or peer failure.
+    fn logits(&self, x: &Self::Tensor, head: &Self::Linear, vocab_rows: usize) -> Result<Self::Tensor>;
 
     /// Samples the rows that have a slot and keeps the tokens on the device; computes what
     /// [`output`](Backend::output) returns.
@@ -272,6 +281,29 @@ pub trait Backend: Send + Sized + 'static {
     /// Shape mismatch or device failure.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
+    /// [`activate`](Backend::activate) of [`linear`](Backend::linear): rounded twice, as the two are.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn linear_activate(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Linear,
+        activation: Activation,
+    ) -> Result<Self::Tensor> {
+        let mut out = self.linear(x, weight)?;
+        self.activate(&mut out, activation)?;
+        Ok(out)
+    }
+
+    /// [`add`](Backend::add)s [`linear`](Backend::linear) of `x` to `sum`: rounded twice, as the two are.
+    ///
+    /// # Errors
+    /// Shape mismatch or device failure.
+    fn linear_add(&self, sum: &mut Self::Tensor, x: &Self::Tensor, weight: &Self::Linear) -> Result<()> {
+        self.add(sum, &self.linear(x, weight)?)
+    }
+
     /// The same values in rows of another length: `[rows, columns]` to `[rows * columns / new, new]`. May share memory with `x`:
     /// while both exist, neither is to be changed.
     ///
@@ -290,6 +322,19 @@ pub trait Backend: Send + Sized + 'static {
     /// # Errors
     /// Rows that `x` does not have, or out of memory.
     fn keep_rows(&self, x: &Self::Tensor, row: usize, rows: usize) -> Result<Self::Tensor>;
+
+    /// `x` of rank `root` on every rank of the group: `shape`. The root brings it; what others bring is overwritten.
+    ///
+    /// # Errors
+    /// Another shape, no tensor at the root, device or peer failure; by default for more than one rank.
+    fn broadcast(&self, x: Option<Self::Tensor>, shape: [usize; 2], root: usize) -> Result<Self::Tensor> {
+        const OP: &str = "broadcast";
+        match (x, self.rank()) {
+            (Some(x), Rank::SINGLE) if root == 0 => Ok(x),
+            (_, Rank::SINGLE) => Err(Error::shape(OP, format_args!("a tensor {shape:?} of rank 0"), root)),
+            _ => Err(Error::Unsupported { op: OP, reason: "this backend has no group".to_owned() }),
+        }
+    }
 
     /// The values on the host, float32, row-major: for tests, `--profile` and debugging, never inside a served step.
     ///

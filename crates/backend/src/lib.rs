@@ -6,6 +6,7 @@
 
 mod backend;
 mod error;
+mod group;
 mod kv;
 mod memory;
 mod step;
@@ -13,6 +14,7 @@ mod weight;
 
 pub use backend::{Activation, AttentionSpec, Backend, VisionSpec};
 pub use error::{Error, Result};
+pub use group::{Collective, Rank};
 pub use kv::{KvDtype, KvSpec};
 pub use memory::Memory;
 pub use step::{

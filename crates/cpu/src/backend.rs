@@ -1,6 +1,7 @@
 //! The `Backend` trait for the CPU: each operation is a call into the file of its family.
 
 use crate::attention::attend;
+use crate::group::Group;
 use crate::linear::{embed, linear, linear_f32};
 use crate::moe::{CpuExperts, Routing, moe_mlp, route};
 use crate::norm::{activate, add_into, layer_norm, reduce_norm, row_ranges, swiglu};
@@ -9,8 +10,8 @@ use crate::tensor::{Compute, CpuTensor};
 use crate::vision::{add_position, patches, vision_attend};
 use crate::weight::CpuLinear;
 use spark_backend::{
-    Activation, ActivationSpec, AttentionSpec, Backend, Dtype, Error, ExpertsWeight, LinearWeight, Result,
-    SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
+    Activation, ActivationSpec, AttentionSpec, Backend, Collective, Dtype, Error, ExpertsWeight,
+    LinearWeight, Rank, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
 };
 use std::cell::{Ref, RefCell, RefMut};
 
@@ -20,6 +21,7 @@ pub struct CpuBackend {
     pub(crate) compute: Compute,
     /// One thread drives a backend, and no operation calls another one: a cell is enough.
     state: RefCell<Option<State>>,
+    pub(crate) group: Group,
 }
 
 impl CpuBackend {
@@ -29,7 +31,15 @@ impl CpuBackend {
     /// # Errors
     /// [`Error::Unsupported`] for float16; [`Error::Device`] when threads cannot be started.
     pub fn new(dtype: Dtype, threads: Option<usize>) -> Result<Self> {
-        Ok(Self { compute: Compute::new(dtype, threads)?, state: RefCell::new(None) })
+        Ok(Self { compute: Compute::new(dtype, threads)?, state: RefCell::new(None), group: Group::single() })
+    }
+
+    /// The same backend as one rank of a group. Weights have to be this rank's shards from now on; every rank has to run the
+    /// same steps in the same order.
+    #[must_use]
+    pub fn with_group(mut self, collective: Box<dyn Collective>) -> Self {
+        self.group = Group::new(collective);
+        self
     }
 
     fn state(&self, op: &'static str) -> Result<Ref<'_, State>> {
@@ -53,6 +63,10 @@ impl Backend for CpuBackend {
 
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn rank(&self) -> Rank {
+        self.group.rank()
     }
 
     fn dtype(&self) -> Dtype {
@@ -104,17 +118,26 @@ impl Backend for CpuBackend {
         self.state_mut("output")?.take_output()
     }
 
-    fn embed(&self, table: &CpuLinear) -> Result<CpuTensor> {
-        embed(&self.compute, table, &self.state("embed")?.tokens)
+    fn embed(&self, table: &CpuLinear, vocab_rows: usize) -> Result<CpuTensor> {
+        let share = self.group.share("embed", table, vocab_rows)?;
+        let mut x = embed(&self.compute, table, share, vocab_rows, &self.state("embed")?.tokens)?;
+        self.group.all_reduce(&mut x.values)?;
+        Ok(x)
     }
 
     fn reduce_norm(
         &self,
-        partial: Option<CpuTensor>,
+        mut partial: Option<CpuTensor>,
         residual: &mut CpuTensor,
         weight: &CpuTensor,
         eps: f32,
     ) -> Result<CpuTensor> {
+        if let Some(partial) = &mut partial {
+            partial.expect("reduce_norm partial", residual.shape)?;
+            if self.group.all_reduce(&mut partial.values)? {
+                self.compute.round(&mut partial.values);
+            }
+        }
         reduce_norm(&self.compute, partial, residual, weight, eps)
     }
 
@@ -176,14 +199,16 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn logits(&self, x: &CpuTensor, head: &CpuLinear) -> Result<CpuTensor> {
+    fn logits(&self, x: &CpuTensor, head: &CpuLinear, vocab_rows: usize) -> Result<CpuTensor> {
+        self.group.share("logits", head, vocab_rows)?;
         let state = self.state("logits")?;
         let rows = &state.inputs.logit_rows;
         if let Some(row) = rows.iter().find(|&&row| row as usize >= x.rows()) {
             return Err(Error::shape("logits row", format!("under {}", x.rows()), row));
         }
         let values: Vec<f32> = rows.iter().flat_map(|&row| x.row(row as usize)).copied().collect();
-        linear_f32(&self.compute, &CpuTensor::new(values, [rows.len(), x.columns()]), head)
+        let local = linear_f32(&self.compute, &CpuTensor::new(values, [rows.len(), x.columns()]), head)?;
+        self.group.gather_columns(local, vocab_rows)
     }
 
     fn sample(&self, logits: &CpuTensor) -> Result<()> {
@@ -229,6 +254,10 @@ impl Backend for CpuBackend {
         }
         let rows = x.values.len() / columns;
         Ok(CpuTensor::new(x.values.clone(), [rows, columns]))
+    }
+
+    fn broadcast(&self, x: Option<CpuTensor>, shape: [usize; 2], root: usize) -> Result<CpuTensor> {
+        self.group.broadcast(x, shape, root)
     }
 
     fn keep(&self, x: &CpuTensor) -> Result<CpuTensor> {

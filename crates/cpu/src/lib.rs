@@ -10,6 +10,7 @@ mod attention;
 mod backend;
 mod dot;
 mod dtype;
+mod group;
 mod kv;
 mod linear;
 mod math;

@@ -7,6 +7,7 @@ use pulp::{Simd, WithSimd};
 use spark_backend::{Error, Result};
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Output features of one parallel task: their float32 rows stay in the second-level cache while the tokens pass.
 const PANEL: usize = 32;
@@ -125,15 +126,25 @@ pub(crate) fn linear_f32(compute: &Compute, x: &CpuTensor, weight: &CpuLinear) -
     Ok(CpuTensor::new(out, [m, weight.n]))
 }
 
-/// Rows `tokens` of `table`, rounded to the compute dtype: `[tokens, k]`.
-pub(crate) fn embed(compute: &Compute, table: &CpuLinear, tokens: &[u32]) -> Result<CpuTensor> {
+/// Rows `tokens` of a table of `vocab_rows` rows, of which `table` holds those of `share`, rounded to the compute dtype:
+/// `[tokens, k]`. Rows that another rank holds are zero.
+pub(crate) fn embed(
+    compute: &Compute,
+    table: &CpuLinear,
+    share: Range<usize>,
+    vocab_rows: usize,
+    tokens: &[u32],
+) -> Result<CpuTensor> {
     let k = table.k;
-    if let Some(&token) = tokens.iter().find(|&&token| token as usize >= table.n) {
-        return Err(Error::shape("embed", format!("token ids under {}", table.n), token));
+    if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_rows) {
+        return Err(Error::shape("embed", format!("token ids under {vocab_rows}"), token));
     }
     let mut values = vec![0.0; tokens.len() * k];
     compute.for_chunks(&mut values, k, tokens.len() * k, |i, out| {
-        table.row(tokens[i] as usize, out);
+        let token = tokens[i] as usize;
+        if share.contains(&token) {
+            table.row(token - share.start, out);
+        }
     });
     compute.round(&mut values);
     Ok(CpuTensor::new(values, [tokens.len(), k]))
@@ -299,10 +310,15 @@ mod tests {
         let all: Vec<f32> = parts.iter().flat_map(|part| dequantize(part).unwrap()).collect();
         let b = backend(Dtype::F32);
         let table = b.linear_weight(LinearWeight { parts, bias: None }).unwrap();
-        let got = embed(&b.compute, &table, &[20, 0, 4]).unwrap();
+        let got = embed(&b.compute, &table, 0..21, 21, &[20, 0, 4]).unwrap();
         for (i, token) in [20, 0, 4].into_iter().enumerate() {
             assert_eq!(got.row(i), &all[token * 32..][..32]);
         }
-        assert!(embed(&b.compute, &table, &[21]).is_err());
+        assert!(embed(&b.compute, &table, 0..21, 21, &[21]).is_err());
+        // Of a larger table, the rows of others are zero.
+        let part = embed(&b.compute, &table, 10..31, 40, &[10, 9, 31, 30]).unwrap();
+        assert_eq!(part.row(0), &all[..32]);
+        assert_eq!(part.row(3), &all[20 * 32..]);
+        assert!(part.values()[32..3 * 32].iter().all(|&value| value == 0.0));
     }
 }

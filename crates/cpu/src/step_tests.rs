@@ -251,8 +251,8 @@ fn identity(b: &CpuBackend) -> crate::CpuLinear {
 fn tokens(b: &mut CpuBackend, inputs: &StepInputs) -> spark_backend::Result<spark_backend::StepOutput> {
     let table = identity(b);
     b.step(inputs, &mut |b| {
-        let x: CpuTensor = b.embed(&table)?;
-        let logits = b.logits(&x, &table)?;
+        let x: CpuTensor = b.embed(&table, table.n)?;
+        let logits = b.logits(&x, &table, table.n)?;
         b.sample(&logits)
     })?;
     b.output()

@@ -164,8 +164,8 @@ impl Backend for Recorder {
         self.inner.output()
     }
 
-    fn embed(&self, table: &Self::Linear) -> Result<CpuTensor> {
-        self.inner.embed(&table.inner)
+    fn embed(&self, table: &Self::Linear, vocab_rows: usize) -> Result<CpuTensor> {
+        self.inner.embed(&table.inner, vocab_rows)
     }
 
     fn reduce_norm(
@@ -246,8 +246,8 @@ impl Backend for Recorder {
         self.inner.add_rows(x, row, source, source_row, rows)
     }
 
-    fn logits(&self, x: &CpuTensor, head: &Self::Linear) -> Result<CpuTensor> {
-        self.inner.logits(x, &head.inner)
+    fn logits(&self, x: &CpuTensor, head: &Self::Linear, vocab_rows: usize) -> Result<CpuTensor> {
+        self.inner.logits(x, &head.inner, vocab_rows)
     }
 
     fn sample(&self, logits: &CpuTensor) -> Result<()> {

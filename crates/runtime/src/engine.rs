@@ -2,216 +2,219 @@
 //! `complete`. Sleeps on a channel whenever it cannot do anything.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, Sender, channel},
+        Arc,
+        atomic::Ordering,
+        mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use spark_api::{
-    ConstraintError, EngineInfo, EngineStats, FinishReason, Health, Limits, MediaGeometry, TokenId,
-};
-use spark_backend::{Backend, SampledToken};
-use spark_models::{ModelConfig, Qwen3Vl};
-use spark_scheduler::{Finish, Scheduler, SchedulerConfig, SeqId, SeqUpdate, StepId};
+use spark_api::{ConstraintError, EngineStats, Event, FinishReason, Health, TokenId};
+use spark_backend::SampledToken;
+use spark_scheduler::{Finish, SeqId, SeqUpdate};
+use tokio::sync::mpsc::UnboundedSender;
 
 use crate::{
-    EngineHandle, EngineOptions, MemoryPlan, ModelRunner, Result,
-    error::Error,
+    EngineHandle, EngineOptions, Failure, Rebuild, Result, Running,
+    group::Upload,
     handle::{Command, Shared, lock},
-    options::MAX_PROMPT_LOGPROB_TOKENS,
-    pipeline::{Order, run_steps},
+    link::Link,
+    pipeline::Order,
     runner::{StepResult, StepWork},
+    running::spawn,
     sequence::Sequence,
 };
 
-/// Allocates everything that `plan` says and starts the two threads.
-///
-/// `vocab_size` is the number of real tokens: the tokenizer's, which is below the model's padded table.
-///
-/// # Errors
-/// Not enough memory, or options that contradict each other.
-pub fn start<B: Backend>(
-    backend: B,
-    model: Qwen3Vl<B>,
-    options: &EngineOptions,
-    plan: &MemoryPlan,
-    vocab_size: usize,
-) -> Result<EngineHandle> {
-    let config = model.config().clone();
-    let vocab_size = vocab_size.min(config.text.vocab_size);
-    let mut cache_key = [0; 32];
-    getrandom::fill(&mut cache_key).map_err(|e| Error::Io {
-        what: "asking the system for random bytes",
-        source: std::io::Error::other(e),
-    })?;
-    let scheduler = Scheduler::new(scheduler_config(&config, options, plan, cache_key))?;
-    let state = plan.state(options, vocab_size);
-    let merge_size = config.vision.as_ref().map_or(1, |vision| vision.spatial_merge_size);
-    let info = info(&config, options, plan, vocab_size);
-    let began = Instant::now();
-    let mut runner = ModelRunner::new(backend, model, state)?;
-    let allocated = began.elapsed();
-    runner.prepare()?;
-    let times = (allocated, began.elapsed() - allocated);
-    let shared = Arc::new(Shared {
-        stats: Mutex::new(EngineStats::default()),
-        health: Mutex::new(Health::Ready),
-        num_open: AtomicUsize::new(0),
-    });
-    let (commands, command_queue) = channel();
-    let (eos_token_ids, depth) = (config.eos_token_ids, if options.async_scheduling { 2 } else { 1 });
-    let (orders, order_queue) = channel();
-    let (results, result_queue) = channel();
-    let runner = spawn("spark-runner", move || run_steps(runner, &order_queue, &results))?;
-    let engine = Engine {
-        scheduler,
-        sequences: HashMap::new(),
-        in_flight: VecDeque::new(),
-        num_completed: 0,
-        depth,
-        commands: command_queue,
-        orders,
-        results: result_queue,
-        shared: shared.clone(),
-        eos_token_ids,
-        merge_size,
-        mask_words: vocab_size.div_ceil(32),
-        draining: false,
-    };
-    let thread = spawn("spark-engine", move || {
-        engine.run();
-        // The channel of orders is closed now, so the runner ends after the step it is in. If it has panicked, the engine
-        // has said so.
-        let _ = runner.join();
-    })?;
-    let queue = (options.max_num_seqs, options.max_num_queued_reqs);
-    Ok(EngineHandle::new(commands, shared, info, queue, thread, times))
-}
+/// What a lost rank needs to show: an operation that fails because of it fails first.
+const LOSS_SHOWS_WITHIN: Duration = Duration::from_millis(1500);
 
-fn scheduler_config(
-    config: &ModelConfig,
-    options: &EngineOptions,
-    plan: &MemoryPlan,
-    cache_key: [u8; 32],
-) -> SchedulerConfig {
-    SchedulerConfig {
-        max_num_seqs: options.max_num_seqs,
-        max_num_batched_tokens: options.batched_tokens(),
-        block_size: options.block_size,
-        num_blocks: plan.kv.num_blocks,
-        max_model_len: plan.max_model_len,
-        enable_prefix_caching: options.enable_prefix_caching,
-        policy: options.scheduling_policy,
-        eos_token_ids: config.eos_token_ids.clone(),
-        encoder_cache_tokens: options.encoder_cache_tokens,
-        max_encoder_tokens_per_step: options.max_encoder_tokens_per_step,
-        cache_key,
-        max_chunk_tokens: options.long_prefill_token_threshold,
-        max_prompt_logprob_tokens: MAX_PROMPT_LOGPROB_TOKENS,
+impl EngineHandle {
+    /// Starts the engine thread before a runner. With `rebuild`, a lost group is brought back and requests that nobody has
+    /// seen anything of are kept; without it the engine ends.
+    ///
+    /// # Errors
+    /// Sizes that no step could be made with.
+    pub fn start(running: Running, options: &EngineOptions, rebuild: Option<Rebuild>) -> Result<Self> {
+        let shared = Arc::new(Shared::new());
+        let (commands, command_queue) = channel();
+        let info = running.info.clone();
+        let engine = Engine {
+            link: Link::new(running, &commands, 0)?,
+            sequences: HashMap::new(),
+            uploading: BTreeMap::new(),
+            kept: VecDeque::new(),
+            next_upload: 0,
+            forget: Vec::new(),
+            own_commands: commands.clone(),
+            commands: command_queue,
+            deferred: VecDeque::new(),
+            shared: shared.clone(),
+            eos_token_ids: info.limits.eos_token_ids.clone(),
+            mask_words: info.limits.vocab_size.div_ceil(32),
+            depth: if options.async_scheduling { 2 } else { 1 },
+            step_timeout: options.step_timeout,
+            rebuild,
+            draining: false,
+        };
+        let ended = shared.clone();
+        let thread = spawn("spark-engine", move || {
+            let _end = SetEnded(ended);
+            engine.run();
+        })?;
+        let queue = (options.max_num_seqs, options.max_num_queued_reqs);
+        Ok(Self::new(commands, shared, info, queue, thread))
     }
 }
 
-fn info(config: &ModelConfig, options: &EngineOptions, plan: &MemoryPlan, vocab_size: usize) -> EngineInfo {
-    EngineInfo {
-        architecture: config.model_type.clone(),
-        limits: Limits {
-            max_model_len: plan.max_model_len,
-            vocab_size,
-            max_logprobs: options.max_logprobs,
-            max_media_tokens: if config.vision.is_some() { options.encoder_cache_tokens } else { 0 },
-            media_geometry: config.vision.as_ref().map(|vision| MediaGeometry {
-                patch_size: vision.patch_size,
-                temporal_patch_size: vision.temporal_patch_size,
-                merge_size: vision.spatial_merge_size,
-            }),
-            max_media: if config.vision.is_some() { options.limit_mm_per_prompt } else { 0 },
-            image_token_id: config.image_token_id,
-            video_token_id: config.video_token_id,
-            eos_token_ids: config.eos_token_ids.clone(),
-        },
-        num_kv_tokens: plan.kv.num_blocks * plan.kv.block_size,
-        block_size: options.block_size,
+/// Says that the engine thread is at its end, also when it panics.
+struct SetEnded(Arc<Shared>);
+
+impl Drop for SetEnded {
+    fn drop(&mut self) {
+        self.0.set_ended();
     }
 }
 
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
-    thread::Builder::new()
-        .name(name.into())
-        .spawn(body)
-        .map_err(|source| Error::Io { what: "starting a thread", source })
-}
-
-struct Engine {
-    scheduler: Scheduler,
-    sequences: HashMap<SeqId, Sequence>,
-    in_flight: VecDeque<StepId>,
-    /// Steps whose results were passed on.
-    num_completed: u64,
-    /// Steps that may be in flight at once: 2 when scheduling is asynchronous.
-    depth: usize,
-    commands: Receiver<Command>,
-    orders: Sender<Order<StepWork>>,
-    results: Receiver<spark_backend::Result<StepResult>>,
-    shared: Arc<Shared>,
+pub(crate) struct Engine {
+    pub(crate) link: Link,
+    pub(crate) sequences: HashMap<SeqId, Sequence>,
+    /// Sequences whose pixels are on their way to the other ranks.
+    pub(crate) uploading: BTreeMap<u64, Sequence>,
+    /// Sequences that wait for the group to come back.
+    pub(crate) kept: VecDeque<Sequence>,
+    next_upload: u64,
+    /// Uploads that the other ranks may drop with the next step.
+    pub(crate) forget: Vec<u64>,
+    /// For threads that report here.
+    pub(crate) own_commands: Sender<Command>,
+    pub(crate) commands: Receiver<Command>,
+    /// Commands that came while only one kind was waited for.
+    deferred: VecDeque<Command>,
+    pub(crate) shared: Arc<Shared>,
     eos_token_ids: Vec<TokenId>,
-    merge_size: usize,
     /// Words of a grammar mask.
     mask_words: usize,
-    draining: bool,
+    /// Steps that may be in flight at once: 2 when scheduling is asynchronous.
+    depth: usize,
+    step_timeout: Option<Duration>,
+    pub(crate) rebuild: Option<Rebuild>,
+    pub(crate) draining: bool,
+}
+
+/// What the engine thread does next.
+enum Next {
+    Step,
+    Stop,
+    Fail(Failure),
 }
 
 impl Engine {
     fn run(mut self) {
-        loop {
-            if !self.take_commands() {
+        while let Some(failure) = self.serve() {
+            if !self.recover(failure) {
                 return;
             }
-            self.drop_cancelled();
-            while self.in_flight.len() < self.depth && self.schedule() {}
-            if self.in_flight.is_empty() && self.scheduler.has_work() {
-                // `add` refuses what can never fit, so this is a defect: stop loudly instead of spinning.
-                return self.fail("the scheduler has work but no plan");
+        }
+    }
+
+    /// Runs steps until it is told to stop (`None`), or something fails.
+    fn serve(&mut self) -> Option<Failure> {
+        loop {
+            match self.take_commands() {
+                Next::Step => {}
+                Next::Stop => return None,
+                Next::Fail(failure) => return Some(failure),
             }
-            if let Err(message) = self.complete() {
-                return self.fail(&message);
+            self.drop_cancelled();
+            while self.link.in_flight.len() < self.depth && self.schedule() {}
+            if self.link.in_flight.is_empty() && self.link.scheduler.has_work() {
+                // `add` refuses what can never fit, so this is a defect: stop loudly instead of spinning.
+                return Some(Failure::Defect("the scheduler has work but no plan".into()));
+            }
+            if let Err(failure) = self.complete() {
+                return Some(failure);
             }
             self.publish_stats();
         }
     }
 
-    /// Takes what clients sent; sleeps if there is nothing else to do. `false` means stop.
-    fn take_commands(&mut self) -> bool {
+    /// Takes what was sent here; sleeps if there is nothing else to do.
+    fn take_commands(&mut self) -> Next {
         loop {
-            let idle = self.in_flight.is_empty() && !self.scheduler.has_work();
-            if idle && self.draining {
-                return false;
+            let idle = self.link.is_idle();
+            if idle && self.draining && self.uploading.is_empty() {
+                return Next::Stop;
             }
             let command = match idle {
-                true => self.commands.recv().ok(),
-                false => match self.commands.try_recv() {
+                true => self.next_command(),
+                false => match self.deferred.pop_front().map_or_else(|| self.commands.try_recv(), Ok) {
                     Ok(command) => Some(command),
-                    Err(std::sync::mpsc::TryRecvError::Empty) => return true,
-                    Err(std::sync::mpsc::TryRecvError::Disconnected) => None,
+                    Err(TryRecvError::Empty) => return Next::Step,
+                    Err(TryRecvError::Disconnected) => None,
                 },
             };
             match command {
                 Some(Command::Add { request, events, arrived }) => {
-                    let (new, sequence) =
-                        Sequence::new(*request, events, &self.eos_token_ids, self.merge_size, arrived);
-                    match self.scheduler.add(new) {
-                        Ok(id) => drop(self.sequences.insert(id, sequence)),
-                        Err(error) => self.end(sequence, FinishReason::EngineFailed(error.to_string())),
+                    let sequence = self.sequence(*request, events, arrived);
+                    self.enqueue(sequence);
+                }
+                Some(Command::Uploaded { generation, id }) if generation == self.link.generation => {
+                    if let Some(sequence) = self.uploading.remove(&id) {
+                        self.add(sequence);
                     }
                 }
+                Some(Command::Lost { generation }) if generation == self.link.generation => {
+                    let unknown = || Failure::Group("the group of ranks is lost".into());
+                    return Next::Fail(self.link.loss().unwrap_or_else(unknown));
+                }
+                // Of a group that is gone.
+                Some(Command::Uploaded { .. } | Command::Lost { .. } | Command::Rebuilt { .. }) => {}
                 Some(Command::Drain) => self.draining = true,
-                Some(Command::Abort) | None => return false,
+                Some(Command::Abort) | None => return Next::Stop,
             }
+        }
+    }
+
+    /// Waits for a command.
+    pub(crate) fn next_command(&mut self) -> Option<Command> {
+        self.deferred.pop_front().or_else(|| self.commands.recv().ok())
+    }
+
+    /// A sequence for a request that has just come.
+    pub(crate) fn sequence(
+        &self,
+        request: spark_api::Request,
+        events: UnboundedSender<Event>,
+        arrived: Instant,
+    ) -> Sequence {
+        Sequence::new(request, events, &self.eos_token_ids, arrived)
+    }
+
+    /// Lets a sequence wait for its turn; its pixels go to the other ranks first.
+    pub(crate) fn enqueue(&mut self, mut sequence: Sequence) {
+        let media = sequence.pixels();
+        let Some(uploads) = self.link.uploads.as_ref().filter(|_| !media.is_empty()) else {
+            return self.add(sequence);
+        };
+        let id = self.next_upload;
+        self.next_upload += 1;
+        sequence.upload = Some(id);
+        // A thread that is gone has lost the group, which the monitor reports.
+        let _ = uploads.send(Upload { id, media });
+        self.uploading.insert(id, sequence);
+    }
+
+    fn add(&mut self, sequence: Sequence) {
+        if sequence.is_cancelled() {
+            return self.end(sequence, FinishReason::Cancelled);
+        }
+        match self.link.scheduler.add(sequence.to_schedule()) {
+            Ok(id) => drop(self.sequences.insert(id, sequence)),
+            Err(error) => self.end(sequence, FinishReason::EngineFailed(error.to_string())),
         }
     }
 
@@ -219,14 +222,14 @@ impl Engine {
         let gone: Vec<SeqId> =
             self.sequences.iter().filter(|(_, s)| s.is_cancelled()).map(|(id, _)| *id).collect();
         for id in gone {
-            self.scheduler.cancel(id);
+            self.link.scheduler.cancel(id);
             self.remove(id, FinishReason::Cancelled);
         }
     }
 
     /// Plans a step and hands it to the runner. `false` if nothing can run now.
     fn schedule(&mut self) -> bool {
-        let Some(plan) = self.scheduler.schedule() else { return false };
+        let Some(plan) = self.link.scheduler.schedule() else { return false };
         let mut admissions = Vec::new();
         let mut masks = Vec::new();
         let mut failed = Vec::new();
@@ -235,7 +238,10 @@ impl Engine {
             if planned.admit {
                 admissions.push(sequence.admission(planned));
             }
+            sequence.send_progress(planned.start);
             if let (true, Some(constraint)) = (planned.samples, &mut sequence.constraint) {
+                // A constraint that has begun cannot begin anew.
+                sequence.is_untouched = false;
                 let mut allowed = vec![u32::MAX; self.mask_words];
                 match guarded(|| constraint.mask(&mut allowed)) {
                     Ok(()) => masks.push((planned.slot, allowed)),
@@ -244,25 +250,21 @@ impl Engine {
             }
         }
         for (id, error) in failed {
-            self.scheduler.cancel(id);
+            self.link.scheduler.cancel(id);
             self.remove(id, FinishReason::ConstraintFailed(error));
         }
-        self.in_flight.push_back(plan.id);
-        // A runner that is gone shows in `complete`, where its last words are.
-        let _ = self.orders.send(Order::Launch(StepWork { plan, admissions, masks }));
+        self.link.in_flight.push_back(plan.id);
+        let forget = std::mem::take(&mut self.forget);
+        self.link.runner.send(Order::Launch(StepWork { plan, admissions, masks, forget }));
         true
     }
 
-    /// Waits for the oldest step in flight and passes its results on. `Err` says how the engine has failed.
-    fn complete(&mut self) -> std::result::Result<(), String> {
-        let Some(step) = self.in_flight.pop_front() else { return Ok(()) };
-        self.num_completed += 1;
-        let _ = self.orders.send(Order::Await(self.num_completed));
-        let result = match self.results.recv() {
-            Ok(Ok(result)) => result,
-            Ok(Err(error)) => return Err(error.to_string()),
-            Err(_) => return Err("the runner thread has panicked".into()),
-        };
+    /// Waits for the oldest step in flight and passes its results on.
+    fn complete(&mut self) -> std::result::Result<(), Failure> {
+        let Some(step) = self.link.in_flight.pop_front() else { return Ok(()) };
+        self.link.num_completed += 1;
+        self.link.runner.send(Order::Await(self.link.num_completed));
+        let result = self.receive()?;
         debug_assert_eq!(result.id, step, "steps complete in the order of their plans");
         for (id, index, token, top) in &result.prompt_logprobs {
             if let Some(sequence) = self.sequences.get_mut(id) {
@@ -271,10 +273,58 @@ impl Engine {
         }
         let sampled: HashMap<SeqId, SampledToken> = result.sampled.into_iter().collect();
         let tokens: Vec<_> = sampled.iter().map(|(id, sampled)| (*id, vec![sampled.token])).collect();
-        for update in self.scheduler.complete(step, &tokens) {
+        for update in self.link.scheduler.complete(step, &tokens) {
             self.update(&update, sampled.get(&update.seq));
         }
         Ok(())
+    }
+
+    /// The oldest result. Nothing of a lost group is passed on: what its ranks computed at the end nobody knows.
+    fn receive(&mut self) -> std::result::Result<StepResult, Failure> {
+        match (self.link.runner.receive(self.step_timeout), self.step_timeout) {
+            (Ok(Ok(result)), _) => self.link.loss().map_or(Ok(result), Err),
+            (Ok(Err(error)), _) => Err(self.loss_behind().unwrap_or_else(|| match error {
+                spark_backend::Error::Device { .. } => Failure::Device(error.to_string()),
+                _ => Failure::Defect(error.to_string()),
+            })),
+            (Err(RecvTimeoutError::Timeout), Some(limit)) => Err(self.hung(limit)),
+            (Err(_), _) => {
+                let panicked = || Failure::Defect("the runner thread has panicked".into());
+                Err(self.loss_behind().unwrap_or_else(panicked))
+            }
+        }
+    }
+
+    /// Whether the group is lost. An operation that fails because of a lost rank may fail before the loss shows.
+    fn loss_behind(&mut self) -> Option<Failure> {
+        self.link.monitor.as_ref()?;
+        let deadline = Instant::now() + LOSS_SHOWS_WITHIN;
+        loop {
+            if let Some(failure) = self.link.loss() {
+                return Some(failure);
+            }
+            match self.commands.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Command::Lost { .. }) => {}
+                Ok(command) => self.deferred.push_back(command),
+                Err(_) => return self.link.loss(),
+            }
+        }
+    }
+
+    /// A step takes too long.
+    fn hung(&mut self, limit: Duration) -> Failure {
+        let step = self.link.num_completed;
+        let message = format!("step {step} has no result after {} s (--step-timeout)", limit.as_secs());
+        match &self.link.monitor {
+            Some(monitor) => {
+                monitor.abort();
+                Failure::Group(format!("{message}: a rank hangs, or the network between the ranks"))
+            }
+            None => {
+                self.link.runner.abandon();
+                Failure::Device(format!("{message}: the device hangs"))
+            }
+        }
     }
 
     fn update(&mut self, update: &SeqUpdate, sampled: Option<&SampledToken>) {
@@ -297,7 +347,7 @@ impl Engine {
                 Err(error) => FinishReason::ConstraintFailed(error),
             };
             if reason.is_none() {
-                self.scheduler.finish(update.seq);
+                self.link.scheduler.finish(update.seq);
                 reason = Some(ended);
             }
             break;
@@ -313,20 +363,26 @@ impl Engine {
         }
     }
 
-    fn end(&self, sequence: Sequence, reason: FinishReason) {
+    pub(crate) fn end(&mut self, sequence: Sequence, reason: FinishReason) {
+        self.forget.extend(sequence.upload);
         // Counted down first: who sees the end of its stream finds the place free.
         self.shared.num_open.fetch_sub(1, Ordering::Relaxed);
         sequence.send_finished(reason);
     }
 
     /// Only says it; the streams get their ends when the engine is dropped.
-    fn fail(&self, message: &str) {
-        tracing::error!("the engine has failed: {message}");
-        *lock(&self.shared.health) = Health::Failed(message.to_owned());
+    pub(crate) fn fail(&self, failure: Failure) {
+        tracing::error!("the engine has failed: {}", failure.message());
+        self.set_health(Health::Failed(failure.message().to_owned()));
+        *lock(&self.shared.failure) = Some(failure);
+    }
+
+    pub(crate) fn set_health(&self, health: Health) {
+        *lock(&self.shared.health) = health;
     }
 
     fn publish_stats(&self) {
-        let s = self.scheduler.stats();
+        let s = self.link.scheduler.stats();
         let used = s.num_blocks - s.num_free_blocks;
         *lock(&self.shared.stats) = EngineStats {
             num_running: s.num_running,
@@ -349,20 +405,22 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.fail("the engine thread has panicked");
+            self.fail(Failure::Defect("the engine thread has panicked".into()));
         }
         let reason = match &*lock(&self.shared.health) {
             Health::Failed(message) => FinishReason::EngineFailed(message.clone()),
             Health::Ready | Health::Stopping => FinishReason::Cancelled,
         };
-        for (_, sequence) in std::mem::take(&mut self.sequences) {
+        let mut left: Vec<Sequence> = std::mem::take(&mut self.sequences).into_values().collect();
+        left.extend(std::mem::take(&mut self.uploading).into_values());
+        left.extend(std::mem::take(&mut self.kept));
+        let queued = std::mem::take(&mut self.deferred).into_iter().chain(self.commands.try_iter());
+        left.extend(queued.filter_map(|command| match command {
+            Command::Add { request, events, arrived } => Some(Sequence::new(*request, events, &[], arrived)),
+            _ => None,
+        }));
+        for sequence in left {
             self.end(sequence, reason.clone());
-        }
-        while let Ok(command) = self.commands.try_recv() {
-            if let Command::Add { request, events, arrived } = command {
-                let (_, sequence) = Sequence::new(*request, events, &[], self.merge_size, arrived);
-                self.end(sequence, reason.clone());
-            }
         }
         let mut stats = lock(&self.shared.stats);
         (stats.num_running, stats.num_waiting, stats.kv_cache_usage) = (0, 0, 0.0);

@@ -23,6 +23,27 @@ pub enum Error {
         /// Rule, value and what to do.
         problem: String,
     },
+    /// The other ranks, or the way to them.
+    #[error(transparent)]
+    Comm(#[from] spark_comm::Error),
+    /// A rank says what it should not say now: versions that differ were refused before, so this is a defect.
+    #[error("{from} sent {got} where {expected} was expected")]
+    Protocol {
+        /// Who.
+        from: String,
+        /// What came.
+        got: &'static str,
+        /// What should have come.
+        expected: &'static str,
+    },
+    /// Ranks went apart: what they computed from here on would be wrong.
+    #[error(
+        "this rank's results differ from rank 0's after step {num_steps} at the latest: ranks do not compute the same; stopped"
+    )]
+    Diverged {
+        /// Steps that were compared.
+        num_steps: u64,
+    },
     /// The operating system.
     #[error("{what}: {source}")]
     Io {

@@ -2,16 +2,18 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
         mpsc::Sender,
     },
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use spark_api::{Engine, EngineInfo, EngineStats, Event, EventStream, Health, Request, SubmitError};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+use crate::running::{Rebuild, Running};
 
 /// What a handle asks of the engine thread.
 pub(crate) enum Command {
@@ -24,6 +26,40 @@ pub(crate) enum Command {
     Drain,
     /// Stop before the next step.
     Abort,
+    /// All ranks have the pixels of this upload.
+    Uploaded {
+        generation: u64,
+        id: u64,
+    },
+    /// A rank is gone.
+    Lost {
+        generation: u64,
+    },
+    /// The attempt to bring a lost group back has ended.
+    Rebuilt {
+        rebuild: Rebuild,
+        outcome: std::result::Result<Box<Running>, String>,
+    },
+}
+
+/// Why an engine has stopped by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// The device or its driver: a new process is needed.
+    Device(String),
+    /// A rank of the group is gone and did not come back.
+    Group(String),
+    /// A defect.
+    Defect(String),
+}
+
+impl Failure {
+    /// What happened, for people.
+    pub fn message(&self) -> &str {
+        match self {
+            Self::Device(message) | Self::Group(message) | Self::Defect(message) => message,
+        }
+    }
 }
 
 /// State that handles and the engine thread share.
@@ -32,6 +68,27 @@ pub(crate) struct Shared {
     pub(crate) health: Mutex<Health>,
     /// Requests submitted and not ended.
     pub(crate) num_open: AtomicUsize,
+    /// Set once, before the end.
+    pub(crate) failure: Mutex<Option<Failure>>,
+    /// The engine thread has ended.
+    pub(crate) ended: (Mutex<bool>, Condvar),
+}
+
+impl Shared {
+    pub(crate) fn new() -> Self {
+        Self {
+            stats: Mutex::new(EngineStats::default()),
+            health: Mutex::new(Health::Ready),
+            num_open: AtomicUsize::new(0),
+            failure: Mutex::new(None),
+            ended: (Mutex::new(false), Condvar::new()),
+        }
+    }
+
+    pub(crate) fn set_ended(&self) {
+        *lock(&self.ended.0) = true;
+        self.ended.1.notify_all();
+    }
 }
 
 /// A running engine.
@@ -47,7 +104,6 @@ struct Inner {
     max_open: usize,
     max_num_seqs: usize,
     thread: Mutex<Option<JoinHandle<()>>>,
-    start_times: (Duration, Duration),
 }
 
 impl EngineHandle {
@@ -57,17 +113,17 @@ impl EngineHandle {
         info: EngineInfo,
         (max_num_seqs, max_num_queued_reqs): (usize, Option<usize>),
         thread: JoinHandle<()>,
-        start_times: (Duration, Duration),
     ) -> Self {
         let max_open = max_num_queued_reqs.map_or(usize::MAX, |n| n.saturating_add(max_num_seqs));
         let thread = Mutex::new(Some(thread));
-        let inner = Inner { commands, shared, info, max_open, max_num_seqs, thread, start_times };
+        let inner = Inner { commands, shared, info, max_open, max_num_seqs, thread };
         Self { inner: Arc::new(inner) }
     }
 
-    /// How long the backend took to allocate its state, and to get ready for steps.
-    pub fn start_times(&self) -> (Duration, Duration) {
-        self.inner.start_times
+    /// Blocks of the KV pool.
+    pub fn num_kv_blocks(&self) -> usize {
+        let info = &self.inner.info;
+        info.num_kv_tokens / info.block_size
     }
 
     /// Takes no new requests and lets the running ones finish. Returns at once; see [`EngineHandle::join`].
@@ -80,7 +136,13 @@ impl EngineHandle {
         self.inner.stop(Command::Abort);
     }
 
-    /// Waits until the engine thread has ended (after [`drain`](Self::drain) or [`abort`](Self::abort)). Blocks.
+    /// Why the engine has stopped by itself; `None` while it runs, and when it was told to stop.
+    pub fn failure(&self) -> Option<Failure> {
+        lock(&self.inner.shared.failure).clone()
+    }
+
+    /// Waits until the engine thread has ended: after [`drain`](Self::drain) or [`abort`](Self::abort), or when it has failed.
+    /// Blocks.
     pub fn join(&self) {
         self.inner.join();
     }
@@ -97,6 +159,12 @@ impl Inner {
     }
 
     fn join(&self) {
+        let (ended, changed) = &self.shared.ended;
+        let mut ended = lock(ended);
+        while !*ended {
+            ended = changed.wait(ended).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(ended);
         if let Some(thread) = lock(&self.thread).take() {
             // If the engine thread panicked, it has set `health` on its way out.
             let _ = thread.join();

@@ -3,22 +3,35 @@
 //! Two threads. The engine thread owns the scheduler and talks to clients ([`EngineHandle`]); the runner thread owns
 //! the backend and the model ([`ModelRunner`]). With asynchronous scheduling the engine plans step `n + 1` while step `n`
 //! is computed, and on a device that works by itself the runner launches it then too. Both sleep when there is nothing to do. Text never comes here: token ids only.
+//!
+//! With several ranks, rank 0 is such an engine with a [`LeaderGroup`]: its runner sends every step to the other ranks
+//! before it runs it. Each of those is a process in [`follow`]: the same runner without an engine.
 #![forbid(unsafe_code)]
 
 mod admission;
+mod digest;
+mod encode;
 mod engine;
 mod error;
+mod follower;
+mod group;
 mod handle;
+mod link;
 mod memory;
 mod options;
 mod pipeline;
+mod recovery;
 mod runner;
+mod running;
 mod sequence;
+mod wire;
 
-pub use engine::start;
 pub use error::{Error, Result};
-pub use handle::EngineHandle;
+pub use follower::follow;
+pub use group::LeaderGroup;
+pub use handle::{EngineHandle, Failure};
 pub use memory::{MemoryPlan, MemoryUse};
 pub use options::{DEFAULT_BATCHED_TOKENS, EngineOptions, KvCacheDtype};
 pub use runner::ModelRunner;
+pub use running::{Rebuild, Running};
 pub use spark_scheduler::Policy;

@@ -1,6 +1,6 @@
 //! Where the memory goes: computed before anything runs, never probed. Knows bytes, not tensors.
 
-use spark_backend::{ActivationSpec, Dtype, KvDtype, KvSpec, Memory, StateSpec};
+use spark_backend::{ActivationSpec, Dtype, KvDtype, KvSpec, Memory, Rank, StateSpec};
 use spark_models::ModelConfig;
 
 use crate::{EngineOptions, Error, Result, options::MAX_PROMPT_LOGPROB_TOKENS};
@@ -52,25 +52,28 @@ impl MemoryUse {
 
 impl MemoryPlan {
     /// Divides what `memory` leaves: activations and encoder cache first, the KV pool takes the rest. `activation_bytes` is
-    /// the backend's ([`Backend::activation_bytes`](spark_backend::Backend::activation_bytes)).
+    /// the backend's ([`Backend::activation_bytes`](spark_backend::Backend::activation_bytes)). Heads and intermediate features
+    /// are those of `rank`; the rows of the head are whole, because every rank ends with all logits.
     ///
     /// # Errors
-    /// Says which option asks for more than there is.
+    /// Says which option asks for more than there is, or why the model cannot be split over so many ranks.
     pub fn new(
         model: &ModelConfig,
         options: &EngineOptions,
         compute: Dtype,
         memory: MemoryUse,
+        rank: Rank,
         activation_bytes: impl Fn(&ActivationSpec) -> u64,
     ) -> Result<Self> {
         options.check(model)?;
+        model.check_ranks(rank.world())?;
         let dtype = options.kv_cache_dtype.resolve(compute);
-        let mut kv = kv_spec(model, options.block_size, dtype);
+        let mut kv = kv_spec(model, rank, options.block_size, dtype);
         let encoder_cache_bytes = match model.vision {
             Some(_) => options.encoder_cache_tokens as u64 * encoder_bytes_per_token(model, compute),
             None => 0,
         };
-        let activations = activations(model, options);
+        let activations = activations(model, rank, options);
         let activation_bytes = activation_bytes(&activations);
         let fixed = encoder_cache_bytes + activation_bytes;
         let budget = match options.kv_cache_memory_bytes {
@@ -126,10 +129,10 @@ impl MemoryPlan {
     }
 }
 
-fn kv_spec(model: &ModelConfig, block_size: usize, dtype: KvDtype) -> KvSpec {
+fn kv_spec(model: &ModelConfig, rank: Rank, block_size: usize, dtype: KvDtype) -> KvSpec {
     KvSpec {
         num_layers: model.text.num_hidden_layers,
-        num_kv_heads: model.text.num_key_value_heads,
+        num_kv_heads: rank.kv_heads(model.text.num_key_value_heads).len(),
         head_dim: model.text.head_dim,
         block_size,
         num_blocks: 0,
@@ -143,8 +146,8 @@ fn encoder_bytes_per_token(model: &ModelConfig, compute: Dtype) -> u64 {
 }
 
 /// The largest step that the scheduler may plan, the largest medium that it may have encoded.
-fn activations(model: &ModelConfig, options: &EngineOptions) -> ActivationSpec {
-    let text = &model.text;
+fn activations(model: &ModelConfig, rank: Rank, options: &EngineOptions) -> ActivationSpec {
+    let (text, world) = (&model.text, rank.world());
     let has_dense_layers = (0..text.num_hidden_layers).any(|layer| text.moe_at(layer).is_none());
     let moe = text.moe.as_ref();
     let vision = model.vision.as_ref();
@@ -155,13 +158,13 @@ fn activations(model: &ModelConfig, options: &EngineOptions) -> ActivationSpec {
         num_logit_rows: options.max_num_seqs + MAX_PROMPT_LOGPROB_TOKENS,
         vocab_rows: text.vocab_size,
         hidden_size: text.hidden_size,
-        num_heads: text.num_attention_heads,
-        num_kv_heads: text.num_key_value_heads,
+        num_heads: text.num_attention_heads / world,
+        num_kv_heads: rank.kv_heads(text.num_key_value_heads).len(),
         head_dim: text.head_dim,
-        intermediate_size: if has_dense_layers { text.intermediate_size } else { 0 },
+        intermediate_size: if has_dense_layers { text.intermediate_size / world } else { 0 },
         num_experts: moe.map_or(0, |m| m.num_experts),
         top_k: moe.map_or(0, |m| m.num_experts_per_tok),
-        moe_intermediate_size: moe.map_or(0, |m| m.moe_intermediate_size),
+        moe_intermediate_size: moe.map_or(0, |m| m.moe_intermediate_size / world),
         num_patches: options.encoder_cache_tokens * merge,
         patch_size: vision.map_or(0, |v| 3 * v.temporal_patch_size * v.patch_size * v.patch_size),
         vision_hidden_size: vision.map_or(0, |v| v.hidden_size),
@@ -196,13 +199,51 @@ mod tests {
     #[test]
     fn the_pool_is_no_larger_than_useful_and_no_larger_than_memory() {
         let options = EngineOptions { max_model_len: Some(4096), ..EngineOptions::default() };
-        let plan =
-            MemoryPlan::new(&model(), &options, Dtype::Bf16, machine(128 * GIB, 100 * GIB), bf16).unwrap();
+        let plan = MemoryPlan::new(
+            &model(),
+            &options,
+            Dtype::Bf16,
+            machine(128 * GIB, 100 * GIB),
+            Rank::SINGLE,
+            bf16,
+        )
+        .unwrap();
         assert_eq!(plan.kv.num_blocks, 64 * 128, "64 sequences of 4096 tokens");
         assert_eq!(plan.kv.bytes_per_token(), 2 * 48 * 4 * 128 * 2);
-        let tight =
-            MemoryPlan::new(&model(), &options, Dtype::Bf16, machine(128 * GIB, 20 * GIB), bf16).unwrap();
+        let tight = MemoryPlan::new(
+            &model(),
+            &options,
+            Dtype::Bf16,
+            machine(128 * GIB, 20 * GIB),
+            Rank::SINGLE,
+            bf16,
+        )
+        .unwrap();
         assert!(tight.kv.num_bytes() < 8 * GIB);
+    }
+
+    #[test]
+    fn a_rank_has_its_heads_and_features() {
+        let options = EngineOptions { max_model_len: Some(4096), ..EngineOptions::default() };
+        let memory = machine(128 * GIB, 100 * GIB);
+        // The encoder, which is whole on every rank, would need the most.
+        let model = ModelConfig { vision: None, ..model() };
+        let plan = |world| {
+            let rank = Rank::new(world - 1, world).unwrap();
+            MemoryPlan::new(&model, &options, Dtype::Bf16, memory, rank, bf16)
+        };
+        let [one, two, eight] = [1, 2, 8].map(|world| plan(world).unwrap());
+        assert_eq!(two.kv.bytes_per_token() * 2, one.kv.bytes_per_token());
+        assert_eq!(eight.kv.num_kv_heads, 1, "four heads, each on two ranks");
+        let sizes = |plan: &MemoryPlan| {
+            let spec = plan.activations;
+            [spec.num_heads, spec.num_kv_heads, spec.moe_intermediate_size, spec.vocab_rows]
+        };
+        let [heads, kv_heads, features, vocab] = sizes(&one);
+        assert_eq!(sizes(&two), [heads / 2, kv_heads / 2, features / 2, vocab]);
+        assert_eq!(sizes(&eight), [heads / 8, 1, features / 8, vocab]);
+        assert!(two.activation_bytes < one.activation_bytes);
+        assert!(plan(3).unwrap_err().to_string().contains("3 ranks"));
     }
 
     #[test]
@@ -224,7 +265,7 @@ mod tests {
         let options = EngineOptions { max_num_seqs: 128, ..EngineOptions::default() };
         let gpu = |available| Memory { total: 80 * GIB, available, is_shared: false };
         let memory = MemoryUse { before: gpu(79 * GIB), now: gpu(61 * GIB) };
-        let plan = MemoryPlan::new(&model(), &options, Dtype::Bf16, memory, bf16).unwrap();
+        let plan = MemoryPlan::new(&model(), &options, Dtype::Bf16, memory, Rank::SINGLE, bf16).unwrap();
         let whole = plan.kv.num_bytes() + plan.activation_bytes + plan.encoder_cache_bytes;
         let block = plan.kv.bytes_per_token() as u64 * 32;
         assert!(
@@ -236,9 +277,10 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_by_name() {
         let options = EngineOptions { max_model_len: Some(262_144), ..EngineOptions::default() };
-        let error = MemoryPlan::new(&model(), &options, Dtype::Bf16, machine(16 * GIB, GIB), bf16)
-            .unwrap_err()
-            .to_string();
+        let error =
+            MemoryPlan::new(&model(), &options, Dtype::Bf16, machine(16 * GIB, GIB), Rank::SINGLE, bf16)
+                .unwrap_err()
+                .to_string();
         assert!(error.contains("--max-model-len") && error.contains("262144"), "{error}");
         assert!(error.contains(&GIB.to_string()) && error.contains(&(16 * GIB).to_string()), "{error}");
     }

@@ -1,5 +1,7 @@
 //! How an engine is sized. Names are vLLM's flags; nothing here is parsed from text.
 
+use std::time::Duration;
+
 use spark_backend::{Dtype, KvDtype};
 use spark_models::ModelConfig;
 use spark_scheduler::Policy;
@@ -49,6 +51,8 @@ pub struct EngineOptions {
     pub image_mean_std: ([f32; 3], [f32; 3]),
     /// Tokens of a KV block.
     pub block_size: usize,
+    /// Longest that a step may take before the device counts as hung; `None` waits for ever.
+    pub step_timeout: Option<Duration>,
 }
 
 impl Default for EngineOptions {
@@ -72,6 +76,7 @@ impl Default for EngineOptions {
             max_logprobs: 20,
             image_mean_std: ([0.5; 3], [0.5; 3]),
             block_size: 32,
+            step_timeout: None,
         }
     }
 }

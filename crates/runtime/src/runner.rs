@@ -1,11 +1,11 @@
 //! A step plan becomes tensors: inputs, encoder outputs, one pass of the model. Not policy: it does what the plan says.
 
 use std::{
-    borrow::Cow,
     collections::{HashMap, VecDeque},
     sync::Arc,
 };
 
+use serde::{Deserialize, Serialize};
 use spark_api::{MediaHash, MediaItem};
 use spark_backend::{
     Backend, Error, Result, SampledToken, SeqInput, StateSpec, StepInputs, StepOutput, TokenInput,
@@ -18,20 +18,13 @@ use crate::{admission::Admission, pipeline::Steps};
 
 /// Backend, model and the state that steps share. Every rank has one.
 pub struct ModelRunner<B: Backend> {
-    backend: B,
-    model: Qwen3Vl<B>,
+    pub(crate) backend: B,
+    pub(crate) model: Qwen3Vl<B>,
     block_size: usize,
     slots: Vec<Option<Occupant>>,
-    encoder_cache: HashMap<MediaHash, Encoded<B>>,
+    pub(crate) encoder_cache: HashMap<MediaHash, Encoded<B>>,
     /// Launched and not collected, oldest first.
     in_flight: VecDeque<Launched>,
-}
-
-/// Media that are encoded in one pass.
-struct EqualMedia {
-    grid: [usize; 3],
-    hashes: Vec<MediaHash>,
-    pixels: Vec<Arc<[u8]>>,
 }
 
 /// A step in flight: what is needed to read its output.
@@ -50,18 +43,21 @@ struct LaunchedRows {
 }
 
 /// The sequence in a slot.
-struct Occupant {
-    rope: Arc<RopeIndex>,
-    media: Arc<[MediaItem]>,
+pub(crate) struct Occupant {
+    rope: RopeIndex,
+    pub(crate) media: Arc<[MediaItem]>,
     prompt_logprobs: Option<(Arc<[u32]>, usize)>,
 }
 
-/// A plan with what the runner does not know yet.
+/// A plan with what the runner does not know yet. The same on every rank.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct StepWork {
     pub(crate) plan: StepPlan,
     pub(crate) admissions: Vec<Admission>,
     /// Slot and allowed tokens, one bit each.
     pub(crate) masks: Vec<(usize, Vec<u32>)>,
+    /// Uploads that no sequence needs from this step on.
+    pub(crate) forget: Vec<u64>,
 }
 
 /// What a step produced, by sequence.
@@ -100,60 +96,19 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     fn admit(&mut self, admission: Admission) -> Result<()> {
-        let Admission { slot, params, rope, media, prompt_logprobs } = admission;
+        let Admission { slot, params, prompt_len, media, prompt_logprobs, .. } = admission;
         self.backend.admit(slot, params)?;
+        let grids: Vec<_> = media.iter().map(|m| (m.offset, [m.grid.t, m.grid.h, m.grid.w])).collect();
+        let merge_size = self.model.config().vision.as_ref().map_or(1, |vision| vision.spatial_merge_size);
+        let rope = RopeIndex::new(prompt_len, &grids, merge_size);
         self.slots[slot] = Some(Occupant { rope, media, prompt_logprobs });
         Ok(())
     }
 
-    fn occupant(&self, slot: usize) -> &Occupant {
+    pub(crate) fn occupant(&self, slot: usize) -> &Occupant {
         self.slots[slot]
             .as_ref()
             .expect("the scheduler admits a sequence to its slot before planning rows for it")
-    }
-
-    /// Drops and fills encoder-cache entries as the plan says.
-    fn encode(&mut self, plan: &StepPlan) -> Result<()> {
-        for hash in &plan.evict_media {
-            self.encoder_cache.remove(hash);
-        }
-        for group in self.equal_media(plan) {
-            let (grid, count) = (group.grid, group.hashes.len());
-            let pixels: Cow<'_, [u8]> = match &group.pixels[..] {
-                [one] => Cow::Borrowed(one),
-                several => Cow::Owned(several.concat()),
-            };
-            let encoded = self.model.encode_all(&self.backend, &pixels, grid, count, &mut |_, _| {})?;
-            self.encoder_cache.extend(group.hashes.into_iter().zip(encoded));
-        }
-        Ok(())
-    }
-
-    /// The media that `plan` wants encoded; pictures of equal size, of whatever sequences, share a pass of the encoder. All of
-    /// them fit it: the plan has reserved their rows of the encoder cache, which is what the encoder's memory is sized by.
-    fn equal_media(&self, plan: &StepPlan) -> Vec<EqualMedia> {
-        let mut groups: Vec<EqualMedia> = Vec::new();
-        for encode in &plan.encode {
-            let planned = plan.seqs.iter().find(|p| p.seq == encode.seq);
-            let slot = planned.expect("media are encoded in a step that uses them").slot;
-            let item = &self.occupant(slot).media[encode.media_idx];
-            let grid = [item.grid.t, item.grid.h, item.grid.w];
-            let is_equal = |group: &&mut EqualMedia| {
-                grid[0] == 1 && group.grid == grid && group.pixels[0].len() == item.patches.len()
-            };
-            match groups.iter_mut().find(is_equal) {
-                Some(group) => {
-                    group.hashes.push(encode.hash);
-                    group.pixels.push(item.patches.clone());
-                }
-                None => groups.push(EqualMedia {
-                    grid,
-                    hashes: vec![encode.hash],
-                    pixels: vec![item.patches.clone()],
-                }),
-            }
-        }
-        groups
     }
 
     /// Pixels are needed until the last row of the last medium is computed; a sequence that comes back after a
@@ -213,7 +168,7 @@ impl<B: Backend> Steps for ModelRunner<B> {
     }
 
     fn launch(&mut self, work: StepWork) -> Result<()> {
-        let StepWork { mut plan, admissions, masks } = work;
+        let StepWork { mut plan, admissions, masks, .. } = work;
         for admission in admissions {
             self.admit(admission)?;
         }

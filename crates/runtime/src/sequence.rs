@@ -10,11 +10,10 @@ use spark_api::{
     TokenConstraint, TokenEvent, TokenId, TokenLogprobs,
 };
 use spark_backend::{SlotParams, TokenLogprob};
-use spark_models::RopeIndex;
 use spark_scheduler::{MediaSpan, NewSequence, PlannedSeq};
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::admission::Admission;
+use crate::{admission::Admission, wire::Pixels};
 
 /// A live sequence.
 pub(crate) struct Sequence {
@@ -23,8 +22,14 @@ pub(crate) struct Sequence {
     stop_token_ids: Vec<TokenId>,
     prompt: Arc<[TokenId]>,
     media: Arc<[MediaItem]>,
-    rope: Arc<RopeIndex>,
+    priority: i32,
+    cache_salt: Option<String>,
     pub(crate) constraint: Option<Box<dyn TokenConstraint>>,
+    progress: Option<UnboundedSender<usize>>,
+    /// Under which number the other ranks have its pixels.
+    pub(crate) upload: Option<u64>,
+    /// Nobody has seen anything of its answer: it can begin anew.
+    pub(crate) is_untouched: bool,
     output: Vec<TokenId>,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
     arrived: Instant,
@@ -34,52 +39,60 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// Splits a request into what the scheduler and what the engine needs.
+    /// Of a request; `eos_token_ids` are the model's.
     pub(crate) fn new(
         request: Request,
         events: UnboundedSender<Event>,
         eos_token_ids: &[TokenId],
-        merge_size: usize,
         arrived: Instant,
-    ) -> (NewSequence, Self) {
-        let Request { prompt, media, sampling, priority, cache_salt, constraint, .. } = request;
-        let new = NewSequence {
-            prompt: prompt.clone(),
-            media: media
-                .iter()
-                .map(|m| MediaSpan { hash: m.hash, offset: m.offset, num_tokens: m.num_tokens })
-                .collect(),
-            max_tokens: sampling.max_tokens,
-            min_tokens: sampling.min_tokens,
-            stop_token_ids: sampling.stop_token_ids.clone(),
-            ignore_eos: sampling.ignore_eos,
-            priority,
-            cache_salt,
-            constrained: constraint.is_some(),
-            prompt_logprobs: sampling.prompt_logprobs.is_some(),
-        };
-        let grids: Vec<_> = media.iter().map(|m| (m.offset, [m.grid.t, m.grid.h, m.grid.w])).collect();
+    ) -> Self {
+        let Request { prompt, media, sampling, priority, cache_salt, constraint, progress, .. } = request;
         let mut stop_token_ids = sampling.stop_token_ids.clone();
         if !sampling.ignore_eos {
             stop_token_ids.extend(eos_token_ids);
         }
         let prompt_logprobs = vec![None; if sampling.prompt_logprobs.is_some() { prompt.len() } else { 0 }];
-        let sequence = Self {
+        Self {
             events,
             stop_token_ids,
-            rope: Arc::new(RopeIndex::new(prompt.len(), &grids, merge_size)),
             prompt: prompt.into(),
             media: media.into(),
             sampling,
+            priority,
+            cache_salt,
             constraint,
+            progress,
+            upload: None,
+            is_untouched: true,
             output: Vec::new(),
             prompt_logprobs,
             arrived,
             first_scheduled: None,
             first_token: None,
             num_preemptions: 0,
-        };
-        (new, sequence)
+        }
+    }
+
+    /// What the scheduler needs to know of it, before its first token.
+    pub(crate) fn to_schedule(&self) -> NewSequence {
+        let span = |m: &MediaItem| MediaSpan { hash: m.hash, offset: m.offset, num_tokens: m.num_tokens };
+        NewSequence {
+            prompt: self.prompt.to_vec(),
+            media: self.media.iter().map(span).collect(),
+            max_tokens: self.sampling.max_tokens,
+            min_tokens: self.sampling.min_tokens,
+            stop_token_ids: self.sampling.stop_token_ids.clone(),
+            ignore_eos: self.sampling.ignore_eos,
+            priority: self.priority,
+            cache_salt: self.cache_salt.clone(),
+            constrained: self.constraint.is_some(),
+            prompt_logprobs: self.sampling.prompt_logprobs.is_some(),
+        }
+    }
+
+    /// The pixels of its media, in order; empty for text.
+    pub(crate) fn pixels(&self) -> Vec<Pixels> {
+        self.media.iter().map(|item| Pixels(item.patches.clone())).collect()
     }
 
     /// The client has dropped its stream.
@@ -111,8 +124,9 @@ impl Sequence {
         Admission {
             slot: planned.slot,
             params,
-            rope: self.rope.clone(),
+            prompt_len: self.prompt.len(),
             media: self.media.clone(),
+            upload: self.upload,
             prompt_logprobs: s.prompt_logprobs.map(|n| (self.prompt.clone(), n)),
         }
     }
@@ -121,6 +135,14 @@ impl Sequence {
     pub(crate) fn keep_prompt_logprobs(&mut self, index: usize, token: TokenLogprob, top: &[TokenLogprob]) {
         if let Some(entry) = self.prompt_logprobs.get_mut(index) {
             *entry = Some(logprobs(token, top));
+        }
+    }
+
+    /// Tells how much of the prompt was planned before the step that is about to run.
+    pub(crate) fn send_progress(&self, num_tokens: usize) {
+        if let Some(progress) = self.progress.as_ref().filter(|_| num_tokens < self.prompt.len()) {
+            // Whoever does not listen any more does not want to know.
+            let _ = progress.send(num_tokens);
         }
     }
 
@@ -143,7 +165,7 @@ impl Sequence {
     }
 
     /// The end. Consumes the sequence, which closes the stream.
-    pub(crate) fn send_finished(self, reason: FinishReason) {
+    pub(crate) fn send_finished(mut self, reason: FinishReason) {
         let now = Instant::now();
         let scheduled = self.first_scheduled.unwrap_or(now);
         let first_token = self.first_token.unwrap_or(now);
@@ -157,7 +179,8 @@ impl Sequence {
         self.send(Event::Finished(Finished { reason, num_output_tokens: self.output.len(), timings }));
     }
 
-    fn send(&self, event: Event) {
+    fn send(&mut self, event: Event) {
+        self.is_untouched = false;
         // A closed stream means a cancelled request: the engine sees it before the next step.
         let _ = self.events.send(event);
     }

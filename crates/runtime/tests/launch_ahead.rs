@@ -3,9 +3,10 @@
 
 mod support;
 
-use std::sync::atomic::Ordering;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use spark_api::{Engine, FinishReason, Health};
+use spark_runtime::Failure;
 use spark_testing::Random;
 use support::{
     answers, engine,
@@ -100,4 +101,21 @@ fn a_step_that_fails_ends_the_engine_with_its_words() {
         }
         assert!(matches!(engine.health(), Health::Failed(message) if message.contains("as told")));
     }
+}
+
+#[test]
+fn a_step_that_hangs_ends_the_engine() {
+    let backend = Fake::new(1, true, None);
+    let seen = backend.seen();
+    let engine = engine(backend, |options| options.step_timeout = Some(Duration::from_secs(1)));
+    let prompts = prompts(2, engine.info().limits.vocab_size);
+    assert!(answers(&engine, &prompts, 5).iter().all(|answer| answer.tokens.len() == 5));
+    seen.hangs.store(true, Ordering::Relaxed);
+    for answer in answers(&engine, &prompts, 5) {
+        let FinishReason::EngineFailed(message) = &answer.reason else { panic!("{:?}", answer.reason) };
+        assert!(message.contains("--step-timeout") && message.contains("1 s"), "{message}");
+    }
+    engine.join();
+    assert!(matches!(engine.failure(), Some(Failure::Device(_))), "only a new process can go on");
+    seen.hangs.store(false, Ordering::Relaxed);
 }

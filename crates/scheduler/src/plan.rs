@@ -1,19 +1,21 @@
 //! What goes out of the scheduler: the plan of a step, and what a completed step meant for its sequences. Plain data.
 
+use serde::{Deserialize, Serialize};
 use spark_api::{MediaHash, StepHistogram, TokenId};
 
 /// Identity of a sequence within its scheduler; in order of arrival.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SeqId(pub(crate) u64);
 
 /// Identity of a step within its scheduler; in order of execution.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct StepId(pub(crate) u64);
 
 /// One step, to be executed after every step planned before it.
 ///
-/// The executor drops `evict_media`, encodes `encode`, then runs the rows of `seqs`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The executor drops `evict_media`, encodes `encode`, then runs the rows of `seqs`. Serialisable, because every rank of a
+/// group executes it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StepPlan {
     /// To hand back to [`Scheduler::complete`](crate::Scheduler::complete).
     pub id: StepId,
@@ -28,7 +30,7 @@ pub struct StepPlan {
 }
 
 /// The rows of one sequence in a step.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PlannedSeq {
     /// Whose rows.
     pub seq: SeqId,
@@ -55,7 +57,7 @@ pub struct PlannedSeq {
 }
 
 /// A token of a planned row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PlanToken {
     /// The host knows it.
     Known(TokenId),
@@ -64,7 +66,7 @@ pub enum PlanToken {
 }
 
 /// Rows of a medium's embeddings that replace token embeddings of one [`PlannedSeq`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MediaRows {
     /// Index in [`NewSequence::media`](crate::NewSequence::media).
     pub media_idx: usize,
@@ -79,7 +81,7 @@ pub struct MediaRows {
 }
 
 /// A medium to encode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct EncodeMedia {
     /// Sequence that brings the pixels.
     pub seq: SeqId,

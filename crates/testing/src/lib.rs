@@ -6,7 +6,9 @@
 
 mod compare;
 mod error;
+mod fault_proxy;
 mod fixtures;
+mod local_group;
 mod oracle;
 mod random;
 mod tensors;
@@ -14,7 +16,9 @@ pub mod tolerance;
 
 pub use compare::{Divergence, calc_diff, first_divergence, kl_divergence, max_abs_diff, rel_err};
 pub use error::{Error, Result};
+pub use fault_proxy::{Direction, FaultProxy};
 pub use fixtures::{fixtures_dir, media_bytes, media_path, model_dir, model_names, read_json, repository};
+pub use local_group::LocalGroup;
 pub use oracle::{Case, Oracle, RankedStep};
 pub use random::Random;
 pub use tensors::{Tensors, Values};

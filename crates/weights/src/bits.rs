@@ -68,29 +68,48 @@ fn transpose_elements<const SIZE: usize>(source: &[u8], rows: usize, columns: us
 /// AutoAWQ's order: nibble `i` of a word holds logical column `AWQ_COLUMN[i]` of its eight.
 pub(crate) const AWQ_COLUMN: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
+/// Words that [`awq_codes`] takes side by side: a cache line of them, and what they become is computed in as many lanes.
+const LANES: usize = 16;
+/// Inputs that it takes together: a cache line of each output.
+const INPUTS: usize = 128;
+
 /// AWQ `qweight` `[k, n / 8]` words, interleaved along the outputs -> codes `[n, k / 2]`, low nibble the even input.
 pub(crate) fn awq_codes(qweight: &[u8], k: usize, n: usize) -> Vec<u8> {
-    // Inputs at a time: a cache line of output a row, and the words they come from stay in the first-level cache.
-    const INPUTS: usize = 128;
     debug_assert_eq!(qweight.len(), k * n / 2);
     let words = qweight.as_chunks::<4>().0;
-    let word = |input: usize, column: usize| u32::from_le_bytes(words[input * (n / 8) + column]);
-    let mut codes = vec![0; n * k / 2];
-    for input0 in (0..k).step_by(INPUTS) {
-        let end = k.min(input0 + INPUTS);
-        for column in 0..n / 8 {
+    let (columns, width) = (n / 8, k / 2);
+    let mut codes = Vec::with_capacity(n * width);
+    // The outputs of the lanes, and one line of each: lines of a matrix get in each other's way in the cache where its width
+    // is a power of two, so each is written whole.
+    let mut rows = vec![0; 8 * LANES * width];
+    let mut lines = [[0; INPUTS / 2]; 8 * LANES];
+    for column0 in (0..columns).step_by(LANES) {
+        let lanes = LANES.min(columns - column0);
+        for input0 in (0..k).step_by(INPUTS) {
+            let end = k.min(input0 + INPUTS);
             for input in (input0..end).step_by(16) {
-                let num_pairs = (end - input).min(16) / 2;
-                let mut pairs = [0; 8];
-                for (i, pair) in pairs[..num_pairs].iter_mut().enumerate() {
-                    *pair = awq_pair(word(input + 2 * i, column), word(input + 2 * i + 1, column));
+                let mut pairs = [[0; LANES]; 8];
+                for (i, pair) in pairs.iter_mut().enumerate().take((end - input) / 2) {
+                    let words = |input: usize| &words[input * columns + column0..][..lanes];
+                    let inputs = words(input + 2 * i).iter().zip(words(input + 2 * i + 1));
+                    for (pair, (&low, &high)) in pair.iter_mut().zip(inputs) {
+                        *pair = awq_pair(u32::from_le_bytes(low), u32::from_le_bytes(high));
+                    }
                 }
-                for (nibble, bytes) in transpose_bytes(pairs).into_iter().enumerate() {
-                    let at = (8 * column + AWQ_PAIR_COLUMN[nibble]) * (k / 2) + input / 2;
-                    codes[at..at + num_pairs].copy_from_slice(&bytes.to_le_bytes()[..num_pairs]);
+                transpose_bytes(&mut pairs);
+                let at = (input - input0) / 2;
+                for (pair, place) in pairs.iter().zip(AWQ_PAIR_COLUMN) {
+                    for (lane, bytes) in pair.iter().enumerate() {
+                        lines[8 * lane + place][at..at + 8].copy_from_slice(&bytes.to_le_bytes());
+                    }
                 }
             }
+            let len = (end - input0) / 2;
+            for (row, line) in rows.chunks_exact_mut(width).zip(&lines) {
+                row[input0 / 2..][..len].copy_from_slice(&line[..len]);
+            }
         }
+        codes.extend_from_slice(&rows[..8 * lanes * width]);
     }
     codes
 }
@@ -106,16 +125,19 @@ fn awq_pair(low: u32, high: u32) -> u64 {
     u64::from(even) | u64::from(odd) << 32
 }
 
-/// Byte `j` of word `i` becomes byte `i` of word `j`: blocks of 4 x 4 bytes change places, then of 2 x 2, then bytes.
-fn transpose_bytes(mut x: [u64; 8]) -> [u64; 8] {
+/// In each lane, byte `j` of word `i` becomes byte `i` of word `j`: blocks of 4 x 4 bytes change places, then of 2 x 2, then
+/// bytes.
+fn transpose_bytes(x: &mut [[u64; LANES]; 8]) {
     for (step, mask) in [(4, 0xffff_ffff), (2, 0x0000_ffff_0000_ffff), (1, 0x00ff_00ff_00ff_00ff_u64)] {
         for i in (0..8).filter(|i| i & step == 0) {
-            let changed = ((x[i] >> (8 * step)) ^ x[i + step]) & mask;
-            x[i] ^= changed << (8 * step);
-            x[i + step] ^= changed;
+            let (low, high) = x.split_at_mut(i + step);
+            for (low, high) in low[i].iter_mut().zip(&mut high[0]) {
+                let changed = ((*low >> (8 * step)) ^ *high) & mask;
+                *low ^= changed << (8 * step);
+                *high ^= changed;
+            }
         }
     }
-    x
 }
 
 /// AWQ `qzeros` `[groups, n / 8]` words -> one zero point a byte, `[n, groups]`.

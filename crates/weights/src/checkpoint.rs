@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::cache::through;
 use crate::error::{Error, Result};
 use crate::header::{TensorInfo, UniqueMap, read_header};
 use crate::load::{LoadOptions, NUM_WORKERS, Parts, load};
@@ -133,7 +134,7 @@ impl Checkpoint {
     /// Loads the parameters of a model. Every tensor has to be consumed and every parameter filled, else the error
     /// lists them all; only scales of activations and of the KV cache may stay unused.
     pub fn load(&self, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
-        self.collect(&Plan::new(self, specs)?, specs, options)
+        self.collect(&Plan::new(self, specs, options.rank)?, specs, options)
     }
 
     /// Loads like [`Checkpoint::load`], but bit by bit: what is taken from the result is loaded a few gigabytes ahead of it,
@@ -143,10 +144,14 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::load`] for what is missing or left over; what cannot be read or is broken is told when it is taken.
     pub fn stream(&self, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
-        let plan = Plan::new(self, specs)?;
+        let plan = Plan::new(self, specs, options.rank)?;
         let parts = Parts::new(self.clone(), plan, specs, options)?;
         let names = specs.iter().enumerate().map(|(index, spec)| (spec.name.clone(), index)).collect();
-        Ok(Params::of_stream(Stream::new(names, Box::new(parts), NUM_WORKERS)?))
+        let source = match &options.cache {
+            Some(folder) => through(folder, self, specs, options, parts)?,
+            None => Box::new(parts),
+        };
+        Ok(Params::of_stream(Stream::new(names, source, NUM_WORKERS)?))
     }
 
     /// Loads parameters as [`Checkpoint::load`] does, but leaves alone the tensors that `specs` do not name: for tools
@@ -155,7 +160,7 @@ impl Checkpoint {
     /// # Errors
     /// When a parameter is not filled or cannot be read.
     pub fn load_some(&self, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
-        self.collect(&Plan::of_some(self, specs)?, specs, options)
+        self.collect(&Plan::of_some(self, specs, options.rank)?, specs, options)
     }
 
     /// The bytes of one tensor as stored; its type and shape are in [`Checkpoint::tensors`].
@@ -198,7 +203,7 @@ impl Checkpoint {
         options: &LoadOptions,
         sink: &(dyn Fn(usize, Param) -> Result<()> + Sync),
     ) -> Result<()> {
-        load(self, &Plan::new(self, specs)?, specs, options, sink)
+        load(self, &Plan::new(self, specs, options.rank)?, specs, options, sink)
     }
 
     /// What [`Checkpoint::load`] would load: schemes and bytes of each part of the model, and what each of `world`

@@ -158,10 +158,10 @@ impl Raw<'_> {
         k: usize,
         group: usize,
         zeros: bool,
-        shape: bool,
+        shape: Option<[usize; 2]>,
     ) -> Result<Option<Bytes>> {
         self.check_finite(1)?;
-        if shape {
+        if let Some([whole_n, whole_k]) = shape {
             let at = 2 + usize::from(zeros);
             let dims: Vec<i64> = self.segments[at]
                 .chunks_exact(8)
@@ -169,9 +169,10 @@ impl Raw<'_> {
                     i64::from_le_bytes([dim[0], dim[1], dim[2], dim[3], dim[4], dim[5], dim[6], dim[7]])
                 })
                 .collect();
-            let wanted = [i64::try_from(n).ok(), i64::try_from(k).ok()];
+            let wanted = [i64::try_from(whole_n).ok(), i64::try_from(whole_k).ok()];
             if !dims.iter().map(|&dim| Some(dim)).eq(wanted) {
-                return Err(self.mismatch(at, format!("says the weight is {dims:?}, expected [{n}, {k}]")));
+                let expected = format!("says the weight is {dims:?}, expected [{whole_n}, {whole_k}]");
+                return Err(self.mismatch(at, expected));
             }
         }
         Ok(zeros.then(|| packed_zeros(&self.segments[2], n, k / group).into()))

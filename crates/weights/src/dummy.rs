@@ -6,18 +6,21 @@
 //! with a common sign, hence the mean of 0; and attention, which with random weights adds about the same mean of all
 //! values to every token, hence a small output of attention. The bytes of any two matrices are different.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use half::{bf16, f16};
 use serde_json::Value;
-use spark_backend::{Dtype, Matrix, MatrixData};
+use spark_backend::{Dtype, Matrix, MatrixData, Rank};
 
 use crate::error::{Error, Result};
-use crate::fill::{Pattern, Seed, fill_all};
+use crate::fill::{Fill, Pattern, Seed, fill_all};
 use crate::load::{build, option};
 use crate::params::Params;
+use crate::region::{aligned, within};
 use crate::scheme::{NVFP4_GROUP, fp8_block};
-use crate::shard::Rank;
-use crate::spec::{ParamKind, ParamSpec, join};
+use crate::shard::{cut, part};
+use crate::spec::{ParamKind, ParamSpec, Shard, join};
 use crate::stream::{Give, Source, Stream};
 
 /// How much smaller the output of attention is than its input.
@@ -32,26 +35,27 @@ enum DummyScheme {
     Fp8 { block: [usize; 2] },
 }
 
-/// Random parameters for `specs`, whole (of one rank), made as they are taken. `config` is a `config.json`; its
-/// `quantization_config` decides the scheme of the decoder's linear layers. Router, embedding, lm_head and vision tower are
+/// Random parameters for `specs`, made as they are taken: `rank`'s shards of the same model on every rank, without making the
+/// rest of it. `config` is a `config.json`; its `quantization_config` decides the scheme of the decoder's linear layers. Router, embedding, lm_head and vision tower are
 /// BF16, as are layers whose inputs the scheme cannot pack. The same seed gives the same values.
 ///
 /// # Errors
-/// When a name is stated twice, or when the weights would not fit this machine's memory.
-pub fn dummy(config: &Value, specs: &[ParamSpec], seed: u64) -> Result<Params> {
+/// When a name is stated twice, or when the weights would not fit this machine's memory; when a parameter that cannot be split
+/// over the ranks is taken.
+pub fn dummy(config: &Value, specs: &[ParamSpec], seed: u64, rank: Rank) -> Result<Params> {
     let scheme = scheme_of(config);
-    expect_memory(specs.iter().map(|spec| estimate(spec, scheme)).sum())?;
-    stream(scheme, specs, seed)
+    expect_memory(specs.iter().map(|spec| estimate(spec, scheme, rank)).sum())?;
+    stream(scheme, specs, seed, rank)
 }
 
 /// As [`dummy`], for a device with memory of its own: only a few parameters at a time have to fit this machine's memory.
 ///
 /// # Errors
-/// When a name is stated twice, or when a parameter would not fit this machine's memory.
-pub fn dummy_for_device(config: &Value, specs: &[ParamSpec], seed: u64) -> Result<Params> {
+/// As [`dummy`], where a parameter has to fit this machine's memory instead of all.
+pub fn dummy_for_device(config: &Value, specs: &[ParamSpec], seed: u64, rank: Rank) -> Result<Params> {
     let scheme = scheme_of(config);
-    expect_memory(specs.iter().map(|spec| estimate(spec, scheme)).fold(0.0, f64::max))?;
-    stream(scheme, specs, seed)
+    expect_memory(specs.iter().map(|spec| estimate(spec, scheme, rank)).fold(0.0, f64::max))?;
+    stream(scheme, specs, seed, rank)
 }
 
 fn expect_memory(needed: f64) -> Result<()> {
@@ -64,14 +68,14 @@ fn expect_memory(needed: f64) -> Result<()> {
     Ok(())
 }
 
-fn stream(scheme: DummyScheme, specs: &[ParamSpec], seed: u64) -> Result<Params> {
+fn stream(scheme: DummyScheme, specs: &[ParamSpec], seed: u64, rank: Rank) -> Result<Params> {
     let mut names = std::collections::HashMap::with_capacity(specs.len());
     for (index, spec) in specs.iter().enumerate() {
         if names.insert(spec.name.clone(), index).is_some() {
             return Err(Error::Param { name: spec.name.clone(), reason: "is stated twice".to_owned() });
         }
     }
-    let source = Dummy { scheme, specs: specs.to_vec(), seed, rank: Rank::new(0, 1)? };
+    let source = Dummy { scheme, specs: specs.to_vec(), seed, rank };
     Ok(Params::of_stream(Stream::new(names, Box::new(source), 1)?))
 }
 
@@ -85,48 +89,55 @@ struct Dummy {
 
 impl Source for Dummy {
     fn sizes(&self) -> Vec<u64> {
-        self.specs.iter().map(|spec| estimate(spec, self.scheme) as u64).collect()
+        self.specs.iter().map(|spec| estimate(spec, self.scheme, self.rank) as u64).collect()
     }
 
     fn make(&self, indices: std::ops::Range<usize>, give: Give<'_>) -> Result<()> {
         for index in indices {
             let spec = &self.specs[index];
             let mut random = Maker { seed: Seed::new(self.seed, &spec.name), fills: Vec::new() };
-            let mut floats = Vec::new();
-            let mut drafts = Vec::new();
-            match &spec.kind {
-                &ParamKind::Vector { shape: [rows, cols] } => {
-                    floats.push(random.vector(&spec.name, rows * cols));
-                }
-                ParamKind::Linear { parts, k, bias } => {
-                    for (part, n) in parts {
-                        let module = join(&spec.name, part);
-                        let gain = if module.ends_with("o_proj") { ATTENTION_GAIN } else { 1.0 };
-                        drafts.push(random.matrix([*n, *k], part_scheme(&module, self.scheme), gain));
-                        if *bias {
-                            floats.push(vec![0.0; *n]);
-                        }
-                    }
-                }
-                &ParamKind::Experts { num_experts, hidden, intermediate } => {
-                    for _ in 0..num_experts {
-                        for shape in [[intermediate, hidden], [intermediate, hidden], [hidden, intermediate]]
-                        {
-                            drafts.push(random.matrix(shape, self.scheme, 1.0));
-                        }
-                    }
-                }
-            }
+            let (drafts, floats) = self.drafts(spec, &mut random)?;
             let mut buffers = fill_all(&random.fills).into_iter();
-            let matrices = drafts.into_iter().map(|draft| draft.finish(&mut buffers)).collect();
+            let matrices =
+                drafts.into_iter().map(|draft| draft.finish(spec, &mut buffers)).collect::<Result<_>>()?;
             give(index, build(spec, matrices, floats, self.rank)?)?;
         }
         Ok(())
     }
 }
 
-/// About the bytes of a parameter. In floating point: a configuration alone may claim any size.
-fn estimate(spec: &ParamSpec, scheme: DummyScheme) -> f64 {
+impl Dummy {
+    /// The matrices of a parameter, to be filled, and its float values.
+    fn drafts(&self, spec: &ParamSpec, random: &mut Maker) -> Result<(Vec<Draft>, Vec<Vec<f32>>)> {
+        let (mut drafts, mut floats) = (Vec::new(), Vec::new());
+        let kept = |slot, shape| part(spec, slot, shape, self.rank);
+        match &spec.kind {
+            &ParamKind::Vector { shape: [rows, cols] } => floats.push(random.vector(&spec.name, rows * cols)),
+            ParamKind::Linear { parts, k, bias } => {
+                for (slot, (part, n)) in parts.iter().enumerate() {
+                    let module = join(&spec.name, part);
+                    let gain = if module.ends_with("o_proj") { ATTENTION_GAIN } else { 1.0 };
+                    let (shape, scheme) = ([*n, *k], part_scheme(&module, self.scheme));
+                    drafts.push(random.matrix(shape, scheme, gain, kept(slot, shape)?));
+                    if *bias {
+                        floats.push(vec![0.0; *n]);
+                    }
+                }
+            }
+            &ParamKind::Experts { num_experts, hidden, intermediate } => {
+                let shapes = [[intermediate, hidden], [intermediate, hidden], [hidden, intermediate]];
+                for slot in 0..3 * num_experts {
+                    let shape = shapes[slot % 3];
+                    drafts.push(random.matrix(shape, self.scheme, 1.0, kept(slot, shape)?));
+                }
+            }
+        }
+        Ok((drafts, floats))
+    }
+}
+
+/// About the bytes of a rank's part of a parameter. In floating point: a configuration alone may claim any size.
+fn estimate(spec: &ParamSpec, scheme: DummyScheme, rank: Rank) -> f64 {
     // What a matrix takes beside its weights, so that endless empty ones count too.
     const EACH: f64 = 64.0;
     let bytes = |scheme| match scheme {
@@ -134,7 +145,7 @@ fn estimate(spec: &ParamSpec, scheme: DummyScheme) -> f64 {
         DummyScheme::Int4 { .. } | DummyScheme::Nvfp4 => 0.5,
         DummyScheme::Fp8 { .. } => 1.0,
     };
-    match &spec.kind {
+    let whole: f64 = match &spec.kind {
         ParamKind::Vector { shape: [rows, cols] } => 4.0 * *rows as f64 * *cols as f64,
         ParamKind::Linear { parts, k, .. } => parts
             .iter()
@@ -145,7 +156,8 @@ fn estimate(spec: &ParamSpec, scheme: DummyScheme) -> f64 {
         ParamKind::Experts { num_experts, hidden, intermediate } => {
             3.0 * *num_experts as f64 * (EACH + *hidden as f64 * *intermediate as f64 * bytes(scheme))
         }
-    }
+    };
+    if spec.shard == Shard::Replicated { whole } else { whole / rank.world() as f64 }
 }
 
 /// The scheme of a linear layer in a model of `scheme`, as published checkpoints have it.
@@ -182,16 +194,18 @@ fn scheme_of(config: &Value) -> DummyScheme {
     }
 }
 
-/// A matrix whose random bytes are still to be made: its values or codes, then its zero points where it has any.
+/// A region of a matrix whose random bytes are still to be made: its values or codes, then its zero points where it has any.
 struct Draft {
     n: usize,
     k: usize,
     data: MatrixData,
+    /// Rows and columns that the rank keeps of it.
+    keep: [Range<usize>; 2],
 }
 
 impl Draft {
-    fn finish(self, buffers: &mut impl Iterator<Item = Vec<u8>>) -> Matrix {
-        let Self { n, k, mut data } = self;
+    fn finish(self, spec: &ParamSpec, buffers: &mut impl Iterator<Item = Vec<u8>>) -> Result<Matrix> {
+        let Self { n, k, mut data, keep: [rows, columns] } = self;
         let mut next = || Bytes::from(buffers.next().unwrap_or_default());
         match &mut data {
             MatrixData::Dense { values, .. } | MatrixData::Fp8 { values, .. } => *values = next(),
@@ -203,20 +217,37 @@ impl Draft {
                 }
             }
         }
-        Matrix { n, k, data }
+        cut(spec, Matrix { n, k, data }, rows, columns)
     }
 }
 
 /// Plans the random bytes of a parameter.
 struct Maker {
     seed: Seed,
-    fills: Vec<(usize, Seed, Pattern)>,
+    fills: Vec<Fill>,
+}
+
+/// A part of a matrix: whole groups and blocks.
+struct Region {
+    /// `[n, k]` of the matrix.
+    whole: [usize; 2],
+    rows: Range<usize>,
+    columns: Range<usize>,
 }
 
 impl Maker {
-    fn fill(&mut self, num_bytes: usize, pattern: Pattern) -> Bytes {
-        let seed = self.seed.next();
-        self.fills.push((num_bytes, seed, pattern));
+    /// Random bytes for a region of a buffer that has one for every `per` inputs, `size` of them each.
+    fn fill(&mut self, region: &Region, [per, size]: [usize; 2], pattern: Pattern) -> Bytes {
+        let [rows, k] = region.whole;
+        let bytes = |column: usize| column.div_ceil(per) * size;
+        self.fills.push(Fill {
+            rows,
+            stride: bytes(k),
+            wanted: region.rows.clone(),
+            bytes: bytes(region.columns.start)..bytes(region.columns.end),
+            seed: self.seed.next(),
+            pattern,
+        });
         Bytes::new()
     }
 
@@ -229,45 +260,75 @@ impl Maker {
         (0..len).map(|_| (self.seed.next().number() >> 40) as f32 / (1 << 24) as f32 * 0.04 - 0.02).collect()
     }
 
-    /// Values of about `gain / sqrt(k)`.
-    fn matrix(&mut self, [n, k]: [usize; 2], scheme: DummyScheme, gain: f32) -> Draft {
-        let typical = gain / (k.max(1) as f32).sqrt();
-        let data = match scheme {
-            DummyScheme::Int4 { group, zeros } if k.is_multiple_of(group) && k.is_multiple_of(2) => {
+    /// The region that holds some rows and columns of a matrix `[n, k]` of values of about `gain / sqrt(k)`.
+    fn matrix(
+        &mut self,
+        [n, k]: [usize; 2],
+        scheme: DummyScheme,
+        gain: f32,
+        [rows, columns]: [Range<usize>; 2],
+    ) -> Draft {
+        let scheme = match scheme {
+            DummyScheme::Int4 { group, .. } if !k.is_multiple_of(group) || !k.is_multiple_of(2) => {
+                DummyScheme::Bf16
+            }
+            DummyScheme::Nvfp4 if !k.is_multiple_of(NVFP4_GROUP) => DummyScheme::Bf16,
+            scheme => scheme,
+        };
+        let units = match scheme {
+            DummyScheme::Int4 { group, .. } => [1, group],
+            DummyScheme::Nvfp4 => [1, NVFP4_GROUP],
+            DummyScheme::Fp8 { block } => block,
+            DummyScheme::Bf16 => [1, 1],
+        };
+        let region = Region {
+            whole: [n, k],
+            rows: aligned(&rows, units[0], n),
+            columns: aligned(&columns, units[1], k),
+        };
+        let keep = [within(&rows, &region.rows), within(&columns, &region.columns)];
+        let data = self.data(&region, scheme, gain / (k.max(1) as f32).sqrt());
+        Draft { n: region.rows.len(), k: region.columns.len(), data, keep }
+    }
+
+    /// Values of about `typical`.
+    fn data(&mut self, region: &Region, scheme: DummyScheme, typical: f32) -> MatrixData {
+        let (n, k) = (region.rows.len(), region.columns.len());
+        match scheme {
+            DummyScheme::Int4 { group, zeros } => {
                 // Codes 0 to 15 around 7.5, or 1 to 15 around 8.
                 let spread = if zeros { 4.6 } else { 4.5 };
-                let scale = f16::from_f32(typical / spread).to_le_bytes().repeat(n * k / group);
+                let codes = if zeros { Pattern::Any } else { Pattern::Codes1To15 };
                 MatrixData::Int4 {
-                    codes: self.fill(n * k / 2, if zeros { Pattern::Any } else { Pattern::Codes1To15 }),
-                    zeros: zeros.then(|| self.fill(n * k / group, Pattern::Bytes7Or8)),
-                    scales: scale.into(),
+                    codes: self.fill(region, [2, 1], codes),
+                    zeros: zeros.then(|| self.fill(region, [group, 1], Pattern::Bytes7Or8)),
+                    scales: f16::from_f32(typical / spread).to_le_bytes().repeat(n * k / group).into(),
                     scale_dtype: Dtype::F16,
                     group_size: group,
                 }
             }
-            DummyScheme::Nvfp4 if k.is_multiple_of(NVFP4_GROUP) => MatrixData::Nvfp4 {
-                codes: self.fill(n * k / 2, Pattern::Any),
+            DummyScheme::Nvfp4 => MatrixData::Nvfp4 {
+                codes: self.fill(region, [2, 1], Pattern::Any),
                 // E4M3 1.0
                 scales: vec![0x38; n * k / NVFP4_GROUP].into(),
                 alpha: typical / 2.9,
             },
             DummyScheme::Fp8 { block } => MatrixData::Fp8 {
                 // Sign, exponents of 1/8 to 1 (0x20 to 0x3f), any mantissa: never the NaN codes.
-                values: self.fill(n * k, Pattern::Bits { keep: [0x9f; 8], set: [0x20; 8] }),
+                values: self.fill(region, [1, 1], Pattern::Bits { keep: [0x9f; 8], set: [0x20; 8] }),
                 scales: vec![typical; n.div_ceil(block[0]) * k.div_ceil(block[1])],
                 block,
             },
-            _ => {
+            DummyScheme::Bf16 => {
                 // Random sign and mantissa under one exponent, four numbers a word: their size is 1.53 times the power of two,
                 // so with the power next to `typical / 1.53` within a factor of the root of 2.
                 let power = typical / 1.53 * std::f32::consts::SQRT_2;
                 let [low, high] = (bf16::from_f32(power).to_bits() & 0x7f80).to_le_bytes();
                 let set = [low, high, low, high, low, high, low, high];
                 let keep = [0x7f, 0x80, 0x7f, 0x80, 0x7f, 0x80, 0x7f, 0x80];
-                let values = self.fill(2 * n * k, Pattern::Bits { keep, set });
+                let values = self.fill(region, [1, 2], Pattern::Bits { keep, set });
                 MatrixData::Dense { dtype: Dtype::Bf16, values }
             }
-        };
-        Draft { n, k, data }
+        }
     }
 }

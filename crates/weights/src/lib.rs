@@ -4,7 +4,7 @@
 //! The path of a weight, file by file: [`Checkpoint::open`] finds the folder (`locate`), reads the index and every
 //! shard's header strictly (`header`, `checkpoint`) and brings names into one form (`names`). A model states its
 //! parameters as [`ParamSpec`]s; `plan` finds the tensors behind each, deciding the scheme from what is there
-//! (`scheme`), and turns them into byte ranges; `read` fetches the ranges (direct IO or mmap), `convert` brings them
+//! (`scheme`), and turns them into byte ranges, of which `region` leaves what a rank needs; `read` fetches the ranges (direct IO or mmap), `convert` brings them
 //! into canonical form, `shard` cuts a rank's part, and [`Params`] hands the result out. [`pull()`] brings a checkpoint
 //! from a Hugging Face hub to where `locate` looks.
 //!
@@ -24,6 +24,7 @@
 #![deny(unsafe_code)]
 
 mod bits;
+mod cache;
 mod checkpoint;
 mod convert;
 mod dummy;
@@ -37,11 +38,13 @@ mod params;
 mod plan;
 mod pull;
 mod read;
+mod region;
 mod scheme;
 mod shard;
 mod spec;
 mod stream;
 mod summary;
+mod zeros;
 
 #[cfg(test)]
 mod tests;
@@ -55,4 +58,4 @@ pub use names::normalise;
 pub use params::{Param, Params};
 pub use pull::{PullOptions, PullProgress, PullProgressFn, Pulled, pull};
 pub use spec::{ParamKind, ParamSpec, Shard};
-pub use summary::{PartSummary, SchemeSummary, Summary};
+pub use summary::{PartSummary, RankSummary, SchemeSummary, Summary};

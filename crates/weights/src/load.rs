@@ -4,11 +4,12 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use spark_backend::{ExpertsWeight, LinearWeight, Matrix, VectorWeight};
+use spark_backend::{ExpertsWeight, LinearWeight, Matrix, Rank, VectorWeight};
 
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Output, convert};
@@ -16,9 +17,10 @@ use crate::error::{Error, Result};
 use crate::params::Param;
 use crate::plan::{Item, Plan};
 use crate::read::{Progress, Reader, Request, num_threads};
-use crate::shard::{Rank, shard_bias, shard_matrix, shard_vector};
+use crate::shard::{cut, shard_bias, shard_vector};
 use crate::spec::{ParamKind, ParamSpec};
 use crate::stream::{Give, Source};
+use crate::zeros::Findings;
 
 /// How files are read (`--safetensors-load-strategy`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,19 +50,26 @@ pub type ProgressFn = Arc<dyn Fn(LoadProgress) + Send + Sync>;
 pub struct LoadOptions {
     /// How files are read.
     pub strategy: LoadStrategy,
-    /// This process's rank, below `world`.
-    pub rank: usize,
-    /// Ranks that share the model.
-    pub world: usize,
+    /// Which rank of the group that shares the model this process is: it reads and gets its shards.
+    pub rank: Rank,
     /// Told about progress.
     pub progress: Option<ProgressFn>,
     /// Reading and converting threads; 0 chooses by the number of cores.
     pub threads: usize,
+    /// A folder of caches ([`Checkpoint::stream`] alone uses them): what this rank holds is kept there as it is in memory, and
+    /// read from there the next time.
+    pub cache: Option<PathBuf>,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        LoadOptions { strategy: LoadStrategy::Eager, rank: 0, world: 1, progress: None, threads: 0 }
+        LoadOptions {
+            strategy: LoadStrategy::Eager,
+            rank: Rank::SINGLE,
+            progress: None,
+            threads: 0,
+            cache: None,
+        }
     }
 }
 
@@ -69,9 +78,9 @@ impl fmt::Debug for LoadOptions {
         f.debug_struct("LoadOptions")
             .field("strategy", &self.strategy)
             .field("rank", &self.rank)
-            .field("world", &self.world)
             .field("progress", &self.progress.is_some())
             .field("threads", &self.threads)
+            .field("cache", &self.cache)
             .finish()
     }
 }
@@ -102,20 +111,24 @@ pub(crate) fn load(
     options: &LoadOptions,
     sink: Give<'_>,
 ) -> Result<()> {
-    let reading = Reading { checkpoint, specs, rank: Rank::new(options.rank, options.world)? };
+    let findings = Findings::default();
+    let reading = Reading { checkpoint, specs, rank: options.rank, findings: &findings };
     let reader = Reader::open(&checkpoint.files, options.strategy)?;
     let num_bytes = reader.num_bytes(&mut requests(checkpoint, &plan.items));
     let progress = Progress::new(options.progress.clone(), num_bytes);
-    reading.run(&plan.items, (&reader, num_threads(options)), &progress, sink)
+    reading.run(&plan.items, (&reader, num_threads(options)), &progress, sink)?;
+    findings.tell();
+    Ok(())
 }
 
 /// The byte ranges of `items`.
-fn requests(checkpoint: &Checkpoint, items: &[Item]) -> Vec<Request> {
+pub(crate) fn requests(checkpoint: &Checkpoint, items: &[Item]) -> Vec<Request> {
     let mut requests = Vec::new();
     for (number, item) in items.iter().enumerate() {
         for (position, segment) in item.segments.iter().enumerate() {
             let file = checkpoint.tensors[segment.tensor].file;
-            requests.push(Request { file, offset: segment.offset, len: segment.len, item: number, position });
+            let (offset, len, stays) = (segment.offset, segment.len, item.stays(position));
+            requests.push(Request { file, offset, len, item: number, position, stays });
         }
     }
     requests
@@ -127,6 +140,7 @@ struct Reading<'a> {
     checkpoint: &'a Checkpoint,
     specs: &'a [ParamSpec],
     rank: Rank,
+    findings: &'a Findings,
 }
 
 impl Reading<'_> {
@@ -158,12 +172,52 @@ impl Reading<'_> {
             };
             let item = &items[request.item];
             let output = convert(self.checkpoint, item, segments.into_iter().flatten().collect())?;
-            match place(&assemblies[item.spec - first], item, output, &self.specs[item.spec], self.rank)? {
+            match self.place(&assemblies[item.spec - first], item, output)? {
                 Some(param) => sink(item.spec, param),
                 None => Ok(()),
             }
         };
         reader.read(requests(self.checkpoint, items), threads, progress, &deliver)
+    }
+
+    /// Cuts an output to the rank's part and puts it in its place; the parameter, if this was the last.
+    fn place(self, assembly: &Mutex<Assembly>, item: &Item, output: Output) -> Result<Option<Param>> {
+        let spec = &self.specs[item.spec];
+        let output = match output {
+            Output::Floats(values) => Output::Floats(values),
+            Output::Matrices(matrices) => {
+                let kept = matrices.into_iter().zip(&item.keep);
+                let kept =
+                    kept.map(|(matrix, [rows, columns])| cut(spec, matrix, rows.clone(), columns.clone()));
+                Output::Matrices(kept.collect::<Result<_>>()?)
+            }
+        };
+        if let Output::Matrices(matrices) = &output {
+            for (i, matrix) in matrices.iter().enumerate() {
+                self.findings.look_at(spec, item.slot + i, matrix);
+            }
+        }
+        let mut assembly = lock(assembly);
+        match output {
+            Output::Floats(values) => assembly.floats[item.slot] = Some(values),
+            Output::Matrices(matrices) => {
+                for (i, matrix) in matrices.into_iter().enumerate() {
+                    assembly.matrices[item.slot + i] = Some(matrix);
+                }
+            }
+        }
+        assembly.missing -= 1;
+        if assembly.missing > 0 {
+            return Ok(None);
+        }
+        let matrices = std::mem::take(&mut assembly.matrices).into_iter().flatten().collect();
+        let floats = std::mem::take(&mut assembly.floats).into_iter().flatten().collect();
+        drop(assembly);
+        let param = build(spec, matrices, floats, self.rank)?;
+        if let Param::Vector(vector) = &param {
+            self.findings.look_at_vector(spec, vector);
+        }
+        Ok(Some(param))
     }
 }
 
@@ -179,6 +233,7 @@ pub(crate) struct Parts {
     reader: Reader,
     threads: usize,
     progress: Progress,
+    findings: Findings,
     /// Parameters that have not been loaded.
     missing: AtomicUsize,
 }
@@ -194,9 +249,10 @@ impl Parts {
         let reader = Reader::open(&checkpoint.files, options.strategy)?;
         let num_bytes = reader.num_bytes(&mut requests(&checkpoint, &plan.items));
         Ok(Self {
-            rank: Rank::new(options.rank, options.world)?,
+            rank: options.rank,
             threads: num_threads(options).div_ceil(NUM_WORKERS),
             progress: Progress::new(options.progress.clone(), num_bytes),
+            findings: Findings::default(),
             missing: AtomicUsize::new(specs.len()),
             specs: specs.to_vec(),
             reader,
@@ -223,11 +279,13 @@ impl Source for Parts {
     }
 
     fn make(&self, indices: Range<usize>, give: Give<'_>) -> Result<()> {
-        let reading = Reading { checkpoint: &self.checkpoint, specs: &self.specs, rank: self.rank };
+        let Self { checkpoint, specs, rank, findings, .. } = self;
+        let reading = Reading { checkpoint, specs, rank: *rank, findings };
         let count = indices.len();
         reading.run(self.items(indices), (&self.reader, self.threads), &self.progress, give)?;
         if self.missing.fetch_sub(count, Ordering::Relaxed) == count {
             self.progress.finish();
+            self.findings.tell();
         }
         Ok(())
     }
@@ -249,41 +307,6 @@ fn assemblies(items: &[Item], specs: &[ParamSpec]) -> Vec<Mutex<Assembly>> {
         Mutex::new(Assembly { matrices: vec![None; slots], floats: vec![None; slots], missing })
     };
     specs.iter().zip(&counts).map(empty).collect()
-}
-
-/// Cuts an output to the rank's part and puts it in its place; the parameter, if this was the last.
-fn place(
-    assembly: &Mutex<Assembly>,
-    item: &Item,
-    output: Output,
-    spec: &ParamSpec,
-    rank: Rank,
-) -> Result<Option<Param>> {
-    let output = match output {
-        Output::Floats(values) => Output::Floats(values),
-        Output::Matrices(matrices) => {
-            let cut = |(i, matrix)| shard_matrix(spec, item.slot + i, matrix, rank);
-            Output::Matrices(matrices.into_iter().enumerate().map(cut).collect::<Result<_>>()?)
-        }
-    };
-    let mut assembly = lock(assembly);
-    match output {
-        Output::Floats(values) => assembly.floats[item.slot] = Some(values),
-        Output::Matrices(matrices) => {
-            for (i, matrix) in matrices.into_iter().enumerate() {
-                assembly.matrices[item.slot + i] = Some(matrix);
-            }
-        }
-    }
-    assembly.missing -= 1;
-    if assembly.missing > 0 {
-        return Ok(None);
-    }
-    let matrices = std::mem::take(&mut assembly.matrices);
-    let floats = std::mem::take(&mut assembly.floats);
-    drop(assembly);
-    build(spec, matrices.into_iter().flatten().collect(), floats.into_iter().flatten().collect(), rank)
-        .map(Some)
 }
 
 /// A parameter from its matrices and float values, all in slot order.

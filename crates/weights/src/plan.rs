@@ -2,12 +2,18 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::ops::Range;
+
+use spark_backend::Rank;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::header::DiskType;
 use crate::names::{may_be_unused, normalise};
-use crate::scheme::{Layout, Module, Segment, Wanted, detect, float_type, fp8_block, orientation, product};
+use crate::region::narrow;
+use crate::scheme::{
+    Layout, Module, Scheme, Segment, Wanted, detect, float_type, fp8_block, orientation, product,
+};
 use crate::spec::{ParamKind, ParamSpec, join};
 
 /// Missing tensors after which experts are no longer counted: a configuration may claim any number of them.
@@ -31,6 +37,21 @@ pub(crate) struct Item {
     pub(crate) slot: usize,
     pub(crate) recipe: Recipe,
     pub(crate) segments: Vec<Segment>,
+    /// Rows and columns that the rank keeps of each matrix that comes out.
+    pub(crate) keep: Vec<[Range<usize>; 2]>,
+}
+
+impl Item {
+    /// Whether the bytes of a segment become a part of the result as they are, without a copy.
+    pub(crate) fn stays(&self, segment: usize) -> bool {
+        let Recipe::Matrix(layout) = &self.recipe else { return false };
+        let as_stored = match layout.scheme {
+            Scheme::Awq { .. } => false,
+            Scheme::Dense { .. } | Scheme::Fp8 { .. } => segment == 0,
+            Scheme::PackedInt4 { .. } | Scheme::Nvfp4 { .. } => segment < 2,
+        };
+        as_stored && !layout.transposed && self.keep.iter().all(|[_, columns]| *columns == (0..layout.k))
+    }
 }
 
 /// Everything that has to be read and what it becomes.
@@ -40,17 +61,27 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Matches `specs` and the checkpoint.
+    /// Matches `specs` and the checkpoint, and narrows what is read to what `rank` needs.
     ///
     /// # Errors
-    /// When a parameter is not filled, a tensor is not consumed, or shapes and companions do not fit.
-    pub(crate) fn new(checkpoint: &Checkpoint, specs: &[ParamSpec]) -> Result<Self> {
-        Planner::plan(checkpoint, specs)?.finish(true)
+    /// When a parameter is not filled, a tensor is not consumed, shapes and companions do not fit, or a parameter cannot be
+    /// split over the ranks.
+    pub(crate) fn new(checkpoint: &Checkpoint, specs: &[ParamSpec], rank: Rank) -> Result<Self> {
+        Planner::plan(checkpoint, specs)?.finish(true)?.narrowed(specs, rank)
     }
 
     /// As [`Plan::new`], for a part of the checkpoint: tensors may be left over.
-    pub(crate) fn of_some(checkpoint: &Checkpoint, specs: &[ParamSpec]) -> Result<Self> {
-        Planner::plan(checkpoint, specs)?.finish(false)
+    pub(crate) fn of_some(checkpoint: &Checkpoint, specs: &[ParamSpec], rank: Rank) -> Result<Self> {
+        Planner::plan(checkpoint, specs)?.finish(false)?.narrowed(specs, rank)
+    }
+
+    fn narrowed(self, specs: &[ParamSpec], rank: Rank) -> Result<Self> {
+        let mut items = Vec::with_capacity(self.items.len());
+        for item in self.items {
+            let spec = &specs[item.spec];
+            items.extend(narrow(item, spec, rank)?);
+        }
+        Ok(Plan { items })
     }
 }
 
@@ -162,7 +193,13 @@ impl<'a> Planner<'a> {
             });
         }
         let segments = vec![Segment { tensor, offset: info.offset, len: info.len }];
-        self.items.push(Item { spec, slot, recipe: Recipe::Floats { dtype: info.dtype }, segments });
+        self.items.push(Item {
+            spec,
+            slot,
+            recipe: Recipe::Floats { dtype: info.dtype },
+            segments,
+            keep: Vec::new(),
+        });
         Ok(())
     }
 
@@ -173,7 +210,13 @@ impl<'a> Planner<'a> {
         let found = detect(&self.module(base.clone(), None), Wanted { n, k, outputs: 1, transposed: false })?;
         match found {
             Some((layout, segments)) => {
-                self.items.push(Item { spec, slot, recipe: Recipe::Matrix(layout), segments });
+                self.items.push(Item {
+                    spec,
+                    slot,
+                    recipe: Recipe::Matrix(layout),
+                    segments,
+                    keep: Vec::new(),
+                });
             }
             None => self.unfilled.push(weight),
         }
@@ -253,7 +296,13 @@ impl<'a> Planner<'a> {
                 match found {
                     Some((layout, segments)) => {
                         let slot = 3 * expert + slot;
-                        self.items.push(Item { spec, slot, recipe: Recipe::Matrix(layout), segments });
+                        self.items.push(Item {
+                            spec,
+                            slot,
+                            recipe: Recipe::Matrix(layout),
+                            segments,
+                            keep: Vec::new(),
+                        });
                     }
                     None => {
                         self.unfilled.push(format!("{base}.{projection}"));

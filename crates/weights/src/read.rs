@@ -4,6 +4,8 @@
 mod direct;
 mod map;
 mod pieces;
+mod pool;
+mod ring;
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -24,6 +26,8 @@ pub(crate) struct Request {
     /// For the caller: the item and the place in it.
     pub(crate) item: usize,
     pub(crate) position: usize,
+    /// Whether the bytes stay, as a part of the result; else they are soon dropped.
+    pub(crate) stays: bool,
 }
 
 /// Called with each range that is complete, from several threads.
@@ -31,16 +35,14 @@ pub(crate) type Deliver<'a> = &'a (dyn Fn(&Request, Bytes) -> Result<()> + Sync)
 
 /// Opened files, to be read in one go or bit by bit.
 pub(crate) enum Reader {
-    Eager(Vec<direct::Source>),
+    Eager(pieces::Files),
     Lazy(Vec<map::Mapped>),
 }
 
 impl Reader {
     pub(crate) fn open(files: &[PathBuf], strategy: LoadStrategy) -> Result<Self> {
         Ok(match strategy {
-            LoadStrategy::Eager => Reader::Eager(
-                files.iter().map(|path| direct::Source::open(path, true)).collect::<Result<_>>()?,
-            ),
+            LoadStrategy::Eager => Reader::Eager(pieces::Files::open(files)?),
             LoadStrategy::Lazy => Reader::Lazy(files.iter().map(map::Mapped::open).collect::<Result<_>>()?),
         })
     }
@@ -64,10 +66,16 @@ impl Reader {
     ) -> Result<()> {
         sort(&mut requests);
         match self {
-            Reader::Eager(sources) => pieces::read(sources, &requests, threads, progress, deliver),
+            Reader::Eager(files) => files.read(&requests, threads, progress, deliver),
             Reader::Lazy(maps) => map::read(maps, &requests, threads, progress, deliver),
         }
     }
+}
+
+/// Bytes that an eager reader reads for `requests`.
+pub(crate) fn num_bytes(requests: &mut [Request]) -> u64 {
+    sort(requests);
+    pieces::num_bytes(requests)
 }
 
 fn sort(requests: &mut [Request]) {
@@ -119,22 +127,46 @@ pub(crate) fn run<S>(
     state: impl Fn() -> S + Sync,
     work: impl Fn(&mut S, usize) -> Result<()> + Sync,
 ) -> Result<()> {
-    let next = AtomicUsize::new(0);
-    let stop = AtomicBool::new(false);
+    run_workers(threads, count, |next| {
+        let mut state = state();
+        while let Some(index) = next.take() {
+            work(&mut state, index)?;
+        }
+        Ok(())
+    })
+}
+
+/// The numbers 0..count, each given to one of several threads.
+pub(crate) struct Next {
+    next: AtomicUsize,
+    count: usize,
+    stop: AtomicBool,
+}
+
+impl Next {
+    /// The next number; `None` when there is none left, or a thread has failed.
+    pub(crate) fn take(&self) -> Option<usize> {
+        if self.stop.load(Ordering::Relaxed) {
+            return None;
+        }
+        Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&index| index < self.count)
+    }
+}
+
+/// Runs `worker` on `threads` threads, which share the numbers 0..count. Returns the first error; the others end then.
+pub(crate) fn run_workers(
+    threads: usize,
+    count: usize,
+    worker: impl Fn(&Next) -> Result<()> + Sync,
+) -> Result<()> {
+    let next = Next { next: AtomicUsize::new(0), count, stop: AtomicBool::new(false) };
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     std::thread::scope(|scope| {
         for _ in 0..threads.min(count) {
             scope.spawn(|| {
-                let mut state = state();
-                while !stop.load(Ordering::Relaxed) {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    if index >= count {
-                        break;
-                    }
-                    if let Err(error) = work(&mut state, index) {
-                        stop.store(true, Ordering::Relaxed);
-                        lock(&failure).get_or_insert(error);
-                    }
+                if let Err(error) = worker(&next) {
+                    next.stop.store(true, Ordering::Relaxed);
+                    lock(&failure).get_or_insert(error);
                 }
             });
         }

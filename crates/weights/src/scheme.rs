@@ -21,8 +21,8 @@ pub(crate) enum Scheme {
     /// `qweight, qzeros, scales`: `[k, n / 8]`, `[k / group, n / 8]`, `[k / group, n]`
     Awq { group: usize, scale_dtype: Dtype },
     /// `weight_packed, weight_scale[, weight_zero_point][, weight_shape]`: `[n, k / 8]`, `[n, k / group]`,
-    /// `[n / 8, k / group]`, `[2]`
-    PackedInt4 { group: usize, scale_dtype: Dtype, zeros: bool, shape: bool },
+    /// `[n / 8, k / group]`, `[2]`, where `shape` is what the last has to say.
+    PackedInt4 { group: usize, scale_dtype: Dtype, zeros: bool, shape: Option<[usize; 2]> },
     /// `codes, scales, global`: `[n, k / 2]`, `[n, k / 16]`, one or one per output
     Nvfp4 { divide: bool },
     /// `values, scales`: `[n, k]`, `[ceil(n / block[0]), ceil(k / block[1])]`
@@ -326,8 +326,12 @@ fn packed_int4(module: &Module<'_>, packed: &View, wanted: Wanted) -> Found {
     {
         return Err(module.mismatch(shape, "I64 [2]"));
     }
-    let scheme =
-        Scheme::PackedInt4 { group: k / groups, scale_dtype, zeros: zeros.is_some(), shape: shape.is_some() };
+    let scheme = Scheme::PackedInt4 {
+        group: k / groups,
+        scale_dtype,
+        zeros: zeros.is_some(),
+        shape: shape.is_some().then_some([n, k]),
+    };
     views.extend(zeros);
     views.extend(shape);
     Ok((scheme, views))

@@ -4,54 +4,39 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use spark_backend::{Matrix, MatrixData, VectorWeight};
+use spark_backend::{Matrix, MatrixData, Rank, VectorWeight};
 
 use crate::convert::gcd;
 use crate::error::{Error, Result};
-use crate::load::option;
 use crate::scheme::NVFP4_GROUP;
 use crate::spec::{ParamKind, ParamSpec, Shard};
 
-/// One rank of a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Rank {
-    index: usize,
-    world: usize,
+/// `rank`'s share of `size` features of `spec`, which have to be split evenly.
+fn even(spec: &ParamSpec, size: usize, rank: Rank) -> Result<Range<usize>> {
+    if size.is_multiple_of(rank.world()) {
+        return Ok(rank.range(size));
+    }
+    Err(Error::Param {
+        name: spec.name.clone(),
+        reason: format!("{size} features cannot be split evenly over {} ranks", rank.world()),
+    })
 }
 
-impl Rank {
-    pub(crate) fn new(index: usize, world: usize) -> Result<Self> {
-        if world == 0 || index >= world {
-            return Err(option(
-                "rank",
-                format!("is {index} of {world}; it has to be below the number of ranks"),
-            ));
-        }
-        Ok(Rank { index, world })
+/// The outputs of part `slot` of q, k, v that `rank` holds, of `n`.
+fn heads(spec: &ParamSpec, slot: usize, n: usize, num_kv_heads: usize, rank: Rank) -> Result<Range<usize>> {
+    if slot == 0 {
+        return even(spec, n, rank);
     }
-
-    /// This rank's share of `size`: equal parts, the first `size % world` ranks one more.
-    pub(crate) fn range(self, size: usize) -> Range<usize> {
-        let (each, more) = (size / self.world, size % self.world);
-        let begin = self.index * each + self.index.min(more);
-        begin..begin + each + usize::from(self.index < more)
+    let world = rank.world();
+    let fits = num_kv_heads > 0
+        && n.is_multiple_of(num_kv_heads)
+        && (num_kv_heads.is_multiple_of(world) || world.is_multiple_of(num_kv_heads));
+    if !fits {
+        let reason = format!("{num_kv_heads} KV heads in {n} features cannot be shared by {world} ranks");
+        return Err(Error::Param { name: spec.name.clone(), reason });
     }
-
-    /// Whether this is rank 0.
-    pub(crate) fn is_first(self) -> bool {
-        self.index == 0
-    }
-
-    /// Like [`Rank::range`], but fails when the parts would differ: features have to be split evenly.
-    fn even(self, spec: &ParamSpec, size: usize) -> Result<Range<usize>> {
-        if size.is_multiple_of(self.world) {
-            return Ok(self.range(size));
-        }
-        Err(Error::Param {
-            name: spec.name.clone(),
-            reason: format!("{size} features cannot be split evenly over {} ranks", self.world),
-        })
-    }
+    let (heads, width) = (rank.kv_heads(num_kv_heads), n / num_kv_heads);
+    Ok(heads.start * width..heads.end * width)
 }
 
 /// The rows and columns of matrix `slot` of `spec`, `[n, k]`, that `rank` holds.
@@ -64,22 +49,19 @@ pub(crate) fn part(
     Ok(match (spec.shard, &spec.kind) {
         (Shard::Replicated, _) => [0..n, 0..k],
         (Shard::Vocab, _) => [rank.range(n), 0..k],
-        (Shard::Rows, _) => [rank.even(spec, n)?, 0..k],
-        (Shard::Columns, _) => [0..n, rank.even(spec, k)?],
+        (Shard::Rows, _) => [even(spec, n, rank)?, 0..k],
+        (Shard::Columns, _) => [0..n, even(spec, k, rank)?],
+        (Shard::Qkv { num_kv_heads }, ParamKind::Linear { .. }) => {
+            [heads(spec, slot, n, num_kv_heads, rank)?, 0..k]
+        }
         // Gate and up give the intermediate features, down (every third) takes them.
-        (Shard::Experts, ParamKind::Experts { .. }) if slot % 3 == 2 => [0..n, rank.even(spec, k)?],
-        (Shard::Experts, ParamKind::Experts { .. }) => [rank.even(spec, n)?, 0..k],
-        (Shard::Experts, _) => {
-            let reason = "only experts can be split by the rule for experts".to_owned();
+        (Shard::Experts, ParamKind::Experts { .. }) if slot % 3 == 2 => [0..n, even(spec, k, rank)?],
+        (Shard::Experts, ParamKind::Experts { .. }) => [even(spec, n, rank)?, 0..k],
+        (Shard::Experts | Shard::Qkv { .. }, _) => {
+            let reason = format!("cannot be split by the rule {:?}", spec.shard);
             return Err(Error::Param { name: spec.name.clone(), reason });
         }
     })
-}
-
-/// `rank`'s part of matrix `slot` of `spec`.
-pub(crate) fn shard_matrix(spec: &ParamSpec, slot: usize, matrix: Matrix, rank: Rank) -> Result<Matrix> {
-    let [rows, columns] = part(spec, slot, [matrix.n, matrix.k], rank)?;
-    cut(spec, matrix, rows, columns)
 }
 
 /// `rank`'s part of a vector: of its columns when it has one row, else of its rows.
@@ -88,7 +70,7 @@ pub(crate) fn shard_vector(spec: &ParamSpec, vector: VectorWeight, rank: Rank) -
     let range = match spec.shard {
         Shard::Replicated => return Ok(vector),
         Shard::Vocab => rank.range(rows),
-        _ => rank.even(spec, if rows == 1 { cols } else { rows })?,
+        _ => even(spec, if rows == 1 { cols } else { rows }, rank)?,
     };
     if rows == 1 && spec.shard != Shard::Vocab {
         return Ok(VectorWeight { shape: [1, range.len()], values: vector.values[range].to_vec() });
@@ -104,15 +86,26 @@ pub(crate) fn shard_bias(spec: &ParamSpec, parts: Vec<Vec<f32>>, rank: Rank) -> 
         return Ok(None);
     }
     let mut bias = Vec::new();
-    for part in parts {
-        let range = match spec.shard {
-            Shard::Rows => rank.even(spec, part.len())?,
-            Shard::Vocab => rank.range(part.len()),
-            _ => 0..part.len(),
+    for (slot, values) in parts.into_iter().enumerate() {
+        let [range, _] = match spec.shard {
+            Shard::Columns => [0..values.len(), 0..1],
+            _ => part(spec, slot, [values.len(), 1], rank)?,
         };
-        bias.extend_from_slice(&part[range]);
+        bias.extend_from_slice(&values[range]);
     }
     Ok(Some(bias))
+}
+
+/// Fails where a rank's inputs do not begin and end with those that a scheme cannot tear apart.
+pub(crate) fn expect_units(spec: &ParamSpec, columns: &Range<usize>, unit: usize) -> Result<()> {
+    if columns.start.is_multiple_of(unit) && columns.end.is_multiple_of(unit) {
+        return Ok(());
+    }
+    let reason = format!(
+        "a rank would hold inputs {} to {}; its scheme packs {unit} of them together: use fewer ranks",
+        columns.start, columns.end
+    );
+    Err(Error::Param { name: spec.name.clone(), reason })
 }
 
 /// Rows and columns of a matrix. Row ranges are slices of the same buffer, column ranges are copied.
@@ -126,16 +119,9 @@ pub(crate) fn cut(
     if rows == (0..n) && columns == (0..k) {
         return Ok(Matrix { n, k, data });
     }
-    let uneven = |multiple: usize| Error::Param {
-        name: spec.name.clone(),
-        reason: format!(
-            "a cut at input {} of {k} is not a multiple of {multiple}, as its scheme needs",
-            columns.start
-        ),
-    };
     let whole = |multiple: usize| {
-        let fits = columns.start.is_multiple_of(multiple) && columns.end.is_multiple_of(multiple);
-        if fits { Ok(columns.start / multiple..columns.end / multiple) } else { Err(uneven(multiple)) }
+        expect_units(spec, &columns, multiple)?;
+        Ok(columns.start / multiple..columns.end / multiple)
     };
     let data = match data {
         MatrixData::Dense { dtype, values } => {

@@ -53,6 +53,12 @@ pub enum Shard {
     Rows,
     /// Row parallel: the inputs are split; a bias stays on rank 0, because the partial sums are added.
     Columns,
+    /// As `Rows`, for the fused parts q, k, v of attention: q is split evenly, k and v by heads, of which each is held by
+    /// several ranks where ranks are more ([`Rank::kv_heads`](spark_backend::Rank::kv_heads)).
+    Qkv {
+        /// Heads in k and in v.
+        num_kv_heads: usize,
+    },
     /// Each expert is split along its intermediate size.
     Experts,
     /// The vocabulary rows are split.

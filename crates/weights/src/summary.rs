@@ -1,14 +1,18 @@
 //! What a checkpoint contains and what each rank would hold, for `inspect`. Reads no data.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::Serialize;
+use spark_backend::Rank;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
+use crate::load::requests;
 use crate::plan::{Item, Plan, Recipe};
+use crate::read::num_bytes;
 use crate::scheme::{NVFP4_GROUP, Scheme};
-use crate::shard::{Rank, part};
+use crate::shard::part;
 use crate::spec::{ParamKind, ParamSpec, Shard};
 
 /// Bytes and schemes of a model.
@@ -21,8 +25,19 @@ pub struct Summary {
     pub file_bytes: u64,
     /// Weights that they stand for.
     pub parameters: u64,
-    /// Bytes in canonical host form of what each rank holds, by rank.
-    pub rank_bytes: Vec<u64>,
+    /// What each rank reads and holds, by rank.
+    pub ranks: Vec<RankSummary>,
+}
+
+/// One rank's part of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct RankSummary {
+    /// Weight tensors that it holds at least a part of.
+    pub tensors: u64,
+    /// Bytes that it reads from the files: where its part of a tensor is scattered, the whole tensor.
+    pub bytes_read: u64,
+    /// Bytes that it holds, in canonical host form.
+    pub bytes_held: u64,
 }
 
 /// One part of a model.
@@ -76,12 +91,11 @@ fn part_of(name: &str) -> &'static str {
 
 /// Follows the plan of a load and adds up.
 pub(crate) fn summarise(checkpoint: &Checkpoint, specs: &[ParamSpec], world: usize) -> Result<Summary> {
-    let ranks = (0..world).map(|rank| Rank::new(rank, world)).collect::<Result<Vec<_>>>()?;
-    Rank::new(0, world)?;
-    let plan = Plan::new(checkpoint, specs)?;
+    let ranks = (0..world).map_while(|index| Rank::new(index, world));
+    let ranks = ranks.map(|rank| summarise_rank(checkpoint, specs, rank)).collect::<Result<Vec<_>>>()?;
     let mut parts: BTreeMap<&'static str, PartSummary> = BTreeMap::new();
-    let mut summary = Summary { parts: Vec::new(), file_bytes: 0, parameters: 0, rank_bytes: vec![0; world] };
-    for item in &plan.items {
+    let mut summary = Summary { parts: Vec::new(), file_bytes: 0, parameters: 0, ranks };
+    for item in &Plan::new(checkpoint, specs, Rank::SINGLE)?.items {
         let name = &checkpoint.tensors[item.segments[0].tensor].normalised;
         let (label, parameters) = match &item.recipe {
             Recipe::Floats { dtype } => {
@@ -103,42 +117,52 @@ pub(crate) fn summarise(checkpoint: &Checkpoint, specs: &[ParamSpec], world: usi
         part.bytes += bytes;
         summary.file_bytes += bytes;
         summary.parameters += parameters;
-        for (rank, total) in ranks.iter().zip(&mut summary.rank_bytes) {
-            *total += rank_bytes(item, &specs[item.spec], *rank)?;
-        }
     }
     summary.parts = PARTS.iter().filter_map(|part| parts.remove(part)).collect();
     Ok(summary)
 }
 
+/// What one rank reads and holds.
+fn summarise_rank(checkpoint: &Checkpoint, specs: &[ParamSpec], rank: Rank) -> Result<RankSummary> {
+    let items = Plan::new(checkpoint, specs, rank)?.items;
+    let mut summary = RankSummary { tensors: 0, bytes_read: 0, bytes_held: 0 };
+    for item in &items {
+        let bytes = held_bytes(item, &specs[item.spec], rank);
+        summary.tensors += u64::from(bytes > 0);
+        summary.bytes_held += bytes;
+    }
+    summary.bytes_read = num_bytes(&mut requests(checkpoint, &items));
+    Ok(summary)
+}
+
 /// Host bytes of an item on a rank.
-fn rank_bytes(item: &Item, spec: &ParamSpec, rank: Rank) -> Result<u64> {
+fn held_bytes(item: &Item, spec: &ParamSpec, rank: Rank) -> u64 {
     match &item.recipe {
         Recipe::Floats { dtype } => {
             let count = item.segments[0].len / dtype.size();
-            let split = match (spec.shard, &spec.kind) {
-                (Shard::Replicated, _) => count,
-                (Shard::Vocab, ParamKind::Vector { shape: [rows, cols] }) => rank.range(*rows).len() * cols,
+            let held = match &spec.kind {
+                ParamKind::Vector { shape: [rows, cols] } => match spec.shard {
+                    Shard::Replicated => count,
+                    Shard::Vocab => rank.range(*rows).len() * cols,
+                    _ => rank.range(count).len(),
+                },
                 // The bias of a row-parallel layer is rank 0's.
-                (Shard::Columns, ParamKind::Linear { .. }) => {
+                _ if spec.shard == Shard::Columns => {
                     if rank.is_first() {
                         count
                     } else {
                         0
                     }
                 }
-                _ => rank.range(count).len(),
+                _ => part(spec, item.slot, [count, 1], rank).map_or(0, |[rows, _]| rows.len()),
             };
-            Ok(4 * split as u64)
+            4 * held as u64
         }
         Recipe::Matrix(layout) => {
-            let mut bytes = 0;
-            for output in 0..layout.outputs {
-                let [rows, columns] =
-                    part(spec, item.slot + output, [layout.n / layout.outputs, layout.k], rank)?;
-                bytes += host_bytes(&layout.scheme, rows.len() as u64, columns.len() as u64);
-            }
-            Ok(bytes)
+            let bytes = |[rows, columns]: &[Range<usize>; 2]| {
+                host_bytes(&layout.scheme, rows.len() as u64, columns.len() as u64)
+            };
+            item.keep.iter().map(bytes).sum()
         }
     }
 }

@@ -1,11 +1,14 @@
 //! Tests of the crate as a whole, on small checkpoints that they write themselves. Not the comparison with
 //! transformers, which uses the fixtures.
 
+mod cache;
 mod dequantize;
 mod files;
 mod hostile;
 mod hub;
+mod layout;
 mod pull;
+mod ranks;
 mod schemes;
 mod shards;
 mod some;

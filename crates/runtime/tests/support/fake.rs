@@ -6,7 +6,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -22,6 +22,12 @@ pub(crate) struct Seen {
     pub(crate) most_in_flight: AtomicUsize,
     /// Calls of `prepare`.
     pub(crate) num_prepared: AtomicUsize,
+    /// Calls of `step` that did not fail.
+    pub(crate) num_steps: AtomicUsize,
+    /// Sum of the bytes of all pixels.
+    pub(crate) pixels: AtomicUsize,
+    /// Set by a test: steps have no result until it is cleared.
+    pub(crate) hangs: AtomicBool,
 }
 
 /// See the top of the file.
@@ -151,6 +157,7 @@ impl Backend for Fake {
             return Err(Error::Device { op: "step", message: "as told".into() });
         }
         self.num_steps += 1;
+        self.seen.num_steps.fetch_add(1, Ordering::Relaxed);
         forward(self)?;
         let output = self.run(inputs);
         self.outputs.push_back(output);
@@ -159,11 +166,14 @@ impl Backend for Fake {
     }
 
     fn output(&mut self) -> Result<StepOutput> {
+        while self.seen.hangs.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
         let none = || Error::Device { op: "output", message: "no step is in flight".into() };
         self.outputs.pop_front().ok_or_else(none)
     }
 
-    fn embed(&self, (): &()) -> Result<()> {
+    fn embed(&self, (): &(), _: usize) -> Result<()> {
         Ok(())
     }
 
@@ -208,7 +218,7 @@ impl Backend for Fake {
         Ok(())
     }
 
-    fn logits(&self, (): &(), (): &()) -> Result<()> {
+    fn logits(&self, (): &(), (): &(), _: usize) -> Result<()> {
         Ok(())
     }
 
@@ -216,7 +226,9 @@ impl Backend for Fake {
         Ok(())
     }
 
-    fn patches(&self, _: &[u8], _: usize, _: &VisionSpec) -> Result<()> {
+    fn patches(&self, pixels: &[u8], _: usize, _: &VisionSpec) -> Result<()> {
+        let sum = pixels.iter().map(|&byte| usize::from(byte)).sum();
+        self.seen.pixels.fetch_add(sum, Ordering::Relaxed);
         Ok(())
     }
 

@@ -28,8 +28,16 @@ impl AlignedBuffer {
         AlignedBuffer { memory, start }
     }
 
-    fn bytes(&mut self, len: usize) -> &mut [u8] {
+    /// The first `len` bytes from the aligned address on.
+    pub(super) fn bytes(&mut self, len: usize) -> &mut [u8] {
         &mut self.memory[self.start..self.start + len]
+    }
+}
+
+impl AsRef<[u8]> for AlignedBuffer {
+    /// From the aligned address on.
+    fn as_ref(&self) -> &[u8] {
+        &self.memory[self.start..]
     }
 }
 
@@ -62,22 +70,21 @@ impl Source {
         })
     }
 
-    /// Reads `len` bytes at `offset` by way of `buffer`, which must have been made for at least as many.
-    pub(crate) fn read<'b>(
-        &self,
-        buffer: &'b mut AlignedBuffer,
-        offset: u64,
-        len: usize,
-    ) -> Result<&'b [u8]> {
+    /// The file to read from directly, unless that is known not to work.
+    pub(super) fn direct(&self) -> Option<&File> {
+        self.direct.as_ref().filter(|_| self.direct_works.load(Ordering::Relaxed))
+    }
+
+    /// Reads `len` bytes at `offset` into `buffer`, which must have been made for at least as many, and says at which place
+    /// of it they begin.
+    pub(crate) fn read(&self, buffer: &mut AlignedBuffer, offset: u64, len: usize) -> Result<usize> {
         let skip = (offset % ALIGN as u64) as usize;
-        if self.direct_works.load(Ordering::Relaxed)
-            && let Some(file) = &self.direct
-        {
+        if let Some(file) = self.direct() {
             let aligned = (skip + len).next_multiple_of(ALIGN);
             match fill(file, buffer.bytes(aligned), offset - skip as u64, skip + len, true) {
                 Ok(got) => {
                     self.check(offset, len, got.saturating_sub(skip))?;
-                    return Ok(&buffer.bytes(skip + len)[skip..]);
+                    return Ok(skip);
                 }
                 // Some file systems take the flag and refuse the read.
                 Err(error) if error.kind() == ErrorKind::InvalidInput => {
@@ -91,7 +98,7 @@ impl Source {
         // Advice only: where it is not taken, nothing is lost but cache.
         let _ = fadvise(&self.buffered, offset, std::num::NonZeroU64::new(len as u64), Advice::DontNeed);
         self.check(offset, len, got)?;
-        Ok(&buffer.bytes(len)[..])
+        Ok(0)
     }
 
     fn failed(&self, offset: u64, source: std::io::Error) -> Error {
@@ -143,7 +150,8 @@ mod tests {
             for (offset, len) in
                 [(0, data.len()), (1, 5), (4095, 2), (4096, 8192), (8193, 11_818), (20_010, 1)]
             {
-                let read = source.read(&mut buffer, offset as u64, len).unwrap();
+                let begin = source.read(&mut buffer, offset as u64, len).unwrap();
+                let read = &buffer.as_ref()[begin..begin + len];
                 assert!(read == &data[offset..offset + len], "{offset} + {len}, direct {direct}");
             }
             let beyond = source.read(&mut buffer, 20_000, 12);

@@ -1,20 +1,31 @@
-//! The `eager` strategy: ranges joined into runs, runs cut into pieces of a few MiB, pieces read in file order by
-//! several threads and scattered into the ranges' own buffers. Memory beside the result: one piece a thread.
+//! The `eager` strategy: ranges joined into runs, runs cut into pieces of a few MiB, pieces read in file order by several
+//! threads, each a few ahead. What is soon dropped is lent from the piece's buffer, which is then read into again; what stays is too where it
+//! is nearly all of its piece, else it gets a buffer of its own. Memory beside the result: a few pieces a thread.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use bytes::{Bytes, BytesMut};
 
-use super::direct::{AlignedBuffer, Source};
-use super::{Deliver, Progress, Request, run};
-use crate::error::Result;
+use super::direct::{ALIGN, AlignedBuffer, Source};
+use super::pool::Pool;
+use super::ring::{Ring, Wanted};
+use super::{Deliver, Next, Progress, Request, run_workers};
+use crate::error::{Error, Result};
 use crate::load::lock;
 
 /// Bytes that are read at once: large enough for full speed on NVMe, small enough that every thread has its own.
 const PIECE: u64 = 8 << 20;
 /// A gap between ranges that is cheaper to read than to skip.
-const GAP: u64 = 128 << 10;
+const GAP: u64 = 32 << 10;
+
+/// Reads of a thread that are under way while it works on another.
+const AHEAD: usize = 2;
+/// Buffers that are kept for the next reads: for sixteen threads.
+const FREE_BUFFERS: usize = 16 * (AHEAD + 1);
+/// Alignment that a delivered buffer has, as one from the allocator would.
+const DELIVERED: usize = 4;
 
 /// One read.
 #[derive(Debug, Default)]
@@ -23,6 +34,8 @@ struct Piece {
     begin: u64,
     end: u64,
     scraps: Vec<Scrap>,
+    /// Nearly all of it is a part of the result: its buffer may be too.
+    stays: bool,
 }
 
 /// The part of a request that lies in a piece.
@@ -70,40 +83,135 @@ impl Spread {
     }
 }
 
-/// Reads `requests`, which are sorted by file and offset.
-pub(super) fn read(
-    sources: &[Source],
-    requests: &[Request],
-    threads: usize,
-    progress: &Progress,
-    deliver: Deliver<'_>,
-) -> Result<()> {
-    for request in requests.iter().filter(|request| request.len == 0) {
-        deliver(request, Bytes::new())?;
+/// Opened files and the buffers that they are read into.
+pub(crate) struct Files {
+    paths: Vec<PathBuf>,
+    sources: Vec<Source>,
+    pool: Pool,
+    /// Whether threads read ahead where the kernel has io_uring; else each waits for its reads.
+    uses_rings: bool,
+}
+
+impl Files {
+    pub(super) fn open(paths: &[PathBuf]) -> Result<Self> {
+        let sources = paths.iter().map(|path| Source::open(path, true)).collect::<Result<_>>()?;
+        let pool = Pool::new(PIECE as usize, FREE_BUFFERS);
+        Ok(Self { paths: paths.to_vec(), sources, pool, uses_rings: true })
     }
-    let pieces = plan(requests);
-    let spreads = spreads(&pieces);
-    let work = |buffer: &mut AlignedBuffer, index: usize| -> Result<()> {
-        let piece = &pieces[index];
-        let len = (piece.end - piece.begin) as usize;
-        let bytes = sources[piece.file].read(buffer, piece.begin, len)?;
-        for scrap in &piece.scraps {
-            let part = &bytes[scrap.from..scrap.from + scrap.len];
-            let Some(spread) = spreads.get(&scrap.request) else {
-                deliver(&requests[scrap.request], Bytes::copy_from_slice(part))?;
-                continue;
-            };
-            let mut target = lock(spread).take(scrap.number);
-            target.copy_from_slice(part);
-            let whole = lock(spread).put(scrap.number, target);
-            if let Some(whole) = whole {
-                deliver(&requests[scrap.request], whole)?;
-            }
+
+    /// Reads `requests`, which are sorted by file and offset.
+    pub(super) fn read(
+        &self,
+        requests: &[Request],
+        threads: usize,
+        progress: &Progress,
+        deliver: Deliver<'_>,
+    ) -> Result<()> {
+        for request in requests.iter().filter(|request| request.len == 0) {
+            deliver(request, Bytes::new())?;
         }
-        progress.add(len);
-        Ok(())
-    };
-    run(threads, pieces.len(), || AlignedBuffer::new(PIECE as usize), work)
+        let pieces = plan(requests);
+        let spreads = spreads(&pieces);
+        let give = |index: usize, bytes: Bytes| -> Result<()> {
+            let piece = &pieces[index];
+            for scrap in &piece.scraps {
+                let part = bytes.slice(scrap.from..scrap.from + scrap.len);
+                let request = &requests[scrap.request];
+                let Some(spread) = spreads.get(&scrap.request) else {
+                    let is_lent =
+                        (!request.stays || piece.stays) && part.as_ptr().align_offset(DELIVERED) == 0;
+                    deliver(request, if is_lent { part } else { Bytes::copy_from_slice(&part) })?;
+                    continue;
+                };
+                let mut target = lock(spread).take(scrap.number);
+                target.copy_from_slice(&part);
+                let whole = lock(spread).put(scrap.number, target);
+                if let Some(whole) = whole {
+                    deliver(request, whole)?;
+                }
+            }
+            progress.add(bytes.len());
+            Ok(())
+        };
+        run_workers(threads, pieces.len(), |next| match self.ring() {
+            Some(ring) => self.read_ahead(&pieces, ring, next, &give),
+            None => {
+                while let Some(index) = next.take() {
+                    give(index, self.piece(&pieces[index], self.pool.take())?)?;
+                }
+                Ok(())
+            }
+        })
+    }
+
+    fn ring(&self) -> Option<Ring> {
+        if self.uses_rings { Ring::new(AHEAD) } else { None }
+    }
+
+    /// Reads what `next` gives, a few pieces ahead of the one that is given away.
+    fn read_ahead(
+        &self,
+        pieces: &[Piece],
+        mut ring: Ring,
+        next: &Next,
+        give: &dyn Fn(usize, Bytes) -> Result<()>,
+    ) -> Result<()> {
+        loop {
+            while !ring.is_full()
+                && let Some(index) = next.take()
+            {
+                let (piece, buffer) = (&pieces[index], self.pool.take());
+                if let Err(buffer) = self.start(&mut ring, index, piece, buffer) {
+                    give(index, self.piece(piece, buffer)?)?;
+                }
+            }
+            let Some(flight) = ring.wait().map_err(|source| self.failed(source))? else { return Ok(()) };
+            let (piece, buffer) = (&pieces[flight.piece], flight.buffer);
+            let bytes = if flight.is_whole { self.lend(piece, buffer) } else { self.piece(piece, buffer)? };
+            give(flight.piece, bytes)?;
+        }
+    }
+
+    /// Starts to read a piece, directly. Gives the buffer back where that is not possible.
+    fn start(
+        &self,
+        ring: &mut Ring,
+        index: usize,
+        piece: &Piece,
+        buffer: AlignedBuffer,
+    ) -> std::result::Result<(), AlignedBuffer> {
+        let Some(file) = self.sources[piece.file].direct() else { return Err(buffer) };
+        let need = piece.skip() + piece.len();
+        let offset = piece.begin - piece.skip() as u64;
+        ring.start(index, &Wanted { file, offset, len: need.next_multiple_of(ALIGN), need }, buffer)
+    }
+
+    /// The bytes of a piece that was read directly into `buffer`.
+    fn lend(&self, piece: &Piece, buffer: AlignedBuffer) -> Bytes {
+        self.pool.lend(buffer).slice(piece.skip()..piece.skip() + piece.len())
+    }
+
+    /// Reads a piece into `buffer`, waiting for it.
+    fn piece(&self, piece: &Piece, mut buffer: AlignedBuffer) -> Result<Bytes> {
+        let skip = self.sources[piece.file].read(&mut buffer, piece.begin, piece.len())?;
+        Ok(self.pool.lend(buffer).slice(skip..skip + piece.len()))
+    }
+
+    fn failed(&self, source: std::io::Error) -> Error {
+        let path = self.paths.first().cloned().unwrap_or_default();
+        Error::Io { path, action: "cannot wait for reads of", offset: None, source }
+    }
+}
+
+impl Piece {
+    fn len(&self) -> usize {
+        (self.end - self.begin) as usize
+    }
+
+    /// Bytes before it in its first aligned block.
+    fn skip(&self) -> usize {
+        (self.begin % ALIGN as u64) as usize
+    }
 }
 
 /// Bytes that reading `requests`, which are sorted, takes: gaps included, and what several want once.
@@ -111,48 +219,68 @@ pub(super) fn num_bytes(requests: &[Request]) -> u64 {
     plan(requests).iter().map(|piece| piece.end - piece.begin).sum()
 }
 
-/// Runs of requests with small gaps, cut at multiples of the piece size.
+/// Requests with small gaps between them.
+#[derive(Default)]
+struct Run {
+    /// The requests, by offset.
+    members: Vec<usize>,
+    end: u64,
+    /// Places that no request lies across: where one ends and the next begins.
+    seams: Vec<(u64, u64)>,
+}
+
+/// The reads for `requests`.
 fn plan(requests: &[Request]) -> Vec<Piece> {
     let mut pieces = Vec::new();
-    let mut run: Option<(usize, u64, u64, Vec<usize>)> = None;
+    let mut run = Run::default();
     for (index, request) in requests.iter().enumerate().filter(|(_, request)| request.len > 0) {
-        let end = request.offset + request.len as u64;
-        match &mut run {
-            Some((file, _, until, members)) if *file == request.file && request.offset <= *until + GAP => {
-                *until = end.max(*until);
-                members.push(index);
-            }
-            _ => {
-                let done = run.replace((request.file, request.offset, end, vec![index]));
-                cut(&mut pieces, requests, done);
-            }
+        let file = run.members.first().map(|&first| requests[first].file);
+        if file != Some(request.file) || request.offset > run.end + GAP {
+            cut(&mut pieces, requests, &std::mem::take(&mut run));
+        } else if request.offset >= run.end {
+            run.seams.push((run.end, request.offset));
         }
+        run.end = run.end.max(request.offset + request.len as u64);
+        run.members.push(index);
     }
-    cut(&mut pieces, requests, run);
+    cut(&mut pieces, requests, &run);
+    for piece in &mut pieces {
+        let stays = piece.scraps.iter().filter(|scrap| requests[scrap.request].stays);
+        let stays = stays.map(|scrap| scrap.len as u64).sum::<u64>();
+        piece.stays = stays * 10 >= (piece.end - piece.begin) * 9;
+    }
     pieces
 }
 
-fn cut(pieces: &mut Vec<Piece>, requests: &[Request], run: Option<(usize, u64, u64, Vec<usize>)>) {
-    let Some((file, begin, end, members)) = run else { return };
-    let (first, base) = (begin / PIECE, pieces.len());
-    for number in first..end.div_ceil(PIECE) {
-        let (begin, end) = (begin.max(number * PIECE), end.min((number + 1) * PIECE));
-        pieces.push(Piece { file, begin, end, scraps: Vec::new() });
+/// Cuts a run into pieces: at seams, so that a request comes in one piece, unless it is larger than a piece itself.
+fn cut(pieces: &mut Vec<Piece>, requests: &[Request], run: &Run) {
+    let Some(&first) = run.members.first() else { return };
+    let (file, base) = (requests[first].file, pieces.len());
+    let mut begin = requests[first].offset;
+    let mut seams = run.seams.iter().copied().chain([(run.end, run.end)]).peekable();
+    while begin < run.end {
+        let mut seam = None;
+        while let Some(next) = seams.next_if(|&(end, _)| end <= begin + PIECE) {
+            seam = Some(next);
+        }
+        // Without a seam, at a place where direct reads meet without an overlap.
+        let full = (begin + PIECE) / ALIGN as u64 * ALIGN as u64;
+        let (end, next) = seam.filter(|&(end, _)| end > begin).unwrap_or((full, full));
+        pieces.push(Piece { file, begin, end, scraps: Vec::new(), stays: false });
+        begin = next;
     }
-    for index in members {
+    let mut from = base;
+    for &index in &run.members {
         let request = &requests[index];
         let request_end = request.offset + request.len as u64;
-        let from = (request.offset / PIECE - first) as usize;
-        let to = (request_end.div_ceil(PIECE) - first) as usize;
-        for (number, piece) in pieces[base + from..base + to].iter_mut().enumerate() {
+        while pieces[from].end <= request.offset {
+            from += 1;
+        }
+        let parts = pieces[from..].iter_mut().take_while(|piece| piece.begin < request_end);
+        for (number, piece) in parts.enumerate() {
             let (start, stop) = (request.offset.max(piece.begin), request_end.min(piece.end));
-            let scrap = Scrap {
-                request: index,
-                from: (start - piece.begin) as usize,
-                len: (stop - start) as usize,
-                number,
-            };
-            piece.scraps.push(scrap);
+            let from = (start - piece.begin) as usize;
+            piece.scraps.push(Scrap { request: index, from, len: (stop - start) as usize, number });
         }
     }
 }
@@ -176,7 +304,7 @@ mod tests {
     use super::*;
 
     fn request(offset: u64, len: u64) -> Request {
-        Request { file: 0, offset, len: len as usize, item: 0, position: 0 }
+        Request { file: 0, offset, len: len as usize, item: 0, position: 0, stays: false }
     }
 
     #[test]
@@ -217,14 +345,23 @@ mod tests {
         let requests = [request(0, 10), request(3, len - 3), request(PIECE - 1, 2), request(len - 1, 1)];
         let seen = Mutex::new(0);
         let progress = Progress::new(None, num_bytes(&requests));
-        let sources = [Source::open(&path, true).unwrap()];
-        read(&sources, &requests, 3, &progress, &|request, bytes| {
+        let mut files = Files::open(&[path]).unwrap();
+        let deliver = |request: &Request, bytes: Bytes| {
             let begin = request.offset as usize;
             assert!(bytes == data[begin..begin + request.len]);
             *lock(&seen) += 1;
             Ok(())
-        })
-        .unwrap();
-        assert_eq!(*lock(&seen), requests.len());
+        };
+        for uses_rings in [true, false] {
+            files.uses_rings = uses_rings;
+            files.read(&requests, 3, &progress, &deliver).unwrap();
+        }
+        assert_eq!(*lock(&seen), 2 * requests.len());
+        let beyond = [request(len - 1, 2)];
+        for uses_rings in [true, false] {
+            files.uses_rings = uses_rings;
+            let error = files.read(&beyond, 1, &progress, &|_, _| Ok(())).unwrap_err();
+            assert!(matches!(error, Error::ShortRead { wanted: 2, got: 1, .. }), "{error}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use proptest::prelude::*;
+use spark_backend::Rank;
 
 use super::files::{f32s, file, folder, open, with_header};
 use crate::header::parse_header;
@@ -227,6 +228,35 @@ fn empty_sides_are_refused() {
 }
 
 #[test]
+fn absurd_groups_of_dummy_weights_are_no_groups() {
+    let huge = u64::MAX;
+    let spec = ParamSpec::experts("model.layers.0.mlp.experts", 1, 8, 8);
+    for scheme in [
+        serde_json::json!({"quant_method": "awq", "group_size": huge}),
+        serde_json::json!({"quant_method": "fp8", "weight_block_size": [huge, huge]}),
+    ] {
+        let config = serde_json::json!({ "quantization_config": scheme });
+        for rank in [Rank::SINGLE, Rank::new(1, 2).unwrap()] {
+            let mut params = crate::dummy(&config, std::slice::from_ref(&spec), 0, rank).unwrap();
+            let experts = params.experts(&spec.name).unwrap().experts;
+            assert_eq!(experts[0].1.parts[0].k, 8 / rank.world());
+        }
+    }
+}
+
+#[test]
+fn more_ranks_than_rows_leave_some_without() {
+    let dir = folder(&[f32s("lm_head.weight", &[2, 1], &[1.0, 2.0])]);
+    let checkpoint = open(dir.path()).unwrap();
+    let spec = ParamSpec::linear("lm_head", 2, 1, Shard::Vocab);
+    for (index, rows) in [1, 1, 0].into_iter().enumerate() {
+        let options = LoadOptions { rank: Rank::new(index, 3).unwrap(), ..LoadOptions::default() };
+        let mut params = checkpoint.load(std::slice::from_ref(&spec), &options).unwrap();
+        assert_eq!(params.linear("lm_head").unwrap().n(), rows);
+    }
+}
+
+#[test]
 fn dummy_of_absurd_size_is_refused() {
     let config = serde_json::json!({ "quantization_config": { "quant_method": "awq" } });
     for spec in [
@@ -234,7 +264,7 @@ fn dummy_of_absurd_size_is_refused() {
         ParamSpec::experts("mlp.experts", usize::MAX, 0, 0),
         ParamSpec::vector("pos_embed", [usize::MAX, usize::MAX]),
     ] {
-        assert!(matches!(crate::dummy(&config, &[spec], 0), Err(Error::Option { .. })));
+        assert!(matches!(crate::dummy(&config, &[spec], 0, Rank::SINGLE), Err(Error::Option { .. })));
     }
 }
 

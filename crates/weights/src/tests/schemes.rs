@@ -1,6 +1,6 @@
 //! Every stored layout against numbers worked out by hand or by formula, and what is missing or damaged.
 
-use spark_backend::MatrixData;
+use spark_backend::{MatrixData, Rank};
 
 use super::dequantize::{dequantize, e4m3};
 use super::files::{Tensor, bf16s, f16s, f32s, folder, i32s, load, open, raw};
@@ -378,7 +378,7 @@ fn dummy_weights_are_of_the_named_scheme_and_finite() {
     ];
     for (config, scheme) in configs {
         let config = serde_json::from_str(config).unwrap();
-        let build = |seed| dummy(&config, &specs, seed).unwrap();
+        let build = |seed| dummy(&config, &specs, seed, Rank::SINGLE).unwrap();
         let (mut params, mut same) = (build(1), build(1));
         let q = params.linear("model.layers.0.self_attn").unwrap();
         let found = match &q.parts[0].data {
@@ -418,7 +418,7 @@ fn dummy_weights_have_no_common_sign_and_differ() {
         serde_json::json!({ "quantization_config": { "quant_method": "modelopt", "quant_algo": "NVFP4" } });
     let fp8 = serde_json::json!({ "quantization_config": { "quant_method": "fp8", "weight_block_size": [128, 128] } });
     for config in [int4(true), int4(false), nvfp4, fp8, serde_json::json!({})] {
-        let mut params = dummy(&config, &specs, 3).unwrap();
+        let mut params = dummy(&config, &specs, 3, Rank::SINGLE).unwrap();
         let size = |values: &[f32]| {
             let len = values.len() as f64;
             let mean = values.iter().map(|&value| f64::from(value)).sum::<f64>() / len;

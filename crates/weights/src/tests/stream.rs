@@ -24,7 +24,7 @@ fn awq(name: &str, n: usize, k: usize) -> [Tensor; 3] {
 }
 
 /// A small mixture of experts: many tensors a parameter.
-fn model() -> (Vec<Tensor>, Vec<ParamSpec>) {
+pub(super) fn model() -> (Vec<Tensor>, Vec<ParamSpec>) {
     let mut tensors = vec![f32s("model.embed_tokens.weight", &[8, HIDDEN], &[0.5; 8 * HIDDEN])];
     let mut specs = vec![ParamSpec::linear("model.embed_tokens", 8, HIDDEN, Shard::Vocab)];
     for layer in 0..LAYERS {
@@ -44,7 +44,7 @@ fn model() -> (Vec<Tensor>, Vec<ParamSpec>) {
 }
 
 /// All numbers of a parameter.
-fn text(params: &mut Params, spec: &ParamSpec) -> String {
+pub(super) fn text(params: &mut Params, spec: &ParamSpec) -> String {
     let param = match spec.kind {
         ParamKind::Vector { .. } => params.vector(&spec.name).map(Param::Vector),
         ParamKind::Linear { .. } => params.linear(&spec.name).map(Param::Linear),
