@@ -1,13 +1,14 @@
 //! Bodies of whole answers, and the parts that chunks share with them: heads, usage, endings.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 use spark_text::Tokenizer;
 
 use crate::Delta;
 use crate::choice::{Finish, PromptReport, Stop};
-use crate::fields::Endpoint;
+use crate::dialect::Form;
 use crate::generation::PromptInfo;
 use crate::logprobs::{CompletionLogprobs, TokenNames};
 use crate::params::{OutputParams, StreamParams};
@@ -15,11 +16,16 @@ use crate::parts::ToolCallStart;
 
 /// What stays the same over an answer.
 pub(crate) struct Shape {
-    pub(crate) endpoint: Endpoint,
+    pub(crate) form: Form,
+    /// What the client, or the server, calls the request.
+    pub(crate) request_id: String,
+    /// Of the answer.
     pub(crate) id: String,
     /// Seconds since 1970.
     pub(crate) created: u64,
     pub(crate) model: String,
+    /// When the request arrived.
+    pub(crate) arrived: Instant,
     pub(crate) prompts: Vec<PromptInfo>,
     /// Choices per prompt.
     pub(crate) n: usize,
@@ -71,6 +77,15 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
+    /// Counts a delta of the only choice.
+    pub(crate) fn add(&mut self, delta: &Delta) {
+        self.num_completion += delta.tokens.len();
+        self.num_reasoning += delta.num_reasoning_tokens;
+        if let Some(prompt) = &delta.prompt {
+            self.num_cached = prompt.num_cached_tokens;
+        }
+    }
+
     /// The `usage` object.
     pub(crate) fn into_json(self, shape: &Shape) -> Value {
         let mut usage = json!({
@@ -161,9 +176,9 @@ impl Answer {
             num_reasoning: self.0.iter().map(|choice| choice.num_reasoning_tokens).sum(),
         };
         let usage = usage.into_json(shape);
-        let body = match shape.endpoint {
-            Endpoint::Chat => self.into_chat(shape, usage),
-            Endpoint::Completions => self.into_completion(shape, usage),
+        let body = match shape.form.is_chat() {
+            true => self.into_chat(shape, usage),
+            false => self.into_completion(shape, usage),
         };
         Value::Object(body)
     }

@@ -8,9 +8,10 @@ use spark_text::{
 
 use crate::ApiError;
 use crate::body::{Body, kind};
-use crate::front_end::refuse_text;
 use crate::parts::AnswerPlan;
+use crate::prompts::refuse_text;
 use crate::structured::Wanted;
+use crate::thinking;
 use crate::tools::{AnswerForm, Formats};
 
 /// A conversation that can be rendered once its images are known.
@@ -39,8 +40,10 @@ pub(crate) fn read_chat(
         let message = "continue_final_message and add_generation_prompt cannot both be true";
         return Err(ApiError::field("continue_final_message", message));
     }
-    let kwargs = body.object("chat_template_kwargs")?.unwrap_or_default();
-    let form = AnswerForm::read(body, formats)?;
+    let mut kwargs = body.object("chat_template_kwargs")?.unwrap_or_default();
+    let thinking_budget = thinking::read(body, formats, &mut kwargs)?;
+    let mut form = AnswerForm::read(body, formats)?;
+    form.thinking_budget = thinking_budget;
     let messages = body.take("messages").ok_or_else(|| ApiError::field("messages", "messages is missing"))?;
     let conversation =
         prepare_messages(messages, accepts_parts).map_err(|error| refuse_text("messages", &error))?;
@@ -214,7 +217,11 @@ mod tests {
     use super::*;
 
     fn read(body: Value) -> Result<ChatPrompt, ApiError> {
-        read_chat(&mut Body::new(body)?, true, Formats { tools: None, reasoning: false })
+        read_chat(
+            &mut Body::new(body)?,
+            true,
+            Formats { tools: None, reasoning: false, thinking_switch: false },
+        )
     }
 
     fn image(part: &Value) -> Result<String, ApiError> {

@@ -11,12 +11,14 @@ use spark_api::{
     TokenId, TokenLogprobs,
 };
 use spark_text::{Detokenizer, StopMatcher, StopOutput, Tokenizer};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::ApiError;
 use crate::images::HeldImage;
 use crate::metrics::{Counts, Metrics, Outcome};
 use crate::params::OutputParams;
 use crate::parts::{AnswerPlan, Parts, ToolCallDelta};
+use crate::summary::Summary;
 
 /// What one event adds to a choice.
 #[derive(Debug, Clone, Default)]
@@ -35,6 +37,8 @@ pub struct Delta {
     pub num_reasoning_tokens: usize,
     /// One per new token, if asked for.
     pub logprobs: Vec<TokenLogprobs>,
+    /// How many tokens of the prompt are done or under way, if that was asked for.
+    pub progress: Option<usize>,
     /// Set once, before the first token.
     pub prompt: Option<PromptReport>,
     /// Set in the last delta.
@@ -72,12 +76,15 @@ pub enum Stop {
 pub(crate) struct ChoiceSetup {
     pub(crate) index: usize,
     pub(crate) events: EventStream,
+    /// Says how far the prompt has come.
+    pub(crate) progress: Option<UnboundedReceiver<usize>>,
     /// Asked for its health if the events break off.
     pub(crate) engine: Arc<dyn Engine>,
     /// Images of the prompt, kept until the sequence has ended.
     pub(crate) images: Arc<[Arc<HeldImage>]>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) summary: Arc<Summary>,
     /// When its request arrived.
     pub(crate) arrived: Instant,
     pub(crate) output: OutputParams,
@@ -126,10 +133,25 @@ impl Choice {
         }
     }
 
+    /// What is new of the prompt; the end of the channel is no news.
+    fn poll_progress(&mut self, context: &mut Context<'_>) -> Option<Delta> {
+        let receiver = self.setup.progress.as_mut()?;
+        match receiver.poll_recv(context) {
+            Poll::Pending => None,
+            Poll::Ready(None) => {
+                self.setup.progress = None;
+                None
+            }
+            Poll::Ready(progress) => Some(Delta { choice: self.setup.index, progress, ..Delta::default() }),
+        }
+    }
+
     fn on_event(&mut self, event: Event) -> Result<Delta, ApiError> {
         let mut delta = Delta { choice: self.setup.index, ..Delta::default() };
         match event {
             Event::Prompt { num_cached_tokens, logprobs } => {
+                self.setup.metrics.prompt(self.setup.num_prompt_tokens, num_cached_tokens);
+                self.setup.summary.prompt(self.setup.num_prompt_tokens, num_cached_tokens);
                 delta.prompt = Some(PromptReport { num_cached_tokens, logprobs });
             }
             Event::Token(token) => self.on_token(token, &mut delta),
@@ -141,7 +163,9 @@ impl Choice {
     fn on_token(&mut self, event: TokenEvent, delta: &mut Delta) {
         let now = Instant::now();
         self.setup.metrics.token(self.setup.arrived, self.last_token, now);
-        self.last_token = Some(now);
+        if self.last_token.replace(now).is_none() {
+            self.setup.summary.first_token(now);
+        }
         if self.setup.discard_output {
             return;
         }
@@ -224,6 +248,7 @@ impl Choice {
             num_output_tokens: self.num_tokens,
         };
         self.setup.metrics.finished(outcome, counts, finished);
+        self.setup.summary.ended(outcome.label(), self.num_tokens);
     }
 }
 
@@ -234,6 +259,9 @@ impl Stream for Choice {
         let this = self.get_mut();
         if this.ended {
             return Poll::Ready(None);
+        }
+        if let Some(progress) = this.poll_progress(context) {
+            return Poll::Ready(Some(Ok(progress)));
         }
         let item = match ready!(this.setup.events.poll_recv(context)) {
             Some(event) => this.on_event(event),

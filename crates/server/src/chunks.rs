@@ -5,7 +5,6 @@ use serde_json::{Map, Value, json};
 
 use crate::Delta;
 use crate::answer::{Shape, Usage, add_echo_logprobs, put_finish, put_reasoning, tool_call};
-use crate::fields::Endpoint;
 use crate::logprobs::CompletionLogprobs;
 
 /// What has been written of each choice.
@@ -19,6 +18,8 @@ struct Written {
     num_tokens: usize,
     num_reasoning_tokens: usize,
     num_cached_tokens: usize,
+    /// Whether anything was said about the progress of the prompt.
+    has_progress: bool,
     /// Characters of tokens, for `text_offset`.
     offset: usize,
 }
@@ -36,10 +37,12 @@ impl ChunkWriter {
         if let Some(prompt) = &delta.prompt {
             written.num_cached_tokens = prompt.num_cached_tokens;
         }
-        match shape.endpoint {
-            Endpoint::Chat => written.chat(shape, delta),
-            Endpoint::Completions => written.completion(shape, delta).into_iter().collect(),
+        let mut chunks: Vec<Value> = written.progress(shape, delta).into_iter().collect();
+        match shape.form.is_chat() {
+            true => chunks.extend(written.chat(shape, delta)),
+            false => chunks.extend(written.completion(shape, delta)),
         }
+        chunks
     }
 
     /// The last chunk, if it was asked for: no choices, the usage of all.
@@ -61,10 +64,7 @@ impl ChunkWriter {
 }
 
 fn object(shape: &Shape) -> &'static str {
-    match shape.endpoint {
-        Endpoint::Chat => "chat.completion.chunk",
-        Endpoint::Completions => "text_completion",
-    }
+    if shape.form.is_chat() { "chat.completion.chunk" } else { "text_completion" }
 }
 
 /// Whether a delta has anything that its reader asked for.
@@ -102,6 +102,29 @@ fn parts(delta: &Delta) -> Vec<Value> {
 }
 
 impl Written {
+    /// llama-server's `prompt_progress`, in a chunk of its own. What the first one finds done was cached.
+    fn progress(&mut self, shape: &Shape, delta: &Delta) -> Option<Value> {
+        let total = shape.prompt(delta.choice).tokens.len();
+        let at_end = delta.prompt.as_ref().filter(|_| self.has_progress).map(|_| total);
+        let processed = delta.progress.or(at_end)?;
+        if !std::mem::replace(&mut self.has_progress, true) {
+            self.num_cached_tokens = processed;
+        }
+        let choice = match shape.form.is_chat() {
+            true => json!({"index": delta.choice, "delta": {"role": "assistant", "content": null},
+                "logprobs": null, "finish_reason": null}),
+            false => json!({"index": delta.choice, "text": "", "logprobs": null, "finish_reason": null}),
+        };
+        let mut chunk = self.chunk(shape, delta.choice, choice);
+        let time_ms = shape.arrived.elapsed().as_millis();
+        chunk.insert(
+            "prompt_progress".into(),
+            json!({"total": total, "cache": self.num_cached_tokens,
+            "processed": processed, "time_ms": u64::try_from(time_ms).unwrap_or(u64::MAX)}),
+        );
+        Some(Value::Object(chunk))
+    }
+
     fn chat(&mut self, shape: &Shape, delta: &Delta) -> Vec<Value> {
         if !is_visible(shape, delta) {
             return Vec::new();

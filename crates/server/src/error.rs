@@ -27,6 +27,12 @@ pub enum ApiError {
     /// No API key, or a wrong one (401).
     #[error("a valid API key is needed: send the header `Authorization: Bearer <key>`")]
     Unauthorized,
+    /// No stored response has this id (404).
+    #[error("there is no response {id:?}: it was never stored, or is forgotten")]
+    ResponseNotFound {
+        /// What was asked for.
+        id: String,
+    },
     /// No such route (404).
     #[error("there is no route {path:?}")]
     RouteNotFound {
@@ -47,6 +53,36 @@ pub enum ApiError {
         /// Largest body accepted, in bytes.
         limit: usize,
     },
+    /// The body stopped coming, or came byte by byte (408).
+    #[error("the body came too slowly: send it in one go")]
+    BodyTooSlow,
+    /// All bodies that are being read hold too much memory (503).
+    #[error(
+        "requests that are being read hold {limit} bytes, which is the limit of all together; try again in a moment"
+    )]
+    IntakeFull {
+        /// Most bytes, over all requests.
+        limit: usize,
+    },
+    /// The prompts at work hold too many tokens (503).
+    #[error(
+        "the prompts at work hold {limit} tokens, which is the limit of all together; try again in a moment"
+    )]
+    TokensFull {
+        /// Most tokens, over all requests.
+        limit: usize,
+    },
+    /// A browser used a public name for a server that is open to this machine only (403).
+    #[error(
+        "the host {host:?} is not one of this server's; if it is, start it with --allowed-hosts or with an API key"
+    )]
+    HostNotAllowed {
+        /// The name that was used.
+        host: String,
+    },
+    /// The key is right, but not for this route (403).
+    #[error("this route needs the admin API key")]
+    AdminOnly,
     /// The body is not declared as JSON (415).
     #[error("the content type must be application/json")]
     NotJson,
@@ -75,6 +111,22 @@ impl ApiError {
         Self::Invalid { param: None, message: message.into() }
     }
 
+    /// The refusal with the names that another dialect has for the fields of a chat: pairs of the chat's and its own.
+    pub(crate) fn renamed(self, names: &[(&'static str, &'static str)]) -> Self {
+        let Self::Invalid { param: Some(param), message } = &self else { return self };
+        match names.iter().find(|(name, _)| name == param) {
+            None => self,
+            Some((name, own)) => {
+                // Most messages begin with the name of their field.
+                let message = match message.strip_prefix(name) {
+                    Some(rest) => format!("{own}{rest}"),
+                    None => format!("{own}: {message}"),
+                };
+                Self::field(*own, message)
+            }
+        }
+    }
+
     /// Logs what happened and hides it from the client.
     pub(crate) fn internal(detail: &dyn std::fmt::Display) -> Self {
         tracing::error!("internal error: {detail}");
@@ -86,18 +138,25 @@ impl ApiError {
         match self {
             Self::Invalid { .. } => 400,
             Self::Unauthorized => 401,
-            Self::ModelNotFound { .. } | Self::RouteNotFound { .. } => 404,
+            Self::HostNotAllowed { .. } | Self::AdminOnly => 403,
+            Self::ModelNotFound { .. } | Self::ResponseNotFound { .. } | Self::RouteNotFound { .. } => 404,
             Self::MethodNotAllowed { .. } => 405,
+            Self::BodyTooSlow => 408,
             Self::BodyTooLarge { .. } => 413,
             Self::NotJson => 415,
-            Self::Submit(_) | Self::Cancelled => 503,
+            Self::Submit(_) | Self::Cancelled | Self::IntakeFull { .. } | Self::TokensFull { .. } => 503,
             Self::EngineFailed(_) | Self::Internal => 500,
         }
     }
 
     /// Seconds after which another try makes sense, if one does.
     pub fn retry_after(&self) -> Option<u32> {
-        matches!(self, Self::Submit(SubmitError::QueueFull { .. })).then_some(1)
+        let is_full = match self {
+            Self::Submit(error) => matches!(error, SubmitError::QueueFull { .. }),
+            Self::IntakeFull { .. } | Self::TokensFull { .. } => true,
+            _ => false,
+        };
+        is_full.then_some(1)
     }
 
     /// The OpenAI error body. Types and the numeric `code` are vLLM's.
@@ -105,7 +164,9 @@ impl ApiError {
         let kind = match self.status() {
             400 => "BadRequestError",
             401 => "AuthenticationError",
+            403 => "PermissionDeniedError",
             404 => "NotFoundError",
+            408 => "RequestTimeoutError",
             405 => "MethodNotAllowedError",
             413 => "RequestTooLargeError",
             415 => "UnsupportedMediaTypeError",

@@ -1,5 +1,7 @@
 //! The one table of request fields: which work, which mean nothing here, which are refused. No values are read here.
 
+mod tables;
+
 use std::collections::BTreeSet;
 
 use parking_lot::Mutex;
@@ -14,12 +16,16 @@ pub(crate) enum Endpoint {
     Chat,
     /// `/v1/completions`
     Completions,
+    /// `/v1/messages`
+    Messages,
+    /// `/v1/responses`
+    Responses,
 }
 
 /// What becomes of a field.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Support {
-    /// Read and obeyed (`params.rs`, `chat_request.rs`, `completion_request.rs`).
+    /// Read and obeyed (`params.rs`, `chat_request.rs`, `completion_request.rs`, `dialect/`).
     Works,
     /// Says something about the client, nothing about the answer.
     NoEffect,
@@ -62,112 +68,26 @@ impl Neutral {
     }
 }
 
-use Support::{NoEffect, Refused, Works};
-
-/// Fields of both endpoints. A field that is not here is unknown: it warns once and is ignored.
-pub(crate) const COMMON: &[(&str, Support)] = &[
-    ("model", Works),
-    ("max_tokens", Works),
-    ("temperature", Works),
-    ("top_p", Works),
-    ("top_k", Works),
-    ("min_p", Works),
-    ("n", Works),
-    ("stop", Works),
-    ("stop_token_ids", Works),
-    ("include_stop_str_in_output", Works),
-    ("ignore_eos", Works),
-    ("min_tokens", Works),
-    ("seed", Works),
-    ("presence_penalty", Works),
-    ("frequency_penalty", Works),
-    ("repetition_penalty", Works),
-    ("logit_bias", Works),
-    ("logprobs", Works),
-    ("prompt_logprobs", Works),
-    ("return_token_ids", Works),
-    ("return_tokens_as_token_ids", Works),
-    ("skip_special_tokens", Works),
-    ("add_special_tokens", Works),
-    ("priority", Works),
-    ("cache_salt", Works),
-    ("request_id", Works),
-    ("stream", Works),
-    ("stream_options", Works),
-    ("user", NoEffect),
-    ("metadata", NoEffect),
-    ("safety_identifier", NoEffect),
-    ("prompt_cache_key", NoEffect),
-    ("service_tier", Refused(Neutral::Words(&["auto", "default"]))),
-    ("store", Refused(Neutral::Bool(false))),
-    ("spaces_between_special_tokens", Refused(Neutral::Bool(true))),
-    ("response_format", Works),
-    ("structured_outputs", Works),
-    ("guided_json", Refused(Neutral::Null)),
-    ("guided_regex", Refused(Neutral::Null)),
-    ("guided_choice", Refused(Neutral::Null)),
-    ("guided_grammar", Refused(Neutral::Null)),
-    ("guided_decoding_backend", Refused(Neutral::Null)),
-    ("guided_whitespace_pattern", Refused(Neutral::Null)),
-    ("structural_tag", Refused(Neutral::Null)),
-    ("best_of", Refused(Neutral::Number(1.0))),
-    ("use_beam_search", Refused(Neutral::Bool(false))),
-    ("length_penalty", Refused(Neutral::Number(1.0))),
-    ("truncate_prompt_tokens", Refused(Neutral::Null)),
-    ("truncation_side", Refused(Neutral::Null)),
-    ("allowed_token_ids", Refused(Neutral::Empty)),
-    ("bad_words", Refused(Neutral::Empty)),
-    ("logits_processors", Refused(Neutral::Empty)),
-    ("logprob_token_ids", Refused(Neutral::Empty)),
-    ("mm_processor_kwargs", Refused(Neutral::Empty)),
-    ("kv_transfer_params", Refused(Neutral::Empty)),
-    ("vllm_xargs", Refused(Neutral::Empty)),
-    ("repetition_detection", Refused(Neutral::Null)),
-];
-
-/// Fields of chat alone.
-pub(crate) const CHAT: &[(&str, Support)] = &[
-    ("messages", Works),
-    ("max_completion_tokens", Works),
-    ("top_logprobs", Works),
-    ("add_generation_prompt", Works),
-    ("continue_final_message", Works),
-    ("chat_template_kwargs", Works),
-    ("tools", Works),
-    ("tool_choice", Works),
-    ("parallel_tool_calls", Works),
-    // The names before tools, which OpenAI has retired.
-    ("functions", Refused(Neutral::Empty)),
-    ("function_call", Refused(Neutral::Words(&["none", "auto"]))),
-    ("reasoning_effort", Refused(Neutral::Null)),
-    ("include_reasoning", Works),
-    ("thinking_token_budget", Refused(Neutral::Null)),
-    ("modalities", Refused(Neutral::ListText)),
-    ("audio", Refused(Neutral::Null)),
-    ("prediction", Refused(Neutral::Null)),
-    ("verbosity", Refused(Neutral::Words(&["medium"]))),
-    ("web_search_options", Refused(Neutral::Null)),
-    ("documents", Refused(Neutral::Empty)),
-    ("chat_template", Refused(Neutral::Null)),
-    ("media_io_kwargs", Refused(Neutral::Empty)),
-    ("echo", Refused(Neutral::Bool(false))),
-];
-
-/// Fields of completions alone.
-pub(crate) const COMPLETIONS: &[(&str, Support)] = &[
-    ("prompt", Works),
-    ("echo", Works),
-    ("suffix", Refused(Neutral::Empty)),
-    ("prompt_embeds", Refused(Neutral::Null)),
-];
+pub(crate) use self::tables::PASSED;
+use self::tables::{CHAT, COMMON, COMPLETIONS, MESSAGES, RESPONSES};
+use Support::Refused;
 
 /// Looks a field up.
 pub(crate) fn support(endpoint: Endpoint, name: &str) -> Option<Support> {
-    let own = match endpoint {
-        Endpoint::Chat => CHAT,
-        Endpoint::Completions => COMPLETIONS,
+    all(endpoint).find(|(field, _)| *field == name).map(|(_, support)| support)
+}
+
+/// The table of an endpoint.
+pub(crate) fn all(endpoint: Endpoint) -> impl Iterator<Item = (&'static str, Support)> {
+    let (own, shared): (&[_], &[_]) = match endpoint {
+        Endpoint::Chat => (CHAT, COMMON),
+        Endpoint::Completions => (COMPLETIONS, COMMON),
+        Endpoint::Messages => (MESSAGES, &[]),
+        Endpoint::Responses => (RESPONSES, &[]),
     };
-    own.iter().chain(COMMON).find(|(field, _)| *field == name).map(|(_, support)| *support)
+    let is_translated = matches!(endpoint, Endpoint::Messages | Endpoint::Responses);
+    let passed = PASSED.iter().filter(move |_| is_translated).map(|name| (*name, Support::Works));
+    own.iter().chain(shared).copied().chain(passed)
 }
 
 /// Refuses fields that are known and not supported; warns about unknown ones.
@@ -230,12 +150,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::Options;
-    use crate::body::Body;
-    use crate::chat_request::read_chat;
-    use crate::completion_request::read_prompts;
-    use crate::params::{Params, read_model};
-    use crate::tools::Formats;
 
     fn check_chat(body: &Value) -> Result<(), ApiError> {
         check(Endpoint::Chat, body.as_object().unwrap(), &UnknownFields::default())
@@ -251,7 +165,6 @@ mod tests {
             json!({"best_of": 2}),
             json!({"echo": true}),
             json!({"function_call": {"name": "f"}}),
-            json!({"thinking_token_budget": 5}),
             json!({"spaces_between_special_tokens": false}),
         ] {
             let name = body.as_object().unwrap().keys().next().unwrap().clone();
@@ -277,40 +190,10 @@ mod tests {
         assert!(unknown.names().iter().all(|name| name.len() <= MAX_NAME_CHARS));
     }
 
-    /// Sends a value of a wrong type in every field that works: who reads a field refuses it.
-    #[test]
-    fn every_field_that_works_is_read() {
-        let options = Options::new("m");
-        let formats = Formats { tools: None, reasoning: false };
-        let read = |endpoint, body: Value| -> Result<(), ApiError> {
-            let mut body = Body::new(body)?;
-            check(endpoint, body.fields(), &UnknownFields::default())?;
-            read_model(&mut body, &options)?;
-            Params::read(endpoint, &mut body, &options, 20)?;
-            match endpoint {
-                Endpoint::Chat => read_chat(&mut body, true, formats).map(|_| ()),
-                Endpoint::Completions => read_prompts(&mut body).map(|_| ()),
-            }
-        };
-        let chat = json!({"messages": [{"role": "user", "content": "x"}]});
-        let completion = json!({"prompt": "x"});
-        for (endpoint, own, base) in
-            [(Endpoint::Chat, CHAT, chat), (Endpoint::Completions, COMPLETIONS, completion)]
-        {
-            assert_eq!(read(endpoint, base.clone()), Ok(()));
-            for (name, _) in own.iter().chain(COMMON).filter(|(_, support)| *support == Works) {
-                let mut body = base.clone();
-                body[name] = json!([{}]);
-                let error = read(endpoint, body).expect_err(name);
-                assert_eq!(error.to_json()["error"]["param"], *name);
-            }
-        }
-    }
-
     #[test]
     fn no_field_is_listed_twice() {
-        for own in [CHAT, COMPLETIONS] {
-            let names: Vec<_> = own.iter().chain(COMMON).map(|(name, _)| name).collect();
+        for endpoint in [Endpoint::Chat, Endpoint::Completions, Endpoint::Messages, Endpoint::Responses] {
+            let names: Vec<_> = all(endpoint).map(|(name, _)| name).collect();
             assert_eq!(names.len(), names.iter().collect::<BTreeSet<_>>().len());
         }
     }

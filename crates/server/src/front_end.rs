@@ -1,25 +1,25 @@
 //! From a JSON body to queued sequences. HTTP, the `generate` command and the `batch` command all come through here.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
-use spark_api::{Engine, Health, MediaItem, SubmitError, TokenId};
-use spark_text::{ChatTemplate, GrammarStart, TextError, Tokenizer, expand_placeholders};
+use spark_api::{Engine, Health, SubmitError};
+use spark_text::{ChatTemplate, GrammarStart, Tokenizer};
 use spark_vision::ImageProcessor;
 
 use crate::body::Body;
-use crate::chat_request::{read_chat, segment_text};
-use crate::completion_request::{PromptInput, read_prompts};
+use crate::completion_request::read_prompts;
+use crate::dialect::Form;
+use crate::dialect::responses::ResponseStore;
 use crate::fields::{self, Endpoint, UnknownFields};
-use crate::grammars::{AnswerGrammar, Grammars};
+use crate::grammars::Grammars;
 use crate::ids::{Seeds, unix_seconds};
-use crate::images::{HeldImage, ImageFile, Images, media_item};
+use crate::images::Images;
 use crate::metrics::Metrics;
 use crate::params::{Params, read_model};
-use crate::parts::AnswerPlan;
 use crate::pool::CpuPool;
-use crate::structured::Wanted;
 use crate::tools::Formats;
 use crate::{ApiError, Generation, Options};
 
@@ -31,41 +31,22 @@ pub struct FrontEnd {
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) template: Option<Arc<ChatTemplate>>,
-    formats: Option<Formats>,
-    images: Option<Images>,
+    pub(crate) formats: Option<Formats>,
+    pub(crate) images: Option<Images>,
     pub(crate) options: Options,
     pub(crate) metrics: Arc<Metrics>,
     unknown: UnknownFields,
     pub(crate) seeds: Seeds,
     pub(crate) pool: CpuPool,
-    grammars: Grammars,
+    pub(crate) grammars: Grammars,
+    /// Answers that later requests may refer to.
+    pub(crate) responses: Arc<ResponseStore>,
+    /// Held by every generation at work.
+    pub(crate) load: Arc<()>,
+    /// Prompt tokens of every sequence at work.
+    pub(crate) held_tokens: Arc<AtomicUsize>,
     /// When it was made, for the list of models.
     created: u64,
-}
-
-/// The tokens of a conversation, with room for its images, which are still to be decoded.
-pub(crate) struct ChatTokens {
-    pub(crate) tokens: Vec<TokenId>,
-    files: Vec<ImageFile>,
-    /// Of the first placeholder of each image.
-    offsets: Vec<usize>,
-    answer: Option<AnswerPlan>,
-    /// What the answer is held to, and where in the output that begins.
-    wanted: Option<(Wanted, GrammarStart)>,
-}
-
-/// A prompt, ready for the engine.
-pub(crate) struct Prompt {
-    pub(crate) tokens: Vec<TokenId>,
-    pub(crate) media: Vec<MediaItem>,
-    /// What `media` are part of. Kept until all sequences have ended, for the bound on their memory.
-    pub(crate) images: Arc<[Arc<HeldImage>]>,
-    /// What `echo` shows.
-    pub(crate) echo: String,
-    /// How outputs are taken apart; `None`: not at all.
-    pub(crate) answer: Option<AnswerPlan>,
-    /// What outputs are held to.
-    pub(crate) grammar: Option<AnswerGrammar>,
 }
 
 impl FrontEnd {
@@ -89,10 +70,13 @@ impl FrontEnd {
             tokenizer,
             template,
             images,
-            options,
             unknown: UnknownFields::default(),
             pool: CpuPool::new(),
             grammars,
+            responses: Arc::new(ResponseStore::new(options.max_response_bytes)),
+            load: Arc::new(()),
+            held_tokens: Arc::default(),
+            options,
             created: unix_seconds(),
         }
     }
@@ -106,7 +90,7 @@ impl FrontEnd {
         let model = read_model(&mut body, &self.options)?;
         let params = self.read_params(Endpoint::Chat, &mut body)?;
         let prompt = self.chat_prompt(&mut body, params.structured.clone()).await?;
-        self.submit(Endpoint::Chat, model, params, vec![prompt])
+        self.submit(Form::Chat, model, params, vec![prompt])
     }
 
     /// Queues a completion (the body of `POST /v1/completions`).
@@ -129,7 +113,7 @@ impl FrontEnd {
             let grammar = self.grammars.compile(wanted, GrammarStart::Answer).await?;
             prompts.iter_mut().for_each(|prompt| prompt.grammar = Some(grammar.clone()));
         }
-        self.submit(Endpoint::Completions, model, params, prompts)
+        self.submit(Form::Completion, model, params, prompts)
     }
 
     /// Answers one line of an offline batch: status and body, as the server would.
@@ -137,6 +121,7 @@ impl FrontEnd {
         let generation = match url {
             "/v1/chat/completions" => self.chat(body).await,
             "/v1/completions" => self.completion(body).await,
+            "/v1/responses" => self.response(body).await,
             other => Err(ApiError::RouteNotFound { path: other.chars().take(200).collect() }),
         };
         let answer = match generation {
@@ -160,6 +145,11 @@ impl FrontEnd {
     /// The page of `GET /metrics`.
     pub fn metrics(&self) -> String {
         self.metrics.render(self.options.model_name(), self.engine.info(), &self.engine.stats())
+    }
+
+    /// How many answers are at work: queued, running, or held up by slow readers.
+    pub fn load(&self) -> usize {
+        Arc::strong_count(&self.load) - 1
     }
 
     /// The body of `GET /v1/models`.
@@ -194,7 +184,7 @@ impl FrontEnd {
         })
     }
 
-    fn open(&self, endpoint: Endpoint, body: Value) -> Result<Body, ApiError> {
+    pub(crate) fn open(&self, endpoint: Endpoint, body: Value) -> Result<Body, ApiError> {
         // Said before any work is done for a request that cannot be queued.
         match self.engine.health() {
             Health::Ready => {}
@@ -206,155 +196,7 @@ impl FrontEnd {
         Ok(body)
     }
 
-    fn read_params(&self, endpoint: Endpoint, body: &mut Body) -> Result<Params, ApiError> {
+    pub(crate) fn read_params(&self, endpoint: Endpoint, body: &mut Body) -> Result<Params, ApiError> {
         Params::read(endpoint, body, &self.options, self.engine.info().limits.max_logprobs)
-    }
-
-    /// The prompt of a chat. Its images are decoded last: a small file can hold many pixels, which are not worth their
-    /// time and memory if the prompt is refused.
-    async fn chat_prompt(&self, body: &mut Body, structured: Option<Wanted>) -> Result<Prompt, ApiError> {
-        let ChatTokens { tokens, files, offsets, answer, wanted } =
-            self.chat_tokens(body, structured).await?;
-        let max_model_len = self.engine.info().limits.max_model_len;
-        if tokens.len() >= max_model_len {
-            let message = format!(
-                "the messages have {} tokens; with at least one output token that is over max_model_len ({max_model_len})",
-                tokens.len()
-            );
-            return Err(ApiError::field("messages", message));
-        }
-        let grammar = match wanted {
-            Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
-            None => None,
-        };
-        let images: Arc<[_]> = match &self.images {
-            Some(images) if !files.is_empty() => images.load(&self.pool, files).await?.into(),
-            _ => Arc::default(),
-        };
-        let media = images.iter().zip(offsets).map(|(image, offset)| media_item(image, offset)).collect();
-        Ok(Prompt { tokens, media, images, echo: String::new(), answer, grammar })
-    }
-
-    /// Renders a conversation, tokenises it and makes room for its images. `structured`: what its answer has to be where
-    /// it calls no tools.
-    pub(crate) async fn chat_tokens(
-        &self,
-        body: &mut Body,
-        structured: Option<Wanted>,
-    ) -> Result<ChatTokens, ApiError> {
-        let (Some(template), Some(formats)) = (self.template.clone(), self.formats) else {
-            return Err(ApiError::field("messages", "this model has no chat template; use /v1/completions"));
-        };
-        let mut chat = read_chat(body, template.accepts_parts(), formats)?;
-        let files = self.inspect_images(std::mem::take(&mut chat.image_urls)).await?;
-        let (tokenizer, max_bytes) = (self.tokenizer.clone(), self.max_text_bytes());
-        let (mut tokens, answer, wanted) = self
-            .pool
-            .run(move || {
-                let segments = chat.render(&template)?;
-                check_length(
-                    segments.iter().map(|segment| segment_text(segment).len()).sum(),
-                    max_bytes,
-                    "messages",
-                )?;
-                let tokens = tokenizer.encode(&segments).map_err(|error| refuse_text("messages", &error))?;
-                let wanted = match chat.grammar(structured) {
-                    Some(wanted) => Some((wanted, chat.grammar_start(&template, &segments)?)),
-                    None => None,
-                };
-                Ok((tokens, chat.answer_plan(&segments), wanted))
-            })
-            .await?;
-        let mut offsets = Vec::new();
-        if let Some(placeholder) = self.engine.info().limits.image_token_id {
-            let counts: Vec<usize> = files.iter().map(|file| file.num_tokens).collect();
-            let expanded = expand_placeholders(&tokens, placeholder, &counts);
-            (tokens, offsets) = expanded.map_err(|error| refuse_text("messages", &error))?;
-        }
-        Ok(ChatTokens { tokens, files, offsets, answer, wanted })
-    }
-
-    /// Judges images by their headers, one by one and together.
-    async fn inspect_images(&self, urls: Vec<String>) -> Result<Vec<ImageFile>, ApiError> {
-        if urls.is_empty() {
-            return Ok(Vec::new());
-        }
-        let limits = &self.engine.info().limits;
-        let Some(images) = self.images.as_ref().filter(|_| limits.image_token_id.is_some()) else {
-            return Err(ApiError::field("messages", "this model does not take images"));
-        };
-        if urls.len() > limits.max_media {
-            let message = format!("{} images in one prompt; the limit is {}", urls.len(), limits.max_media);
-            return Err(ApiError::field("messages", message));
-        }
-        let files = try_join_all(urls.into_iter().map(|url| images.inspect(&self.pool, url))).await?;
-        let num_tokens = files.iter().map(|file| file.num_tokens).fold(0, usize::saturating_add);
-        if num_tokens >= limits.max_model_len {
-            let message = format!(
-                "the images need {num_tokens} tokens together; with at least one output token that is over max_model_len \
-                 ({}): send fewer or smaller ones",
-                limits.max_model_len
-            );
-            return Err(ApiError::field("messages", message));
-        }
-        Ok(files)
-    }
-
-    /// Tokenises one prompt of a completion. It is written by whoever would write the template, so its special tokens
-    /// count; without media, placeholders among them are refused with the request.
-    pub(crate) async fn completion_prompt(&self, input: PromptInput, echo: bool) -> Result<Prompt, ApiError> {
-        let tokenizer = self.tokenizer.clone();
-        let max_bytes = self.max_text_bytes();
-        let work = move || match input {
-            PromptInput::Ids(tokens) => {
-                let echo = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
-                Ok(Prompt {
-                    tokens,
-                    media: Vec::new(),
-                    images: Arc::default(),
-                    echo,
-                    answer: None,
-                    grammar: None,
-                })
-            }
-            PromptInput::Text(text) => {
-                check_length(text.len(), max_bytes, "prompt")?;
-                let tokens =
-                    tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
-                let echo = if echo { text } else { String::new() };
-                Ok(Prompt {
-                    tokens,
-                    media: Vec::new(),
-                    images: Arc::default(),
-                    echo,
-                    answer: None,
-                    grammar: None,
-                })
-            }
-        };
-        self.pool.run(work).await
-    }
-
-    /// A text of more bytes has too many tokens: that need not be found out by tokenising it.
-    fn max_text_bytes(&self) -> usize {
-        self.engine.info().limits.max_model_len.saturating_mul(self.tokenizer.max_token_bytes())
-    }
-}
-
-fn check_length(num_bytes: usize, max_bytes: usize, param: &'static str) -> Result<(), ApiError> {
-    if num_bytes <= max_bytes {
-        return Ok(());
-    }
-    let message =
-        format!("the text has {num_bytes} bytes; over {max_bytes} it cannot fit into max_model_len");
-    Err(ApiError::field(param, message))
-}
-
-/// A client's mistake is told; a broken checkpoint is logged.
-pub(crate) fn refuse_text(param: &'static str, error: &TextError) -> ApiError {
-    match error {
-        TextError::ReservedArgument { .. } => ApiError::field("chat_template_kwargs", error.to_string()),
-        _ if error.is_request_error() => ApiError::field(param, error.to_string()),
-        _ => ApiError::internal(error),
     }
 }

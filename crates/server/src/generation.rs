@@ -7,9 +7,10 @@ use futures_util::stream::{SelectAll, Stream};
 use serde_json::Value;
 use spark_api::TokenId;
 
-use crate::answer::{Answer, Shape};
+use crate::answer::Shape;
 use crate::choice::Choice;
-use crate::chunks::ChunkWriter;
+use crate::dialect::{Whole, Writer};
+use crate::submit::HeldTokens;
 use crate::{ApiError, Delta};
 
 /// One prompt of a request, for the parts of an answer that repeat it.
@@ -27,6 +28,12 @@ pub(crate) struct PromptInfo {
 pub struct Generation {
     pub(crate) shape: Shape,
     pub(crate) choices: SelectAll<Choice>,
+    /// Held as long as this is at work: how many hold it is the server's load.
+    #[allow(dead_code, reason = "a guard: it is there to be dropped")]
+    pub(crate) load: Arc<()>,
+    /// Its part of the tokens at work.
+    #[allow(dead_code, reason = "a guard: it is there to be dropped")]
+    pub(crate) held: HeldTokens,
 }
 
 impl Generation {
@@ -43,26 +50,39 @@ impl Generation {
         self.shape.stream.stream
     }
 
+    /// Whether the events of the stream have names (their types), and no `[DONE]` at the end.
+    pub(crate) fn has_named_events(&self) -> bool {
+        self.shape.form.has_named_events()
+    }
+
     /// Tokens of all prompts together.
     pub fn num_prompt_tokens(&self) -> usize {
         self.shape.num_prompt_tokens()
     }
 
-    /// The whole answer as one OpenAI body.
+    /// What the request is called, in answers and logs.
+    pub fn request_id(&self) -> &str {
+        &self.shape.request_id
+    }
+
+    /// The whole answer as one body of the dialect that asked.
     ///
     /// # Errors
     /// When the engine stops or fails before all choices have ended.
     pub async fn into_response(mut self) -> Result<Value, ApiError> {
-        let mut answer = Answer::new(self.shape.num_choices());
+        let mut whole = Whole::new(&self.shape);
         while let Some(delta) = self.next().await {
-            answer.add(delta?);
+            match delta {
+                Ok(delta) => whole.add(&self.shape, delta),
+                Err(error) => return Err(whole.fail(&self.shape, error)),
+            }
         }
-        Ok(answer.into_json(&self.shape))
+        Ok(whole.into_json(&self.shape))
     }
 
-    /// The answer as OpenAI chunks, in order. After an error chunk nothing follows.
+    /// The answer as chunks or events of the dialect that asked, in order. After an error nothing follows.
     pub fn into_chunks(self) -> impl Stream<Item = Value> + Send {
-        let state = Streaming { writer: ChunkWriter::new(&self.shape), generation: Some(self) };
+        let state = Streaming { writer: Writer::new(&self.shape), generation: Some(self) };
         futures_util::stream::unfold(state, Streaming::next).flat_map(futures_util::stream::iter)
     }
 }
@@ -70,7 +90,7 @@ impl Generation {
 /// State of [`Generation::into_chunks`]; without a generation the last chunk has been written.
 struct Streaming {
     generation: Option<Generation>,
-    writer: ChunkWriter,
+    writer: Writer,
 }
 
 impl Streaming {
@@ -79,13 +99,14 @@ impl Streaming {
         let chunks = match generation.next().await {
             Some(Ok(delta)) => self.writer.write(&generation.shape, &delta),
             Some(Err(error)) => {
+                let chunks = self.writer.fail(&generation.shape, &error);
                 self.generation = None;
-                vec![error.to_json()]
+                chunks
             }
             None => {
-                let usage = self.writer.usage(&generation.shape);
+                let chunks = self.writer.finish(&generation.shape);
                 self.generation = None;
-                usage.into_iter().collect()
+                chunks
             }
         };
         Some((chunks, self))

@@ -13,6 +13,7 @@ mod choice;
 mod chunks;
 mod completion_request;
 mod data_url;
+mod dialect;
 mod error;
 mod fields;
 mod front_end;
@@ -25,12 +26,16 @@ mod images;
 mod logprobs;
 mod lru;
 mod metrics;
+mod openapi;
 mod options;
 mod params;
 mod parts;
 mod pool;
+mod prompts;
 mod structured;
 mod submit;
+mod summary;
+mod thinking;
 mod tokenize;
 mod tools;
 
@@ -38,6 +43,9 @@ pub use choice::{Delta, Finish, PromptReport, Stop};
 pub use error::ApiError;
 pub use front_end::FrontEnd;
 pub use generation::Generation;
-pub use http::{ApiKeys, DEFAULT_MAX_BODY_BYTES, HttpState, router, serve};
+pub use http::{
+    ApiKeys, Cors, CorsError, DEFAULT_MAX_BODY_BYTES, HttpState, ServeOptions, Tls, TlsError, router, serve,
+};
+pub use openapi::openapi;
 pub use options::{Options, ReasoningParser, SamplingDefaults, ToolCallParser};
 pub use parts::{ToolCallDelta, ToolCallStart};

@@ -29,6 +29,14 @@ impl<K: Hash + Eq + Copy, V: Clone> ByteLru<K, V> {
         Some(value.clone())
     }
 
+    /// Takes a value out.
+    pub(crate) fn remove(&mut self, key: &K) -> Option<V> {
+        let (value, num_bytes, used) = self.entries.remove(key)?;
+        self.by_use.remove(&used);
+        self.num_bytes -= num_bytes;
+        Some(value)
+    }
+
     /// Puts a value in, and others out. One that is too large for the whole map is not kept.
     pub(crate) fn insert(&mut self, key: K, value: V, num_bytes: usize) {
         if num_bytes > self.max_bytes {
@@ -66,5 +74,7 @@ mod tests {
         assert_eq!((lru.get(&1), lru.get(&3), lru.num_bytes), (Some('a'), Some('d'), 10));
         lru.insert(4, 'e', 11);
         assert_eq!((lru.get(&4), lru.num_bytes, lru.by_use.len()), (None, 10, 2));
+        assert_eq!((lru.remove(&1), lru.remove(&1)), (Some('a'), None));
+        assert_eq!((lru.num_bytes, lru.by_use.len()), (6, 1));
     }
 }

@@ -26,10 +26,41 @@ const OUTCOMES: [(Outcome, &str); 4] = [
     (Outcome::Error, "error"),
 ];
 
+/// Why a request was turned away before it was queued, as a label.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Rejection {
+    /// `--max-num-queued-reqs`.
+    QueuedRequests,
+    /// `--max-num-queued-tokens`.
+    QueuedTokens,
+    /// `--max-intake-bytes`.
+    IntakeBytes,
+    /// `--max-connections`.
+    Connections,
+}
+
+const REJECTIONS: [(Rejection, &str); 4] = [
+    (Rejection::QueuedRequests, "max_num_queued_reqs"),
+    (Rejection::QueuedTokens, "max_num_queued_tokens"),
+    (Rejection::IntakeBytes, "max_intake_bytes"),
+    (Rejection::Connections, "max_connections"),
+];
+
+impl Outcome {
+    /// vLLM's word for it.
+    pub(crate) fn label(self) -> &'static str {
+        OUTCOMES[self as usize].1
+    }
+}
+
 /// Measurements of requests, taken where their events are read.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     outcomes: [AtomicU64; OUTCOMES.len()],
+    rejections: [AtomicU64; REJECTIONS.len()],
+    /// Of prompts as they were first looked up, unlike the engine's counters, which count again after a preemption.
+    prompt_tokens_cached: AtomicU64,
+    prompt_tokens_computed: AtomicU64,
     time_to_first_token: Histogram,
     inter_token_latency: Histogram,
     time_per_output_token: Histogram,
@@ -42,6 +73,7 @@ pub(crate) struct Metrics {
     generation_tokens: Histogram,
     params_n: Histogram,
     params_max_tokens: Histogram,
+    prefill_computed: Histogram,
 }
 
 impl Metrics {
@@ -51,6 +83,9 @@ impl Metrics {
         let latency = || Histogram::new(LATENCY_SECONDS);
         Self {
             outcomes: Default::default(),
+            rejections: Default::default(),
+            prompt_tokens_cached: AtomicU64::new(0),
+            prompt_tokens_computed: AtomicU64::new(0),
             time_to_first_token: Histogram::new(TTFT_SECONDS),
             inter_token_latency: Histogram::new(TOKEN_SECONDS),
             time_per_output_token: Histogram::new(TOKEN_SECONDS),
@@ -63,6 +98,7 @@ impl Metrics {
             generation_tokens: Histogram::new(&tokens),
             params_n: Histogram::new(CHOICES),
             params_max_tokens: Histogram::new(&tokens),
+            prefill_computed: Histogram::new(&tokens),
         }
     }
 
@@ -70,6 +106,19 @@ impl Metrics {
     pub(crate) fn submitted(&self, n: usize, max_tokens: usize) {
         self.params_n.observe_count(n);
         self.params_max_tokens.observe_count(max_tokens);
+    }
+
+    /// A request was turned away.
+    pub(crate) fn rejected(&self, reason: Rejection) {
+        self.rejections[reason as usize].fetch_add(1, Relaxed);
+    }
+
+    /// A prompt was looked up in the prefix cache.
+    pub(crate) fn prompt(&self, num_tokens: usize, num_cached: usize) {
+        let num_computed = num_tokens.saturating_sub(num_cached);
+        self.prompt_tokens_cached.fetch_add(num_cached as u64, Relaxed);
+        self.prompt_tokens_computed.fetch_add(num_computed as u64, Relaxed);
+        self.prefill_computed.observe_count(num_computed);
     }
 
     /// A token arrived: the first of its sequence, or `previous` was the one before.
@@ -108,6 +157,31 @@ impl Metrics {
             let count = self.outcomes[outcome as usize].load(Relaxed);
             page.sample("request_success_total", &format!(",finished_reason=\"{reason}\""), count);
         }
+        page.metric(
+            "admission_rejections_total",
+            "counter",
+            "Requests turned away before they were queued, by limit.",
+        );
+        for (rejection, reason) in REJECTIONS {
+            let count = self.rejections[rejection as usize].load(Relaxed);
+            page.sample("admission_rejections_total", &format!(",reason=\"{reason}\""), count);
+        }
+        let cached = self.prompt_tokens_cached.load(Relaxed);
+        let computed = self.prompt_tokens_computed.load(Relaxed);
+        page.single(
+            "prompt_tokens_cached_total",
+            "counter",
+            "Prompt tokens found in the prefix cache.",
+            cached,
+        );
+        page.metric(
+            "prompt_tokens_by_source_total",
+            "counter",
+            "Prompt tokens by where their keys and values are from.",
+        );
+        for (source, count) in [("local_compute", computed), ("local_cache_hit", cached)] {
+            page.sample("prompt_tokens_by_source_total", &format!(",source=\"{source}\""), count);
+        }
         for (name, help, histogram) in self.histograms() {
             let (bounds, counts, sum) = histogram.snapshot();
             page.histogram(name, help, bounds, &counts, sum);
@@ -115,7 +189,7 @@ impl Metrics {
         page.finish()
     }
 
-    fn histograms(&self) -> [(&'static str, &'static str, &Histogram); 12] {
+    fn histograms(&self) -> [(&'static str, &'static str, &Histogram); 13] {
         [
             ("time_to_first_token_seconds", "From arrival to the first token.", &self.time_to_first_token),
             ("inter_token_latency_seconds", "Between two tokens of a sequence.", &self.inter_token_latency),
@@ -133,6 +207,11 @@ impl Metrics {
             ("request_generation_tokens", "Generated tokens of a sequence.", &self.generation_tokens),
             ("request_params_n", "Values of n.", &self.params_n),
             ("request_params_max_tokens", "Values of max_tokens.", &self.params_max_tokens),
+            (
+                "request_prefill_kv_computed_tokens",
+                "Prompt tokens of a sequence that were not in the prefix cache.",
+                &self.prefill_computed,
+            ),
         ]
     }
 }
@@ -153,6 +232,9 @@ fn engine_metrics(page: &mut Exposition, info: &EngineInfo, stats: &EngineStats)
     let gauge = "gauge";
     page.single("num_requests_running", gauge, "Sequences in the running set.", stats.num_running);
     page.single("num_requests_waiting", gauge, "Sequences waiting to be scheduled.", stats.num_waiting);
+    page.metric("num_requests_waiting_by_reason", gauge, "Sequences waiting to be scheduled, by what for.");
+    // Nothing here waits for anything but room in the running set and in the cache.
+    page.sample("num_requests_waiting_by_reason", ",reason=\"capacity\"", stats.num_waiting);
     page.single("kv_cache_usage_perc", gauge, "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage);
     page.metric("cache_config_info", gauge, "Configuration of the KV cache.");
     let num_blocks = info.num_kv_tokens / info.block_size.max(1);

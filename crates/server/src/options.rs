@@ -1,5 +1,7 @@
 //! What the operator chose: served names, defaults of sampling, limits, keys. Read from flags by the program.
 
+use std::time::Duration;
+
 use spark_api::SamplingParams;
 use spark_text::ToolFormat;
 
@@ -21,6 +23,15 @@ pub struct Options {
     /// Most bytes of image patches that requests hold until their sequences end, over all requests; an image that several
     /// hold counts once, and what the cache holds does not count. Requests over it wait.
     pub max_media_bytes: usize,
+    /// Most bytes of stored responses (`store` of `/v1/responses`); the oldest are forgotten. 0 stores none.
+    pub max_response_bytes: usize,
+    /// `--max-num-queued-tokens`: most prompt tokens of all sequences at work. A sequence counts as 256 at least. One request
+    /// alone is always taken.
+    pub max_num_queued_tokens: usize,
+    /// Whether each request is a line in the log: what it took, not what it said.
+    pub log_requests: bool,
+    /// Silence on a stream after which a comment keeps proxies from closing the connection.
+    pub keep_alive: Duration,
     /// `--tool-call-parser`: how tool calls are found in an output.
     pub tool_call_parser: ToolCallParser,
     /// `--reasoning-parser`: how reasoning is found in an output.
@@ -43,6 +54,11 @@ impl Options {
             max_decoding_bytes: 715_827_880,
             // Twice the images that fill a context of 262,144 tokens, at 3 KiB a token.
             max_media_bytes: 2 << 30,
+            max_response_bytes: 256 << 20,
+            // 256 MiB of prompts, or 262,144 sequences.
+            max_num_queued_tokens: 1 << 26,
+            log_requests: false,
+            keep_alive: Duration::from_secs(15),
             tool_call_parser: ToolCallParser::Auto,
             reasoning_parser: ReasoningParser::Auto,
             seed: None,

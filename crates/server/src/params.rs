@@ -10,8 +10,8 @@ use spark_text::StopStrings;
 use crate::ApiError;
 use crate::body::{Body, as_float, wrong_type};
 use crate::fields::Endpoint;
-use crate::front_end::refuse_text;
 use crate::options::{Options, SamplingDefaults};
+use crate::prompts::refuse_text;
 use crate::structured::{self, Wanted};
 
 /// Most choices of one prompt. vLLM allows 16,384; a client that wants more can send more requests.
@@ -68,6 +68,8 @@ pub(crate) struct StreamParams {
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
     pub(crate) continuous_usage: bool,
+    /// `return_progress`: how far the prompt has come.
+    pub(crate) progress: bool,
 }
 
 impl Params {
@@ -97,9 +99,9 @@ impl Params {
         // `None` is less than any count.
         sampling.prompt_logprobs = output.prompt_logprobs.max(output.logprobs.filter(|_| output.echo));
         let max_tokens = body.count("max_tokens", 0, usize::MAX)?;
-        let max_tokens = match endpoint {
-            Endpoint::Chat => body.count("max_completion_tokens", 0, usize::MAX)?.or(max_tokens),
-            Endpoint::Completions => max_tokens,
+        let max_tokens = match endpoint == Endpoint::Completions {
+            true => max_tokens,
+            false => body.count("max_completion_tokens", 0, usize::MAX)?.or(max_tokens),
         };
         Ok(Self {
             arrived: Instant::now(),
@@ -150,8 +152,12 @@ fn read_output(
 
 fn read_stream(body: &mut Body) -> Result<StreamParams, ApiError> {
     let stream = body.boolean("stream", false)?;
+    let progress = body.boolean("return_progress", false)?;
+    if progress && !stream {
+        return Err(ApiError::field("return_progress", "return_progress is only allowed with stream: true"));
+    }
     let Some(options) = body.object("stream_options")? else {
-        return Ok(StreamParams { stream, ..StreamParams::default() });
+        return Ok(StreamParams { stream, progress, ..StreamParams::default() });
     };
     if !stream {
         return Err(ApiError::field("stream_options", "stream_options is only allowed with stream: true"));
@@ -165,7 +171,7 @@ fn read_stream(body: &mut Body) -> Result<StreamParams, ApiError> {
     };
     let continuous_usage = flag("continuous_usage_stats")?;
     // Usage in every chunk without a final one would be an odd wish; vLLM needs both flags, we need the wider one.
-    Ok(StreamParams { stream, include_usage: flag("include_usage")?, continuous_usage })
+    Ok(StreamParams { stream, include_usage: flag("include_usage")?, continuous_usage, progress })
 }
 
 /// Chat: a boolean and a count beside it. Completions: the count alone.

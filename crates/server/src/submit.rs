@@ -1,17 +1,25 @@
 //! The last step before the engine: prompts and parameters become requests, one per choice.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use spark_api::{Request, SamplingParams, TokenId};
+use spark_api::{EventStream, Request, SamplingParams, SubmitError, TokenConstraint, TokenId};
+use spark_text::GrammarConstraint;
+use tokio::sync::mpsc::unbounded_channel;
 
 use crate::answer::Shape;
 use crate::choice::{Choice, ChoiceSetup};
-use crate::fields::Endpoint;
-use crate::front_end::Prompt;
+use crate::dialect::Form;
 use crate::generation::PromptInfo;
 use crate::grammars::AnswerGrammar;
+use crate::http::settle;
 use crate::ids::{random_id, unix_seconds};
+use crate::metrics::Rejection;
 use crate::params::Params;
+use crate::parts::AnswerPlan;
+use crate::prompts::Prompt;
+use crate::summary::Summary;
+use crate::thinking::ThinkingBudget;
 use crate::{ApiError, FrontEnd, Generation};
 
 /// `max_tokens` of a completion that does not say: OpenAI's.
@@ -20,19 +28,38 @@ const DEFAULT_COMPLETION_TOKENS: usize = 16;
 /// alternatives would otherwise take gigabytes.
 const MAX_PROMPT_LOGPROBS: usize = 1 << 20;
 
+/// What a sequence counts as at least when tokens are counted: it takes more memory than a short prompt.
+const SEQUENCE_TOKENS: usize = 256;
+
+/// A request's part of the tokens at work; given back when dropped.
+pub(crate) struct HeldTokens {
+    all: Arc<AtomicUsize>,
+    tokens: usize,
+}
+
+impl Drop for HeldTokens {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.tokens, Relaxed);
+    }
+}
+
 impl FrontEnd {
     /// Queues all choices. If one is refused, those before it are cancelled by being dropped.
     pub(crate) fn submit(
         &self,
-        endpoint: Endpoint,
+        form: Form,
         model: String,
         params: Params,
         prompts: Vec<Prompt>,
     ) -> Result<Generation, ApiError> {
         check_prompt_logprobs(&params, &prompts)?;
+        settle();
+        let held = self.hold(&prompts, params.n)?;
         let reasons = prompts.iter().flat_map(|prompt| &prompt.answer).any(|plan| plan.form.thinks);
-        let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
-        let id = format!("{prefix}-{}", params.request_id.clone().unwrap_or_else(random_id));
+        let request_id = params.request_id.clone().unwrap_or_else(random_id);
+        let id = form.id(&request_id);
+        let is_chat = form.is_chat();
+        let summary = Arc::new(Summary::new(&id, params.arrived, self.options.log_requests));
         let ending_tokens = self.ending_tokens(&params.sampling);
         let echo_alone = params.output.echo && params.max_tokens == Some(0);
         let first_seed = params.seed.unwrap_or_else(|| self.seeds.next());
@@ -40,23 +67,29 @@ impl FrontEnd {
         let mut infos = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let max_tokens =
-                if echo_alone { 1 } else { self.max_tokens(endpoint, &params, prompt.tokens.len()) };
-            let constraint = prompt.grammar.as_ref().map(AnswerGrammar::constraint);
+                if echo_alone { 1 } else { self.max_tokens(is_chat, &params, prompt.tokens.len()) };
+            let grammar = prompt.grammar.as_ref().map(AnswerGrammar::constraint);
             for i in 0..params.n {
                 // As vLLM: a seed that was asked for begins anew with each prompt; else no two choices share one.
                 let offset = if params.seed.is_some() { i } else { choices.len() };
                 let seed = first_seed.wrapping_add(offset as u64);
                 let sampling = SamplingParams { seed, max_tokens, ..params.sampling.clone() };
-                let mut request = self.request(endpoint, &prompt, &params, &id, sampling)?;
-                request.constraint = constraint.clone().map(|constraint| Box::new(constraint) as _);
+                let mut request = self.request(is_chat, &prompt, &params, &id, sampling)?;
+                request.constraint = self.constraint(prompt.answer.as_ref(), grammar.clone())?;
+                // One choice speaks for the prompt.
+                let (sender, receiver) = unbounded_channel();
+                let progress = (params.stream.progress && i == 0).then_some(receiver);
+                request.progress = progress.is_some().then_some(sender);
                 self.metrics.submitted(params.n, max_tokens);
                 choices.push(Choice::new(ChoiceSetup {
                     index: choices.len(),
-                    events: self.engine.submit(request)?,
+                    events: self.queue(request)?,
+                    progress,
                     engine: self.engine.clone(),
                     images: prompt.images.clone(),
                     tokenizer: self.tokenizer.clone(),
                     metrics: self.metrics.clone(),
+                    summary: summary.clone(),
                     arrived: params.arrived,
                     output: params.output.clone(),
                     num_prompt_tokens: prompt.tokens.len(),
@@ -69,10 +102,12 @@ impl FrontEnd {
             infos.push(PromptInfo { tokens: prompt.tokens.into(), echo: prompt.echo });
         }
         let shape = Shape {
-            endpoint,
+            form,
+            request_id,
             id,
             created: unix_seconds(),
             model,
+            arrived: params.arrived,
             prompts: infos,
             n: params.n,
             reasons,
@@ -80,12 +115,50 @@ impl FrontEnd {
             stream: params.stream,
             tokenizer: self.tokenizer.clone(),
         };
-        Ok(Generation { shape, choices: choices.into_iter().collect() })
+        Ok(Generation { shape, choices: choices.into_iter().collect(), load: self.load.clone(), held })
+    }
+
+    fn queue(&self, request: Request) -> Result<EventStream, ApiError> {
+        let refused = |error: &SubmitError| {
+            if let SubmitError::QueueFull { .. } = error {
+                self.metrics.rejected(Rejection::QueuedRequests);
+            }
+        };
+        Ok(self.engine.submit(request).inspect_err(refused)?)
+    }
+
+    /// Room for the prompts of all choices, which each have their own.
+    fn hold(&self, prompts: &[Prompt], n: usize) -> Result<HeldTokens, ApiError> {
+        let tokens: usize = prompts.iter().map(|prompt| prompt.tokens.len().max(SEQUENCE_TOKENS)).sum();
+        let held = HeldTokens { all: self.held_tokens.clone(), tokens: tokens.saturating_mul(n) };
+        let before = held.all.fetch_add(held.tokens, Relaxed);
+        let limit = self.options.max_num_queued_tokens;
+        // One request alone is always taken: the engine's own limits say what it may have.
+        if before > 0 && before.saturating_add(held.tokens) > limit {
+            self.metrics.rejected(Rejection::QueuedTokens);
+            return Err(ApiError::TokensFull { limit });
+        }
+        Ok(held)
+    }
+
+    /// What holds a sequence to its grammar and its thoughts to their budget.
+    fn constraint(
+        &self,
+        plan: Option<&AnswerPlan>,
+        grammar: Option<GrammarConstraint>,
+    ) -> Result<Option<Box<dyn TokenConstraint>>, ApiError> {
+        let budget = plan.and_then(|plan| Some((plan.options.reasoning?, plan.form.thinking_budget?)));
+        match budget {
+            None => Ok(grammar.map(|grammar| Box::new(grammar) as _)),
+            Some((start, budget)) => {
+                Ok(Some(Box::new(ThinkingBudget::new(&self.tokenizer, start, budget, grammar)?)))
+            }
+        }
     }
 
     fn request(
         &self,
-        endpoint: Endpoint,
+        is_chat: bool,
         prompt: &Prompt,
         params: &Params,
         id: &str,
@@ -93,9 +166,9 @@ impl FrontEnd {
     ) -> Result<Request, ApiError> {
         let limits = &self.engine.info().limits;
         let request = Request::new(prompt.tokens.clone(), prompt.media.clone(), sampling, limits);
-        let mut request = request.map_err(|error| match (endpoint, error.param) {
+        let mut request = request.map_err(|error| match (is_chat, error.param) {
             // A chat has no field of that name.
-            (Endpoint::Chat, "prompt") => ApiError::field("messages", error.message),
+            (true, "prompt") => ApiError::field("messages", error.message),
             _ => error.into(),
         })?;
         request.priority = params.priority;
@@ -106,11 +179,11 @@ impl FrontEnd {
     }
 
     /// What was asked for, else the endpoint's default; too much is refused with the request.
-    fn max_tokens(&self, endpoint: Endpoint, params: &Params, num_prompt_tokens: usize) -> usize {
+    fn max_tokens(&self, is_chat: bool, params: &Params, num_prompt_tokens: usize) -> usize {
         let room = self.engine.info().limits.max_model_len.saturating_sub(num_prompt_tokens).max(1);
-        params.max_tokens.unwrap_or_else(|| match endpoint {
-            Endpoint::Chat => self.options.sampling_defaults.max_tokens.unwrap_or(room).min(room),
-            Endpoint::Completions => DEFAULT_COMPLETION_TOKENS.min(room),
+        params.max_tokens.unwrap_or_else(|| match is_chat {
+            true => self.options.sampling_defaults.max_tokens.unwrap_or(room).min(room),
+            false => DEFAULT_COMPLETION_TOKENS.min(room),
         })
     }
 

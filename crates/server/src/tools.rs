@@ -19,6 +19,8 @@ const MAX_NAME_BYTES: usize = 256;
 pub(crate) struct Formats {
     pub(crate) tools: Option<ToolFormat>,
     pub(crate) reasoning: bool,
+    /// The template has an argument that switches thinking on and off.
+    pub(crate) thinking_switch: bool,
 }
 
 impl Formats {
@@ -34,6 +36,7 @@ impl Formats {
                 ReasoningParser::Qwen3 => true,
                 ReasoningParser::None => false,
             },
+            thinking_switch: template.has_thinking_switch(),
         }
     }
 }
@@ -61,10 +64,12 @@ pub(crate) struct AnswerForm {
     pub(crate) only_first_call: bool,
     /// `include_reasoning: false`: reasoning is dropped.
     pub(crate) include_reasoning: bool,
+    /// Most tokens of reasoning, if there is a bound.
+    pub(crate) thinking_budget: Option<usize>,
 }
 
 impl AnswerForm {
-    /// Reads `tools`, `tool_choice`, `parallel_tool_calls` and `include_reasoning`.
+    /// Reads `tools`, `tool_choice`, `parallel_tool_calls` and `include_reasoning`; the budget is read elsewhere.
     ///
     /// # Errors
     /// Names the place in `tools` that is wrong, or the choice that makes no sense.
@@ -85,6 +90,7 @@ impl AnswerForm {
             thinks: formats.reasoning,
             only_first_call: !body.boolean("parallel_tool_calls", true)?,
             include_reasoning: body.boolean("include_reasoning", true)?,
+            thinking_budget: None,
         })
     }
 
@@ -260,7 +266,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: Formats = Formats { tools: Some(ToolFormat::Hermes), reasoning: true };
+    const ALL: Formats = Formats { tools: Some(ToolFormat::Hermes), reasoning: true, thinking_switch: true };
 
     fn read(body: Value, formats: Formats) -> Result<AnswerForm, ApiError> {
         AnswerForm::read(&mut Body::new(body)?, formats)
@@ -354,7 +360,7 @@ mod tests {
 
     #[test]
     fn a_model_without_tools_refuses_them_and_needs_no_parser() {
-        let none = Formats { tools: None, reasoning: false };
+        let none = Formats { tools: None, reasoning: false, thinking_switch: false };
         let tools = tool(&json!({"name": "f"}));
         assert_eq!(read(json!({"tools": tools}), none).unwrap_err().to_json()["error"]["param"], "tools");
         read(json!({"tools": tools, "tool_choice": "none"}), none).unwrap();

@@ -1,11 +1,11 @@
-//! The two generating routes: a JSON body, or server-sent events.
+//! The generating routes of OpenAI's older dialects, and what all generating routes share: a JSON body, or server-sent
+//! events.
 
 use std::convert::Infallible;
-use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, StreamExt};
@@ -13,10 +13,8 @@ use serde_json::Value;
 
 use super::HttpState;
 use super::reply::JsonBody;
+use super::request_id::REQUEST_ID;
 use crate::{ApiError, Generation};
-
-/// Silence after which a comment keeps proxies from closing the connection during a long prefill.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// POST /v1/chat/completions
 pub(super) async fn chat(
@@ -24,7 +22,8 @@ pub(super) async fn chat(
     headers: HeaderMap,
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
-    respond(state.front_end.chat(with_request_id(body, &headers)).await?).await
+    let body = with_request_id(body, &headers);
+    respond(&state, state.front_end.chat(body).await?).await
 }
 
 /// POST /v1/completions
@@ -33,12 +32,13 @@ pub(super) async fn completions(
     headers: HeaderMap,
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
-    respond(state.front_end.completion(with_request_id(body, &headers)).await?).await
+    let body = with_request_id(body, &headers);
+    respond(&state, state.front_end.completion(body).await?).await
 }
 
 /// The header names the request where the body does not, as in vLLM.
-fn with_request_id(mut body: Value, headers: &HeaderMap) -> Value {
-    let header = headers.get("x-request-id").and_then(|value| value.to_str().ok());
+pub(super) fn with_request_id(mut body: Value, headers: &HeaderMap) -> Value {
+    let header = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     if let (Some(id), Value::Object(fields)) = (header, &mut body)
         && fields.get("request_id").is_none_or(Value::is_null)
     {
@@ -48,12 +48,28 @@ fn with_request_id(mut body: Value, headers: &HeaderMap) -> Value {
 }
 
 /// When the client goes away, the response is dropped, and with it the generation: that cancels its sequences.
-async fn respond(generation: Generation) -> Result<Response, ApiError> {
-    if !generation.is_streamed() {
-        return Ok(Json(generation.into_response().await?).into_response());
+pub(super) async fn respond(state: &HttpState, generation: Generation) -> Result<Response, ApiError> {
+    let request_id = HeaderValue::from_str(generation.request_id()).ok();
+    let mut response = match generation.is_streamed() {
+        true => stream(state, generation),
+        false => Json(generation.into_response().await?).into_response(),
+    };
+    if let Some(request_id) = request_id {
+        response.headers_mut().insert(REQUEST_ID, request_id);
     }
-    let chunks = generation.into_chunks().map(|chunk| Event::default().data(chunk.to_string()));
-    let done = stream::once(async { Event::default().data("[DONE]") });
-    let events = chunks.chain(done).map(Ok::<_, Infallible>);
-    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive")).into_response())
+    Ok(response)
+}
+
+/// Events with a type are named by it; those without end with a word of their own.
+fn stream(state: &HttpState, generation: Generation) -> Response {
+    let is_named = generation.has_named_events();
+    let events = generation.into_chunks().map(move |chunk| {
+        let name = chunk.get("type").and_then(Value::as_str).filter(|_| is_named);
+        let event = name.map_or_else(Event::default, |name| Event::default().event(name));
+        event.data(chunk.to_string())
+    });
+    let done = stream::iter((!is_named).then(|| Event::default().data("[DONE]")));
+    let events = events.chain(done).map(Ok::<_, Infallible>);
+    let keep_alive = KeepAlive::new().interval(state.front_end.options.keep_alive).text("keep-alive");
+    Sse::new(events).keep_alive(keep_alive).into_response()
 }

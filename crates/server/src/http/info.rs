@@ -23,7 +23,17 @@ pub(super) async fn model(
     state.front_end.model(&name).map(Json)
 }
 
-/// GET /health: 200 with no body when the engine can serve, else 503 and the reason.
+/// GET /live: 200 as long as there is a process that answers.
+pub(super) async fn live() -> StatusCode {
+    StatusCode::OK
+}
+
+/// GET /load: how many requests are at work, in vLLM's shape.
+pub(super) async fn load(State(state): State<HttpState>) -> Json<Value> {
+    Json(json!({"server_load": state.front_end.load()}))
+}
+
+/// GET /health, /ready and /ping: 200 with no body when the engine can serve, else 503 and the reason.
 pub(super) async fn health(State(state): State<HttpState>) -> Response {
     let (status, reason) = match state.front_end.health() {
         Health::Ready => return StatusCode::OK.into_response(),

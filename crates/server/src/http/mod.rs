@@ -1,11 +1,19 @@
 //! HTTP around a [`FrontEnd`]: routes, keys, limits, serving. What the bodies mean is decided elsewhere.
 
 mod auth;
+mod browsers;
 mod completions;
+mod docs;
 mod info;
+mod intake;
+mod messages;
 mod reply;
+mod request_id;
+mod responses;
 mod serve;
+mod tls;
 mod tokens;
+mod ui;
 
 use std::sync::Arc;
 
@@ -18,7 +26,10 @@ use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub use auth::ApiKeys;
-pub use serve::serve;
+pub use browsers::{Cors, CorsError};
+pub(crate) use intake::settle;
+pub use serve::{ServeOptions, serve};
+pub use tls::{Tls, TlsError};
 
 use crate::{ApiError, FrontEnd};
 
@@ -36,24 +47,38 @@ pub struct HttpState {
     pub max_body_bytes: usize,
 }
 
-/// Every route of the server. All but `/health` need an API key, if there are any.
+/// Every route of the server. All but those that load balancers ask need an API key, if there are any.
 pub fn router(state: HttpState) -> Router {
     let keys = state.api_keys.clone();
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/input_tokens", post(responses::count_tokens))
+        .route("/v1/responses/{id}", get(responses::get).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/models", get(info::models))
         .route("/v1/models/{*name}", get(info::model))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/health", get(info::health))
+        .route("/live", get(info::live))
+        .route("/ready", get(info::health))
+        .route("/ping", get(info::health).post(info::health))
+        .route("/load", get(info::load))
+        .route("/openapi.json", get(docs::document))
+        .route("/docs", get(docs::docs))
         .route("/version", get(info::version))
         .route("/metrics", get(info::metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(state.max_body_bytes))
         .layer(middleware::from_fn_with_state(keys, auth::require_key))
+        .merge(ui::routes())
         .layer(CatchPanicLayer::custom(on_panic))
+        .layer(middleware::from_fn(request_id::name))
         .with_state(state)
 }
 

@@ -85,6 +85,24 @@ async fn usage_can_come_with_every_chunk_or_not_at_all() {
 }
 
 #[tokio::test]
+async fn the_progress_of_the_prompt_is_shown_on_request() {
+    let engine = Fake::says("abc");
+    let server = server(&engine);
+    let got = chunks(&server, PATH, hello(json!({"stream": true, "return_progress": true}))).await;
+    let shown: Vec<_> = got.iter().filter_map(|chunk| chunk.get("prompt_progress")).collect();
+    let numbers =
+        |name: &str| shown.iter().map(|progress| progress[name].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!(numbers("processed"), [4, 14, 24, 25]);
+    assert_eq!((numbers("total"), numbers("cache")), (vec![25; 4], vec![4; 4]));
+    assert!(numbers("time_ms").is_sorted());
+    let text: String =
+        got.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(text, "abc");
+    let (status, error) = chat(&server, hello(json!({"return_progress": true}))).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("return_progress")));
+}
+
+#[tokio::test]
 async fn logprobs_show_token_bytes_and_alternatives() {
     let engine = Fake::says("é");
     let (_, answer) = chat(&server(&engine), hello(json!({"logprobs": true, "top_logprobs": 2}))).await;

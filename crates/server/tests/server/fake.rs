@@ -112,6 +112,9 @@ impl Engine for Fake {
             let at = |(i, id): (usize, &TokenId)| (i > 0).then(|| logprobs(*id, count));
             request.prompt.iter().enumerate().map(at).collect()
         });
+        if let Some(progress) = &request.progress {
+            (4..request.prompt.len()).step_by(10).for_each(|num_tokens| progress.send(num_tokens).unwrap());
+        }
         send(Event::Prompt { num_cached_tokens: 4, logprobs: prompt_logprobs });
         let cut = tokens.len() > sampling.max_tokens;
         let num_tokens = tokens.len().min(sampling.max_tokens);

@@ -1,12 +1,15 @@
 //! Routes, keys, errors of the engine, and the pages that only tell.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::http::{Request, header};
 use serde_json::{Value, json};
 use spark_api::{FinishReason, Health, SubmitError};
+use spark_server::{ApiKeys, HttpState, router};
 
 use crate::fake::{Fake, MAX_MODEL_LEN, Script};
-use crate::{ask, chunks, complete, ids, post, send, server, server_with, text};
+use crate::{ask, chunks, complete, front_end, ids, post, send, server, server_with, text};
 
 async fn get(server: &axum::Router, path: &str) -> (u16, String) {
     let response = send(server, Request::get(path).body(Body::empty()).unwrap()).await;
@@ -58,6 +61,7 @@ async fn health_follows_the_engine() {
         *engine.health.lock().unwrap() = health;
         let (code, page) = get(&server, "/health").await;
         assert_eq!((code, &json_of(&page)["status"]), (503, &json!(status)));
+        assert_eq!((get(&server, "/ready").await.0, get(&server, "/live").await.0), (503, 200));
         assert_eq!(complete(&server, json!({"prompt": "x"})).await.0, 503);
     }
 }
@@ -66,9 +70,20 @@ async fn health_follows_the_engine() {
 async fn every_route_but_health_needs_the_key() {
     let engine = Fake::says("x");
     let server = server_with(&engine, &["secret", "other"], 1 << 20);
-    let gets = ["/v1/models", "/v1/models/tiny", "/version", "/metrics", "/nowhere"];
-    let posts = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"];
-    let body = json!({"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [65]});
+    let gets =
+        ["/v1/models", "/v1/models/tiny", "/version", "/metrics", "/load", "/v1/responses/x", "/nowhere"];
+    let posts = [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/responses/x/cancel",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+    ];
+    let messages = json!([{"role": "user", "content": "x"}]);
+    let body = json!({"prompt": "x", "messages": messages, "max_tokens": 5, "input": "x", "tokens": [65]});
     let request = |path: &str| match gets.contains(&path) {
         true => Request::get(path).body(Body::empty()).unwrap(),
         false => post(path, &body),
@@ -88,13 +103,19 @@ async fn every_route_but_health_needs_the_key() {
             }
             let response = send(&server, request).await;
             assert_eq!(response.status(), 401, "{path} with {header:?}");
-            assert_eq!(json_of(&text(response).await)["error"]["type"], "AuthenticationError");
+            let kind =
+                if path.starts_with("/v1/messages") { "authentication_error" } else { "AuthenticationError" };
+            assert_eq!(json_of(&text(response).await)["error"]["type"], kind);
         }
-        let mut request = request(path);
-        request.headers_mut().insert(header::AUTHORIZATION, "Bearer other".parse().unwrap());
-        assert_ne!(send(&server, request).await.status(), 401, "{path}");
+        for (name, value) in [("authorization", "Bearer other"), ("x-api-key", "secret")] {
+            let mut request = request(path);
+            request.headers_mut().insert(name, value.parse().unwrap());
+            assert_ne!(send(&server, request).await.status(), 401, "{path}");
+        }
     }
-    assert_eq!(get(&server, "/health").await.0, 200);
+    for path in ["/health", "/live", "/ready", "/ping"] {
+        assert_eq!(get(&server, path).await.0, 200, "{path}");
+    }
 }
 
 #[tokio::test]
@@ -213,8 +234,48 @@ async fn a_request_id_comes_from_the_body_or_the_header() {
     let server = server(&Fake::says("x"));
     let mut request = post("/v1/completions", &json!({"prompt": "x"}));
     request.headers_mut().insert("x-request-id", "from-header".parse().unwrap());
-    assert_eq!(json_of(&text(send(&server, request).await).await)["id"], "cmpl-from-header");
+    let response = send(&server, request).await;
+    assert_eq!(response.headers()["x-request-id"], "from-header");
+    assert_eq!(json_of(&text(response).await)["id"], "cmpl-from-header");
+
+    let mut request = post("/v1/completions", &json!({"prompt": "x", "request_id": "from-body"}));
+    request.headers_mut().insert("x-request-id", "from-header".parse().unwrap());
+    let response = send(&server, request).await;
+    assert_eq!(response.headers()["x-request-id"], "from-body");
+    assert_eq!(json_of(&text(response).await)["id"], "cmpl-from-body");
+
+    // Made up by the server: the same in header and body.
+    let response = send(&server, post("/v1/completions", &json!({"prompt": "x"}))).await;
+    let id = response.headers()["x-request-id"].to_str().unwrap().to_owned();
+    assert_eq!(json_of(&text(response).await)["id"], format!("cmpl-{id}"));
+    let refused = send(&server, post("/v1/completions", &json!({}))).await;
+    assert!(!refused.headers()["x-request-id"].is_empty());
     let (_, first) = complete(&server, json!({"prompt": "x"})).await;
     let (_, second) = complete(&server, json!({"prompt": "x"})).await;
     assert_ne!(first["id"], second["id"]);
+}
+
+#[tokio::test]
+async fn the_load_is_what_is_at_work() {
+    let engine = Fake::new(Script::Hang(ids("ab")));
+    let server = server(&engine);
+    let load = async || json_of(&get(&server, "/load").await.1)["server_load"].clone();
+    assert_eq!(load().await, 0);
+    let stream = send(&server, post("/v1/completions", &json!({"prompt": "x", "stream": true}))).await;
+    assert_eq!(load().await, 1);
+    drop(stream);
+    assert_eq!(load().await, 0);
+}
+
+#[tokio::test]
+async fn a_silent_stream_is_kept_alive_with_comments() {
+    use futures_util::StreamExt;
+    let front_end = front_end(&Fake::new(Script::Hang(Vec::new())), |options| {
+        options.keep_alive = Duration::from_millis(1);
+    });
+    let server =
+        router(HttpState { front_end, api_keys: ApiKeys::new(&[] as &[&str]), max_body_bytes: 1 << 20 });
+    let response = send(&server, post("/v1/completions", &json!({"prompt": "x", "stream": true}))).await;
+    let mut body = response.into_body().into_data_stream();
+    assert_eq!(body.next().await.unwrap().unwrap(), ": keep-alive\n\n");
 }

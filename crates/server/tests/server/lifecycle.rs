@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use futures_util::StreamExt;
 use serde_json::json;
-use spark_server::{ApiKeys, HttpState, serve};
+use spark_server::{ApiKeys, HttpState, ServeOptions, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -51,7 +51,7 @@ async fn start(engine: &Arc<Fake>) -> Running {
     let shutdown = async {
         let _ = stopped.await;
     };
-    Running { address, stop, done: tokio::spawn(serve(listener, state, shutdown)) }
+    Running { address, stop, done: tokio::spawn(serve(listener, state, ServeOptions::default(), shutdown)) }
 }
 
 async fn open(server: &Running, body: &str) -> TcpStream {

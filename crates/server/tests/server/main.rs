@@ -4,11 +4,16 @@
 mod bad_input;
 mod chat;
 mod completions;
+mod connections;
 mod fake;
 mod http;
 mod images;
 mod lifecycle;
+mod messages;
+mod openapi;
+mod responses;
 mod structured;
+mod thinking;
 mod tools;
 
 use std::path::Path;
@@ -96,6 +101,20 @@ async fn ask(server: &Router, path: &str, body: Value) -> (u16, Value) {
     let status = response.status().as_u16();
     let text = text(response).await;
     (status, serde_json::from_str(&text).unwrap_or_else(|_| panic!("{path} answered {text:?}")))
+}
+
+/// The events of a stream whose events have names: those must be the types in their data.
+async fn events(server: &Router, path: &str, body: Value) -> Vec<Value> {
+    let response = send(server, post(path, &body)).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()[header::CONTENT_TYPE], "text/event-stream");
+    let event = |event: &str| {
+        let (name, data) = event.split_once('\n').unwrap();
+        let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+        assert_eq!(name.strip_prefix("event: "), data["type"].as_str());
+        data
+    };
+    text(response).await.split("\n\n").filter(|event| !event.is_empty()).map(event).collect()
 }
 
 async fn chat(server: &Router, body: Value) -> (u16, Value) {

@@ -13,7 +13,7 @@ use crate::fake::{EOS, Fake, Script};
 use crate::{chat, chunks, front_end_of, ids, model_folder, tokenizer};
 
 const PATH: &str = "/v1/chat/completions";
-const CALL: &str =
+pub(crate) const CALL: &str =
     "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Köln\"}}\n</tool_call>";
 const ARGUMENTS: &str = "{\"city\": \"Köln\"}";
 
@@ -24,11 +24,11 @@ const THINKING: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n\
     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\
     {% if enable_thinking is defined %}{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}";
 
-fn roomy(script: Script) -> Arc<Fake> {
+pub(crate) fn roomy(script: Script) -> Arc<Fake> {
     Fake::with_limits(script, |limits| limits.max_model_len = 4096)
 }
 
-fn says(text: &str) -> Arc<Fake> {
+pub(crate) fn says(text: &str) -> Arc<Fake> {
     let tokens = [ids(text), vec![EOS]].concat();
     roomy(Script::Tokens(tokens, FinishReason::Eos))
 }
@@ -45,13 +45,13 @@ fn serve(engine: &Arc<Fake>, template: ChatTemplate, change: impl FnOnce(&mut Op
 }
 
 /// A server of the fixture model, which calls tools and does not think.
-fn caller(engine: &Arc<Fake>) -> Router {
+pub(crate) fn caller(engine: &Arc<Fake>) -> Router {
     let template = ChatTemplate::from_dir(&model_folder(), &tokenizer()).unwrap();
     serve(engine, template, |_| {})
 }
 
 /// A server of a model that thinks and calls tools.
-fn thinker(engine: &Arc<Fake>) -> Router {
+pub(crate) fn thinker(engine: &Arc<Fake>) -> Router {
     serve(engine, template(THINKING, &tokenizer()), |_| {})
 }
 
@@ -367,7 +367,7 @@ async fn bad_tools_are_refused_by_place() {
         ),
         (json!({"parallel_tool_calls": "no"}), "parallel_tool_calls", "a boolean"),
         (json!({"include_reasoning": 1}), "include_reasoning", "a boolean"),
-        (json!({"thinking_token_budget": 10}), "thinking_token_budget", "not supported"),
+        (json!({"thinking_token_budget": 10}), "thinking_token_budget", "does not think"),
     ] {
         let (status, error) = chat(&caller(&says("x")), ask(&extra)).await;
         assert_eq!((status, &error["error"]["param"]), (400, &json!(param)));

@@ -1,0 +1,162 @@
+//! Schemas of the request bodies: which fields they have is taken from the table of fields, never listed twice.
+
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaType, Type};
+
+use super::schema::{
+    Node, any, any_number, boolean, count, either, integer, integer_in, list, map, number, object, or_null,
+    text, word,
+};
+use crate::fields::{self, Endpoint, Support};
+
+/// The body of an endpoint; what is null is the same as absent, except for the fields that have to be there.
+pub(super) fn body(endpoint: Endpoint, required: &[&'static str]) -> Node {
+    let mut builder = ObjectBuilder::new().schema_type(SchemaType::Type(Type::Object));
+    for (name, _) in fields::all(endpoint).filter(|(_, support)| *support == Support::Works) {
+        // What has no schema shows as anything at all; a test says that there is nothing of that kind.
+        let node = field(endpoint, name).unwrap_or_else(any);
+        builder = match required.contains(&name) {
+            true => builder.property(name, node).required(name),
+            false => builder.property(name, or_null(node)),
+        };
+    }
+    let refused = fields::all(endpoint).filter(|(_, support)| matches!(support, Support::Refused(_)));
+    let refused: Vec<&str> = refused.map(|(name, _)| name).collect();
+    let ignored = fields::all(endpoint).filter(|(_, support)| *support == Support::NoEffect);
+    let ignored: Vec<&str> = ignored.map(|(name, _)| name).collect();
+    let description = format!(
+        "Accepted without effect: {}. A 400, unless it asks for what happens anyway: {}. Other fields are unknown: the \
+         server's log names them once.",
+        ignored.join(", "),
+        refused.join(", ")
+    );
+    RefOr::T(Schema::Object(builder.description(Some(description)).build()))
+}
+
+/// What a field holds.
+fn field(endpoint: Endpoint, name: &str) -> Option<Node> {
+    Some(match name {
+        "messages" => list(message(endpoint)),
+        "system" => either(vec![text(), list(map(any()))]),
+        "input" => either(vec![text(), list(map(any()))]),
+        "prompt" => prompt(),
+        "stop" => either(vec![text(), list(text())]),
+        "logprobs" if endpoint == Endpoint::Completions => either(vec![boolean(), count()]),
+        "tools" => list(map(any())),
+        "tool_choice" if endpoint == Endpoint::Messages => map(any()),
+        "tool_choice" => either(vec![word(&["none", "auto", "required"]), map(any())]),
+        _ => return sampling(name).or_else(|| output(name)).or_else(|| other(name)),
+    })
+}
+
+fn sampling(name: &str) -> Option<Node> {
+    Some(match name {
+        "temperature" => number(0.0, 2.0),
+        "top_p" | "min_p" => number(0.0, 1.0),
+        "top_k" => integer(-1),
+        "presence_penalty" | "frequency_penalty" => number(-2.0, 2.0),
+        "repetition_penalty" => number(0.0, 2.0),
+        "logit_bias" => map(any_number()),
+        "stop_token_ids" => list(count()),
+        "stop_sequences" => list(text()),
+        "seed" => integer(i64::MIN),
+        "n" => integer_in(1, 128),
+        "max_tokens" | "max_completion_tokens" | "max_output_tokens" | "min_tokens" => count(),
+        "thinking_token_budget" => integer(-1),
+        _ => return None,
+    })
+}
+
+fn output(name: &str) -> Option<Node> {
+    Some(match name {
+        "stream"
+        | "return_progress"
+        | "logprobs"
+        | "echo"
+        | "include_stop_str_in_output"
+        | "ignore_eos"
+        | "return_token_ids"
+        | "return_tokens_as_token_ids"
+        | "skip_special_tokens"
+        | "add_special_tokens"
+        | "add_generation_prompt"
+        | "continue_final_message"
+        | "parallel_tool_calls"
+        | "include_reasoning"
+        | "store"
+        | "background" => boolean(),
+        "stream_options" => object(
+            Vec::new(),
+            vec![("include_usage", or_null(boolean())), ("continuous_usage_stats", or_null(boolean()))],
+        ),
+        "top_logprobs" | "prompt_logprobs" => count(),
+        "include" => list(word(&["message.output_text.logprobs", "reasoning.encrypted_content"])),
+        "response_format" | "structured_outputs" | "output_config" | "output_format" | "text" => map(any()),
+        _ => return None,
+    })
+}
+
+fn other(name: &str) -> Option<Node> {
+    Some(match name {
+        "model" | "cache_salt" | "request_id" | "previous_response_id" | "instructions" => text(),
+        "priority" => integer_in(i64::from(i32::MIN), i64::from(i32::MAX)),
+        "chat_template_kwargs" | "thinking" | "reasoning" => map(any()),
+        "metadata" => map(text()),
+        "reasoning_effort" => word(&["none", "minimal", "low", "medium", "high", "xhigh", "max"]),
+        _ => return None,
+    })
+}
+
+fn prompt() -> Node {
+    either(vec![text(), list(text()), list(count()), list(list(count()))])
+}
+
+fn message(endpoint: Endpoint) -> Node {
+    let content = either(vec![text(), list(map(any()))]);
+    match endpoint {
+        Endpoint::Messages => {
+            object(vec![("role", word(&["user", "assistant"])), ("content", content)], Vec::new())
+        }
+        _ => object(
+            vec![("role", word(&["system", "developer", "user", "assistant", "tool"]))],
+            vec![("content", or_null(content)), ("tool_calls", or_null(list(map(any()))))],
+        ),
+    }
+}
+
+/// The body of `/tokenize`: a prompt, or the fields of a chat that make one.
+pub(super) fn tokenize() -> Node {
+    let fields = [
+        "model",
+        "messages",
+        "add_special_tokens",
+        "tools",
+        "chat_template_kwargs",
+        "add_generation_prompt",
+        "continue_final_message",
+    ];
+    let mut maybe: Vec<_> =
+        fields.into_iter().filter_map(|name| Some((name, or_null(field(Endpoint::Chat, name)?)))).collect();
+    maybe.push(("prompt", or_null(text())));
+    maybe.push(("return_token_strs", or_null(boolean())));
+    object(Vec::new(), maybe)
+}
+
+/// The body of `/detokenize`.
+pub(super) fn detokenize() -> Node {
+    object(vec![("tokens", list(count()))], vec![("model", or_null(text()))])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_field_has_a_schema() {
+        for endpoint in [Endpoint::Chat, Endpoint::Completions, Endpoint::Messages, Endpoint::Responses] {
+            for (name, _) in fields::all(endpoint).filter(|(_, support)| *support == Support::Works) {
+                assert!(field(endpoint, name).is_some(), "{endpoint:?}: {name}");
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! From messages or a text to a prompt: rendered, tokenised, with its images. Reads no other fields and queues nothing.
+
+use std::sync::Arc;
+
+use futures_util::future::try_join_all;
+use spark_api::{MediaItem, TokenId};
+use spark_text::{GrammarStart, TextError, expand_placeholders};
+
+use crate::body::Body;
+use crate::chat_request::{read_chat, segment_text};
+use crate::completion_request::PromptInput;
+use crate::grammars::AnswerGrammar;
+use crate::images::{HeldImage, ImageFile, media_item};
+use crate::parts::AnswerPlan;
+use crate::structured::Wanted;
+use crate::{ApiError, FrontEnd};
+
+/// The tokens of a conversation, with room for its images, which are still to be decoded.
+pub(crate) struct ChatTokens {
+    pub(crate) tokens: Vec<TokenId>,
+    files: Vec<ImageFile>,
+    /// Of the first placeholder of each image.
+    offsets: Vec<usize>,
+    answer: Option<AnswerPlan>,
+    /// What the answer is held to, and where in the output that begins.
+    wanted: Option<(Wanted, GrammarStart)>,
+}
+
+/// A prompt, ready for the engine.
+pub(crate) struct Prompt {
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) media: Vec<MediaItem>,
+    /// What `media` are part of. Kept until all sequences have ended, for the bound on their memory.
+    pub(crate) images: Arc<[Arc<HeldImage>]>,
+    /// What `echo` shows.
+    pub(crate) echo: String,
+    /// How outputs are taken apart; `None`: not at all.
+    pub(crate) answer: Option<AnswerPlan>,
+    /// What outputs are held to.
+    pub(crate) grammar: Option<AnswerGrammar>,
+}
+
+impl FrontEnd {
+    /// The prompt of a chat. Its images are decoded last: a small file can hold many pixels, which are not worth their
+    /// time and memory if the prompt is refused.
+    pub(crate) async fn chat_prompt(
+        &self,
+        body: &mut Body,
+        structured: Option<Wanted>,
+    ) -> Result<Prompt, ApiError> {
+        let ChatTokens { tokens, files, offsets, answer, wanted } =
+            self.chat_tokens(body, structured).await?;
+        let max_model_len = self.engine.info().limits.max_model_len;
+        if tokens.len() >= max_model_len {
+            let message = format!(
+                "the messages have {} tokens; with at least one output token that is over max_model_len ({max_model_len})",
+                tokens.len()
+            );
+            return Err(ApiError::field("messages", message));
+        }
+        let grammar = match wanted {
+            Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
+            None => None,
+        };
+        let images: Arc<[_]> = match &self.images {
+            Some(images) if !files.is_empty() => images.load(&self.pool, files).await?.into(),
+            _ => Arc::default(),
+        };
+        let media = images.iter().zip(offsets).map(|(image, offset)| media_item(image, offset)).collect();
+        Ok(Prompt { tokens, media, images, echo: String::new(), answer, grammar })
+    }
+
+    /// Renders a conversation, tokenises it and makes room for its images. `structured`: what its answer has to be where
+    /// it calls no tools.
+    pub(crate) async fn chat_tokens(
+        &self,
+        body: &mut Body,
+        structured: Option<Wanted>,
+    ) -> Result<ChatTokens, ApiError> {
+        let (Some(template), Some(formats)) = (self.template.clone(), self.formats) else {
+            return Err(ApiError::field("messages", "this model has no chat template; use /v1/completions"));
+        };
+        let mut chat = read_chat(body, template.accepts_parts(), formats)?;
+        let files = self.inspect_images(std::mem::take(&mut chat.image_urls)).await?;
+        let (tokenizer, max_bytes) = (self.tokenizer.clone(), self.max_text_bytes());
+        let (mut tokens, answer, wanted) = self
+            .pool
+            .run(move || {
+                let segments = chat.render(&template)?;
+                check_length(
+                    segments.iter().map(|segment| segment_text(segment).len()).sum(),
+                    max_bytes,
+                    "messages",
+                )?;
+                let tokens = tokenizer.encode(&segments).map_err(|error| refuse_text("messages", &error))?;
+                let wanted = match chat.grammar(structured) {
+                    Some(wanted) => Some((wanted, chat.grammar_start(&template, &segments)?)),
+                    None => None,
+                };
+                Ok((tokens, chat.answer_plan(&segments), wanted))
+            })
+            .await?;
+        let mut offsets = Vec::new();
+        if let Some(placeholder) = self.engine.info().limits.image_token_id {
+            let counts: Vec<usize> = files.iter().map(|file| file.num_tokens).collect();
+            let expanded = expand_placeholders(&tokens, placeholder, &counts);
+            (tokens, offsets) = expanded.map_err(|error| refuse_text("messages", &error))?;
+        }
+        Ok(ChatTokens { tokens, files, offsets, answer, wanted })
+    }
+
+    /// Judges images by their headers, one by one and together.
+    async fn inspect_images(&self, urls: Vec<String>) -> Result<Vec<ImageFile>, ApiError> {
+        if urls.is_empty() {
+            return Ok(Vec::new());
+        }
+        let limits = &self.engine.info().limits;
+        let Some(images) = self.images.as_ref().filter(|_| limits.image_token_id.is_some()) else {
+            return Err(ApiError::field("messages", "this model does not take images"));
+        };
+        if urls.len() > limits.max_media {
+            let message = format!("{} images in one prompt; the limit is {}", urls.len(), limits.max_media);
+            return Err(ApiError::field("messages", message));
+        }
+        let files = try_join_all(urls.into_iter().map(|url| images.inspect(&self.pool, url))).await?;
+        let num_tokens = files.iter().map(|file| file.num_tokens).fold(0, usize::saturating_add);
+        if num_tokens >= limits.max_model_len {
+            let message = format!(
+                "the images need {num_tokens} tokens together; with at least one output token that is over max_model_len \
+                 ({}): send fewer or smaller ones",
+                limits.max_model_len
+            );
+            return Err(ApiError::field("messages", message));
+        }
+        Ok(files)
+    }
+
+    /// Tokenises one prompt of a completion. It is written by whoever would write the template, so its special tokens
+    /// count; without media, placeholders among them are refused with the request.
+    pub(crate) async fn completion_prompt(&self, input: PromptInput, echo: bool) -> Result<Prompt, ApiError> {
+        let tokenizer = self.tokenizer.clone();
+        let max_bytes = self.max_text_bytes();
+        let work = move || match input {
+            PromptInput::Ids(tokens) => {
+                let echo = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
+                Ok(Prompt {
+                    tokens,
+                    media: Vec::new(),
+                    images: Arc::default(),
+                    echo,
+                    answer: None,
+                    grammar: None,
+                })
+            }
+            PromptInput::Text(text) => {
+                check_length(text.len(), max_bytes, "prompt")?;
+                let tokens =
+                    tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
+                let echo = if echo { text } else { String::new() };
+                Ok(Prompt {
+                    tokens,
+                    media: Vec::new(),
+                    images: Arc::default(),
+                    echo,
+                    answer: None,
+                    grammar: None,
+                })
+            }
+        };
+        self.pool.run(work).await
+    }
+
+    /// A text of more bytes has too many tokens: that need not be found out by tokenising it.
+    fn max_text_bytes(&self) -> usize {
+        self.engine.info().limits.max_model_len.saturating_mul(self.tokenizer.max_token_bytes())
+    }
+}
+
+fn check_length(num_bytes: usize, max_bytes: usize, param: &'static str) -> Result<(), ApiError> {
+    if num_bytes <= max_bytes {
+        return Ok(());
+    }
+    let message =
+        format!("the text has {num_bytes} bytes; over {max_bytes} it cannot fit into max_model_len");
+    Err(ApiError::field(param, message))
+}
+
+/// A client's mistake is told; a broken checkpoint is logged.
+pub(crate) fn refuse_text(param: &'static str, error: &TextError) -> ApiError {
+    match error {
+        TextError::ReservedArgument { .. } => ApiError::field("chat_template_kwargs", error.to_string()),
+        _ if error.is_request_error() => ApiError::field(param, error.to_string()),
+        _ => ApiError::internal(error),
+    }
+}
