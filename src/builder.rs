@@ -4,6 +4,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use spark_backend::Dtype;
@@ -16,8 +17,11 @@ use spark_vision::{Alpha, DecodeOptions, ImageProcessor, ImageProcessorOverrides
 use spark_weights::{LoadStrategy, ProgressFn};
 
 use crate::{
-    Device, EncoderTimes, Error, LoadFormat, ModelFiles, Pictures, Quantization, Result, SparkEngine,
-    Started, encoder::EncodePictures, generation_defaults, start::Settings,
+    Device, EncoderTimes, Error, LoadFormat, ModelFiles, Pictures, Quantization, Ranks, Result, SparkEngine,
+    Started,
+    encoder::EncodePictures,
+    generation_defaults,
+    start::{Reopen, Settings},
 };
 
 type ChangeOptions = Box<dyn FnOnce(&mut Options) + Send>;
@@ -108,6 +112,12 @@ impl EngineBuilder {
         self
     }
 
+    /// A folder where what this rank holds is kept for its next start.
+    pub fn weight_cache(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.settings.weight_cache = Some(folder.into());
+        self
+    }
+
     /// Threads of the CPU backend; by default one per core.
     pub fn threads(mut self, threads: usize) -> Self {
         self.settings.threads = Some(threads);
@@ -168,6 +178,13 @@ impl EngineBuilder {
         self
     }
 
+    /// The place of this process in a group of ranks. Rank 0 [builds](Self::build) or [starts](Self::start) the engine, the
+    /// others [follow](Self::follow) it.
+    pub fn ranks(mut self, ranks: Ranks) -> Self {
+        self.settings.ranks = Some(ranks);
+        self
+    }
+
     /// Loads the model and starts the engine. Blocks until it is ready.
     ///
     /// # Errors
@@ -194,7 +211,7 @@ impl EngineBuilder {
         if let Some(change) = self.front_end.take() {
             change(&mut options);
         }
-        let handle = self.settings.start(files, tokenizer.vocab_size())?.engine;
+        let handle = self.settings.start(files, tokenizer.vocab_size(), self.reopen())?.engine;
         let front_end =
             FrontEnd::new(Arc::new(handle.clone()), tokenizer.clone(), template, processor, options);
         Ok(SparkEngine::new(handle, Arc::new(front_end), tokenizer))
@@ -208,11 +225,25 @@ impl EngineBuilder {
     pub fn start(mut self) -> Result<Started> {
         let files = self.open()?;
         let vocab_size = files.config.text.vocab_size;
-        self.settings.start(files, vocab_size)
+        self.settings.start(files, vocab_size, self.reopen())
+    }
+
+    /// Computes for rank 0 until its engine ends; for every other rank of a group, with the same settings. `has_images` says
+    /// whether rank 0's engine is [built](Self::build) with an image processor or [started](Self::start) without. Blocks.
+    ///
+    /// # Errors
+    /// As for [`EngineBuilder::build`]; rank 0 is lost, or the ranks' results differ.
+    pub fn follow(mut self, has_images: bool) -> Result<()> {
+        let files = self.open()?;
+        if let (true, Some(vision)) = (has_images, &files.config.vision) {
+            let dir = self.tokenizer.clone().unwrap_or_else(|| files.checkpoint.dir().to_owned());
+            self.open_processor(&dir, vision)?;
+        }
+        self.settings.follow(files)
     }
 
     /// Loads the model and measures its vision encoder alone: every entry of `pictures`, `repetitions` times after one run that does
-    /// not count. The encoder cache is as large as they need. Blocks.
+    /// not count. The encoder cache is as large as they need. Every rank of a group must call this: pictures of a pass are divided. Blocks.
     ///
     /// # Errors
     /// As for [`EngineBuilder::build`]; a text model, or sides that the encoder does not take.
@@ -224,25 +255,33 @@ impl EngineBuilder {
         self.settings.options.encoder_cache_tokens = most_tokens.unwrap_or(1).max(1);
         self.settings.options.check(&files.config)?;
         let dtype = self.settings.dtype.unwrap_or_else(|| files.auto_dtype());
+        let timeout = self.settings.ranks.as_ref().map_or(Duration::ZERO, |ranks| ranks.join_timeout);
+        let joining = self.settings.joining(&files, timeout)?;
         let encode = EncodePictures { files, pictures, repetitions };
-        self.settings.with_backend(dtype, encode)
+        self.settings.with_backend(dtype, joining.as_ref(), encode)
     }
 
     /// The model's files, with options that fit them.
     fn open(&mut self) -> Result<ModelFiles> {
-        let revision = self.revision.take();
-        let files = match (self.settings.load_format, self.quantization) {
-            (LoadFormat::Auto, None) => ModelFiles::open(&self.model, revision)?,
-            (LoadFormat::Auto, Some(_)) => {
-                let problem = "only dummy weights have a format that can be chosen; a checkpoint has its own";
-                return Err(Error::option("--quantization", problem));
-            }
-            (LoadFormat::Dummy, quantization) => {
-                ModelFiles::open_config(&self.model, revision, quantization)?
-            }
-        };
+        let files = self.reopen()()?;
         self.settings.options.check(&files.config)?;
         Ok(files)
+    }
+
+    /// Opens the model's files, as often as it is called.
+    fn reopen(&self) -> Reopen {
+        let (model, revision) = (self.model.clone(), self.revision.clone());
+        let (load_format, quantization) = (self.settings.load_format, self.quantization);
+        Box::new(move || match (load_format, quantization) {
+            (LoadFormat::Auto, None) => ModelFiles::open(&model, revision.clone()),
+            (LoadFormat::Auto, Some(_)) => {
+                let problem = "only dummy weights have a format that can be chosen; a checkpoint has its own";
+                Err(Error::option("--quantization", problem))
+            }
+            (LoadFormat::Dummy, quantization) => {
+                ModelFiles::open_config(&model, revision.clone(), quantization)
+            }
+        })
     }
 
     /// Without a template the model still completes prompts; a chat is then a 400.

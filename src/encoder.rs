@@ -1,13 +1,14 @@
-//! The vision encoder alone: how long pictures take. No engine, no text; random pixels.
+//! The vision encoder alone: how long pictures take. No engine, no text; random pixels. Ranks divide the pictures of a pass, as in
+//! a step.
 
 use std::time::{Duration, Instant};
 
-use spark_backend::{Backend, VectorWeight};
-use spark_models::Qwen3Vl;
+use spark_backend::{Backend, Rank, VectorWeight};
+use spark_models::{Encoded, Qwen3Vl};
 
 use crate::{
     Error, ModelFiles, Result,
-    start::{Settings, UseBackend},
+    start::{Place, Settings, UseBackend},
 };
 
 /// Equal square pictures that are encoded one after the other.
@@ -47,7 +48,7 @@ pub(crate) struct EncodePictures<'a> {
 impl UseBackend for EncodePictures<'_> {
     type Output = EncoderTimes;
 
-    fn run<B: Backend>(self, settings: &Settings, mut backend: B, device: String) -> Result<EncoderTimes> {
+    fn run<B: Backend>(self, settings: &Settings, mut backend: B, place: Place) -> Result<EncoderTimes> {
         // Reading it back waits for all work before it.
         let mark = backend.vector(VectorWeight { values: vec![0.0; 16], shape: [1, 16] })?;
         let (model, memory) = settings.load(self.files, &backend)?;
@@ -56,12 +57,12 @@ impl UseBackend for EncodePictures<'_> {
         let mut times = Vec::with_capacity(self.pictures.len());
         for &pictures in self.pictures {
             let (pixels, side, passes) = passes(&model, pictures)?;
-            let (grid, count) = ([1, side, side], pictures.in_a_pass());
+            let pass = Pass { pixels, grid: [1, side, side], count: pictures.in_a_pass() };
             let mut of_pictures = Vec::with_capacity(self.repetitions);
             for repetition in 0..=self.repetitions {
                 let began = Instant::now();
                 for _ in 0..passes {
-                    model.encode_all(&backend, &pixels, grid, count, &mut |_, _| {})?;
+                    pass.encode(&model, &backend)?;
                 }
                 backend.to_host(&mark)?;
                 // The first one warms up.
@@ -71,7 +72,63 @@ impl UseBackend for EncodePictures<'_> {
             }
             times.push(of_pictures);
         }
-        Ok(EncoderTimes { device, times })
+        Ok(EncoderTimes { device: place.device, times })
+    }
+}
+
+/// Pictures that go through the encoder together.
+struct Pass {
+    pixels: Vec<u8>,
+    grid: [usize; 3],
+    count: usize,
+}
+
+impl Pass {
+    /// Encodes this rank's share and brings what each rank has to all others.
+    fn encode<B: Backend>(&self, model: &Qwen3Vl<B>, backend: &B) -> Result<Vec<Encoded<B>>> {
+        let (rank, one) = (backend.rank(), self.pixels.len() / self.count);
+        let share = rank.range(self.count);
+        let pixels = &self.pixels[share.start * one..share.end * one];
+        let mut mine = match share.len() {
+            0 => Vec::new(),
+            count => model.encode_all(backend, pixels, self.grid, count, &mut |_, _| {})?,
+        };
+        if rank.world() == 1 {
+            return Ok(mine);
+        }
+        let mut mine = mine.drain(..);
+        let owners = (0..rank.world()).filter_map(|index| Rank::new(index, rank.world()));
+        let owners = owners.flat_map(|owner| owner.range(self.count).map(move |_| owner));
+        owners
+            .map(|owner| self.exchange(model, backend, owner, (owner == rank).then(|| mine.next()).flatten()))
+            .collect()
+    }
+
+    /// A picture of rank `owner`, which alone brings it.
+    fn exchange<B: Backend>(
+        &self,
+        model: &Qwen3Vl<B>,
+        backend: &B,
+        owner: Rank,
+        encoded: Option<Encoded<B>>,
+    ) -> Result<Encoded<B>> {
+        let config = model.config();
+        let merged = config.vision.as_ref().map_or(1, |vision| vision.spatial_merge_size.pow(2));
+        let shape = [self.grid.iter().product::<usize>() / merged, config.text.hidden_size];
+        let exchange = |tensor: Option<B::Tensor>| {
+            let is_mine = tensor.is_some();
+            let tensor = backend.broadcast(tensor, shape, owner.index())?;
+            if is_mine { Ok(tensor) } else { backend.keep(&tensor) }
+        };
+        let (embeddings, deepstack) =
+            encoded.map_or((None, Vec::new()), |encoded| (Some(encoded.embeddings), encoded.deepstack));
+        let mut deepstack = deepstack.into_iter();
+        Ok(Encoded {
+            embeddings: exchange(embeddings)?,
+            deepstack: (0..config.num_deepstack())
+                .map(|_| exchange(deepstack.next()))
+                .collect::<spark_backend::Result<_>>()?,
+        })
     }
 }
 

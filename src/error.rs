@@ -21,6 +21,9 @@ pub enum Error {
     /// Memory, options, threads.
     #[error(transparent)]
     Runtime(#[from] spark_runtime::Error),
+    /// The other ranks, or the way to them.
+    #[error(transparent)]
+    Comm(#[from] spark_comm::Error),
     /// The device.
     #[error(transparent)]
     Backend(#[from] spark_backend::Error),

@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use serde_json::Value;
 use spark_api::{Engine, EngineInfo, EngineStats, EventStream, Health, Request, RequestError, SubmitError};
-use spark_runtime::EngineHandle;
+use spark_runtime::{EngineHandle, Failure};
 use spark_server::{ApiError, FrontEnd, Generation};
 use spark_text::Tokenizer;
 
@@ -82,6 +82,11 @@ impl SparkEngine {
     /// Whether it can serve.
     pub fn health(&self) -> Health {
         self.handle.health()
+    }
+
+    /// Why it has stopped by itself; `None` while it runs, and when it was told to stop.
+    pub fn failure(&self) -> Option<Failure> {
+        self.handle.failure()
     }
 
     /// Takes nothing new and finishes what is there. Returns at once; [`SparkEngine::join`] waits.

@@ -43,7 +43,9 @@ mod demo_model;
 mod encoder;
 mod error;
 mod facade;
+pub mod fingerprint;
 mod model_files;
+mod ranks;
 mod start;
 
 pub use builder::EngineBuilder;
@@ -52,12 +54,14 @@ pub use encoder::{EncoderTimes, Pictures};
 pub use error::{Error, Result};
 pub use facade::{SparkEngine, image_data_url};
 pub use model_files::{DTYPES, ModelFiles, Quantization, generation_defaults};
+pub use ranks::{OnJoined, Ranks, Role, StartRanks};
 pub use start::{Device, LoadFormat, StartTimes, Started};
 
 pub use spark_api as api;
-pub use spark_backend::{Dtype, Memory};
+pub use spark_backend::{Dtype, Memory, Rank};
+pub use spark_comm as comm;
 pub use spark_cuda::Profile;
-pub use spark_runtime::{EngineHandle, EngineOptions, KvCacheDtype, MemoryPlan, MemoryUse, Policy};
+pub use spark_runtime::{EngineHandle, EngineOptions, Failure, KvCacheDtype, MemoryPlan, MemoryUse, Policy};
 pub use spark_server as server;
 pub use spark_server::{ApiError, Generation};
 pub use spark_text::Tokenizer;

@@ -1,22 +1,19 @@
-//! From an opened model to an engine of token ids: choose the backend, load, size, start. The only place that chooses a
-//! backend. Text and images are the builder's.
+//! From an opened model to an engine of token ids, or to a rank that follows one: choose the backend, load, size, start. The
+//! only place that chooses a backend. Text and images are the builder's.
 
 use std::{
     path::PathBuf,
     time::{Duration, Instant},
 };
 
-use spark_backend::{Backend, Dtype, Memory};
+use spark_backend::{Backend, Dtype, Memory, Rank};
 use spark_cpu::CpuBackend;
 use spark_cuda::{CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, Profile};
 use spark_models::Qwen3Vl;
-use spark_runtime::{EngineHandle, EngineOptions, MemoryPlan, MemoryUse};
+use spark_runtime::{EngineHandle, EngineOptions, LeaderGroup, MemoryPlan, MemoryUse, Rebuild, Running};
 use spark_weights::{LoadOptions, LoadStrategy, Params, ProgressFn};
 
-use crate::{Error, ModelFiles, Result};
-
-/// The GPU that is used: the first of those that the process sees (CUDA_VISIBLE_DEVICES).
-const ORDINAL: usize = 0;
+use crate::{Error, ModelFiles, Ranks, Result, fingerprint, ranks::Team};
 
 /// Most tokens in a step on a GPU unless said: each of many experts then gets enough rows of a prompt to be worth reading its
 /// weights.
@@ -81,10 +78,21 @@ pub(crate) struct Settings {
     pub(crate) profile: Option<Profile>,
     pub(crate) load_format: LoadFormat,
     pub(crate) load_strategy: LoadStrategy,
+    pub(crate) weight_cache: Option<PathBuf>,
     pub(crate) threads: Option<usize>,
     pub(crate) options: EngineOptions,
     pub(crate) progress: Option<ProgressFn>,
     pub(crate) seed: u64,
+    pub(crate) ranks: Option<Ranks>,
+}
+
+/// Opens the model's files once more.
+pub(crate) type Reopen = Box<dyn Fn() -> Result<ModelFiles> + Send>;
+
+/// What ranks compare before they become a group, and how long they wait for each other.
+pub(crate) struct Joining {
+    model: [u8; 32],
+    timeout: Duration,
 }
 
 impl Default for Settings {
@@ -97,50 +105,160 @@ impl Default for Settings {
             profile: None,
             load_format: LoadFormat::Auto,
             load_strategy: LoadStrategy::default(),
+            weight_cache: None,
             threads: None,
             options: EngineOptions::default(),
             progress: None,
             seed: 0,
+            ranks: None,
         }
     }
 }
 
 impl Settings {
-    /// Loads the model and starts its engine; blocks until it is ready. `vocab_size` is the number of real tokens.
-    pub(crate) fn start(&self, files: ModelFiles, vocab_size: usize) -> Result<Started> {
+    /// Loads the model and starts its engine; blocks until it is ready. `vocab_size` is the number of real tokens. A group that
+    /// is lost later is made again from the files that `reopen` gives.
+    pub(crate) fn start(&self, files: ModelFiles, vocab_size: usize, reopen: Reopen) -> Result<Started> {
         let began = Instant::now();
-        let dtype = self.dtype.unwrap_or_else(|| files.auto_dtype());
-        self.with_backend(dtype, StartEngine { files, vocab_size, began })
+        let timeout = self.ranks.as_ref().map_or(Duration::ZERO, |ranks| ranks.join_timeout);
+        let made = self.make(files, vocab_size, timeout)?;
+        let Made { running, device, mut memory, mut times } = made;
+        let rebuild = self.rebuild(reopen, vocab_size, running.max_model_len());
+        let engine = EngineHandle::start(running, &self.options, rebuild)?;
+        // A group has what its smallest rank can hold.
+        memory.kv.num_blocks = engine.num_kv_blocks();
+        times.ready = began.elapsed();
+        tracing::info!(
+            kernels_ms = times.kernels.as_millis(),
+            load_ms = times.load.as_millis(),
+            graphs_ms = times.graphs.as_millis(),
+            ready_ms = times.ready.as_millis(),
+            kv_tokens = memory.kv.num_blocks * memory.kv.block_size,
+            "started"
+        );
+        Ok(Started { engine, device, memory, times })
     }
 
-    /// Chooses the backend and hands it to `user`.
-    pub(crate) fn with_backend<U: UseBackend>(&self, dtype: Dtype, user: U) -> Result<U::Output> {
+    /// Joins the group of rank 0 and computes for it until it ends; blocks.
+    pub(crate) fn follow(&self, files: ModelFiles) -> Result<()> {
+        let timeout = self.ranks.as_ref().map_or(Duration::ZERO, |ranks| ranks.join_timeout);
+        let joining = self.joining(&files, timeout)?;
+        let dtype = self.dtype.unwrap_or_else(|| files.auto_dtype());
+        self.with_backend(dtype, joining.as_ref(), Follow { files })
+    }
+
+    fn make(&self, files: ModelFiles, vocab_size: usize, timeout: Duration) -> Result<Made> {
+        let began = Instant::now();
+        let joining = self.joining(&files, timeout)?;
+        let dtype = self.dtype.unwrap_or_else(|| files.auto_dtype());
+        self.with_backend(dtype, joining.as_ref(), MakeRunning { files, vocab_size, began })
+    }
+
+    /// What brings a lost group back; `None` without a group. It also holds the group's other processes: they live as long as
+    /// the engine.
+    fn rebuild(&self, reopen: Reopen, vocab_size: usize, max_model_len: usize) -> Option<Rebuild> {
+        let timeout = self.ranks.as_ref()?.rejoin_timeout();
+        let mut settings = self.clone();
+        // What clients were told holds afterwards, too.
+        settings.options.max_model_len = Some(max_model_len);
+        Some(Box::new(move || {
+            if timeout.is_zero() {
+                return Err("it is not waited for (--rejoin-timeout 0)".into());
+            }
+            let made = reopen().and_then(|files| settings.make(files, vocab_size, timeout));
+            made.map(|made| made.running).map_err(|error| error.to_string())
+        }))
+    }
+
+    /// `None` without a group.
+    pub(crate) fn joining(&self, files: &ModelFiles, timeout: Duration) -> Result<Option<Joining>> {
+        let Some(ranks) = &self.ranks else { return Ok(None) };
+        files.config.check_ranks(ranks.rank.world())?;
+        let checkpoint = &files.checkpoint;
+        let model = match self.load_format {
+            LoadFormat::Dummy => blake3::hash(checkpoint.config().to_string().as_bytes()).into(),
+            LoadFormat::Auto => fingerprint::model(checkpoint.dir()).map_err(|error| {
+                Error::option("MODEL", format!("reading {}: {error}", checkpoint.dir().display()))
+            })?,
+        };
+        Ok(Some(Joining { model, timeout }))
+    }
+
+    /// Waits for the other ranks, if there is a group.
+    fn gather(&self, device: &str, dtype: Dtype, joining: Option<&Joining>) -> Result<Option<Team>> {
+        let (Some(ranks), Some(joining)) = (&self.ranks, joining) else { return Ok(None) };
+        // Not what a rank may have of its own: memory and waiting.
+        let options = EngineOptions {
+            gpu_memory_utilization: 0.0,
+            max_num_queued_reqs: None,
+            step_timeout: None,
+            max_model_len: None,
+            ..self.options.clone()
+        };
+        let (load_format, seed, eager) = (self.load_format, self.seed, self.enforce_eager);
+        let settings = format!("{device} {dtype:?} {load_format:?} {seed} {eager} {options:?}");
+        ranks.gather(joining.model, &settings, joining.timeout).map(Some)
+    }
+
+    /// Chooses the backend and hands it to `user`; with `joining` it is a rank of the group.
+    pub(crate) fn with_backend<U: UseBackend>(
+        &self,
+        dtype: Dtype,
+        joining: Option<&Joining>,
+        user: U,
+    ) -> Result<U::Output> {
         let Some(gpu) = self.choose_gpu(dtype)? else {
-            if self.enforce_eager {
-                tracing::warn!("no effect: --enforce-eager: there are no graphs on the CPU");
-            }
-            if self.profile.is_some() {
-                tracing::warn!("no effect: --profile: operations are timed on a GPU only");
-            }
-            let threads = self.threads.unwrap_or_else(num_cores);
-            let backend = CpuBackend::new(dtype, self.threads)?;
-            return user.run(self, backend, format!("CPU, {threads} threads"));
+            return self.with_cpu(dtype, joining, user);
         };
         if self.options.max_logprobs > MAX_ALTERNATIVES {
             let problem =
                 format!("a GPU reports at most {MAX_ALTERNATIVES}, not {}", self.options.max_logprobs);
             return Err(Error::option("--max-logprobs", problem));
         }
-        let name = gpu.properties().name.clone();
-        let kernels = KernelOptions { kernel_dir: self.kernel_dir.clone(), ..KernelOptions::default() };
-        let (enforce_eager, profile) = (self.enforce_eager, self.profile.clone());
-        let backend = CudaBackend::new(&CudaOptions { ordinal: ORDINAL, kernels, enforce_eager, profile });
-        // Until here `gpu` has kept the device open.
-        drop(gpu);
         let mut settings = self.clone();
         let tokens = GPU_BATCHED_TOKENS.max(self.options.max_num_seqs);
         settings.options.max_num_batched_tokens.get_or_insert(tokens);
-        user.run(&settings, backend.map_err(spark_backend::Error::from)?, name)
+        let mut team = settings.gather("GPU", dtype, joining)?;
+        let allow_old_nccl = self.ranks.as_ref().is_some_and(|ranks| ranks.allow_old_nccl);
+        let group = team.as_mut().map(|team| team.nccl(allow_old_nccl)).transpose()?;
+        let name = gpu.properties().name.clone();
+        let kernels = KernelOptions { kernel_dir: self.kernel_dir.clone(), ..KernelOptions::default() };
+        let (enforce_eager, profile) = (self.enforce_eager, self.profile.clone());
+        let options = CudaOptions {
+            ordinal: self.ordinal(),
+            kernels,
+            enforce_eager,
+            profile,
+            group,
+            ..CudaOptions::default()
+        };
+        let backend = CudaBackend::new(&options).map_err(spark_backend::Error::from);
+        // Until here `gpu` has kept the device open.
+        drop(gpu);
+        user.run(&settings, backend?, Place { device: name, team })
+    }
+
+    fn with_cpu<U: UseBackend>(&self, dtype: Dtype, joining: Option<&Joining>, user: U) -> Result<U::Output> {
+        if self.enforce_eager {
+            tracing::warn!("no effect: --enforce-eager: there are no graphs on the CPU");
+        }
+        if self.profile.is_some() {
+            tracing::warn!("no effect: --profile: operations are timed on a GPU only");
+        }
+        let share = self.ranks.as_ref().map(|ranks| ranks.share_of(num_cores()));
+        let threads = self.threads.or(share);
+        let mut team = self.gather("CPU", dtype, joining)?;
+        let mut backend = CpuBackend::new(dtype, threads)?;
+        if let Some(team) = &mut team {
+            backend = backend.with_group(team.collective()?);
+        }
+        let device = format!("CPU, {} threads", threads.unwrap_or_else(num_cores));
+        user.run(self, backend, Place { device, team })
+    }
+
+    /// The GPU that this process takes, of those that it sees (CUDA_VISIBLE_DEVICES).
+    fn ordinal(&self) -> usize {
+        self.ranks.as_ref().map_or(0, |ranks| ranks.local_rank)
     }
 
     /// Takes the model to `backend`, and divides the memory that is left.
@@ -149,15 +267,23 @@ impl Settings {
         files: ModelFiles,
         backend: &B,
     ) -> Result<(Qwen3Vl<B>, MemoryPlan)> {
-        let before = backend.memory()?;
-        let mut params = self.params(&files, before)?;
+        let before = self.share_of_memory(backend.memory()?);
+        let mut params = self.params(&files, before, backend.rank())?;
         let mean_std = self.options.image_mean_std;
         let model = Qwen3Vl::load(files.config, files.has_lm_head, mean_std, &mut params, backend)?;
         params.finish()?;
-        let memory = MemoryUse { before, now: backend.memory()? };
+        let memory = MemoryUse { before, now: self.share_of_memory(backend.memory()?) };
         let activation_bytes = |spec: &_| backend.activation_bytes(spec);
-        let plan = MemoryPlan::new(model.config(), &self.options, backend.dtype(), memory, activation_bytes)?;
+        let (dtype, rank) = (backend.dtype(), backend.rank());
+        let plan = MemoryPlan::new(model.config(), &self.options, dtype, memory, rank, activation_bytes)?;
         Ok((model, plan))
+    }
+
+    /// What this rank may count on where ranks live in the same memory.
+    fn share_of_memory(&self, memory: Memory) -> Memory {
+        let sharers = self.ranks.as_ref().filter(|_| memory.is_shared).map_or(1, |ranks| ranks.local_world);
+        let available = memory.available / sharers.max(1) as u64;
+        Memory { total: memory.total - (memory.available - available), available, ..memory }
     }
 
     /// The GPU to compute on; `None` is the CPU. Says which it is and, where nothing was said, why.
@@ -166,7 +292,7 @@ impl Settings {
             tracing::info!("computing on the CPU");
             return Ok(None);
         }
-        let gpu = Driver::open().and_then(|driver| driver.device(ORDINAL));
+        let gpu = Driver::open().and_then(|driver| driver.device(self.ordinal()));
         match (gpu, dtype, self.device) {
             (Ok(gpu), Dtype::Bf16, _) => {
                 let is = gpu.properties();
@@ -194,18 +320,21 @@ impl Settings {
     }
 
     /// Parameters that are read, or made up, while the model takes them.
-    fn params(&self, files: &ModelFiles, memory: Memory) -> Result<Params> {
+    fn params(&self, files: &ModelFiles, memory: Memory, rank: Rank) -> Result<Params> {
         let config = files.checkpoint.config();
         Ok(match self.load_format {
             // Only memory that is not the machine's holds what the machine's does not.
-            LoadFormat::Dummy if memory.is_shared => spark_weights::dummy(config, &files.specs, self.seed)?,
-            LoadFormat::Dummy => spark_weights::dummy_for_device(config, &files.specs, self.seed)?,
+            LoadFormat::Dummy if memory.is_shared => {
+                spark_weights::dummy(config, &files.specs, self.seed, rank)?
+            }
+            LoadFormat::Dummy => spark_weights::dummy_for_device(config, &files.specs, self.seed, rank)?,
             LoadFormat::Auto => {
                 let options = LoadOptions {
                     strategy: self.load_strategy,
+                    rank,
                     progress: self.progress.clone(),
                     threads: self.threads.unwrap_or(0),
-                    ..LoadOptions::default()
+                    cache: self.weight_cache.clone(),
                 };
                 files.checkpoint.stream(&files.specs, &options)?
             }
@@ -218,39 +347,70 @@ pub(crate) trait UseBackend {
     /// What comes of it.
     type Output;
 
-    /// Does it. `settings` are those that suit the backend; `device` is for people.
+    /// Does it. `settings` are those that suit the backend.
     ///
     /// # Errors
     /// Its own, and those of the backend.
-    fn run<B: Backend>(self, settings: &Settings, backend: B, device: String) -> Result<Self::Output>;
+    fn run<B: Backend>(self, settings: &Settings, backend: B, place: Place) -> Result<Self::Output>;
 }
 
-struct StartEngine {
+/// Where a backend computes.
+pub(crate) struct Place {
+    /// For people.
+    pub(crate) device: String,
+    /// The other ranks, if it is one of several.
+    pub(crate) team: Option<Team>,
+}
+
+struct MakeRunning {
     files: ModelFiles,
     vocab_size: usize,
     began: Instant,
 }
 
-impl UseBackend for StartEngine {
-    type Output = Started;
+/// A runner, and what there is to say about it.
+struct Made {
+    running: Running,
+    device: String,
+    memory: MemoryPlan,
+    times: StartTimes,
+}
 
-    fn run<B: Backend>(self, settings: &Settings, backend: B, device: String) -> Result<Started> {
+impl UseBackend for MakeRunning {
+    type Output = Made;
+
+    fn run<B: Backend>(self, settings: &Settings, backend: B, place: Place) -> Result<Made> {
         let Self { files, vocab_size, began } = self;
         let kernels = began.elapsed();
         let (model, memory) = settings.load(files, &backend)?;
         let load = began.elapsed() - kernels;
-        let engine = spark_runtime::start(backend, model, &settings.options, &memory, vocab_size)?;
-        let (state, graphs) = engine.start_times();
+        let group = match place.team {
+            Some(Team::Leader(leader)) => Some(LeaderGroup::new(leader)),
+            Some(Team::Follower(_)) => {
+                return Err(Error::option("--rank", "only rank 0 has an engine; other ranks follow it"));
+            }
+            None => None,
+        };
+        let running = Running::new(backend, model, &settings.options, &memory, vocab_size, group)?;
+        let (state, graphs) = running.times();
         let times = StartTimes { kernels, load, state, graphs, ready: began.elapsed() };
-        tracing::info!(
-            kernels_ms = kernels.as_millis(),
-            load_ms = load.as_millis(),
-            graphs_ms = graphs.as_millis(),
-            ready_ms = times.ready.as_millis(),
-            kv_tokens = memory.kv.num_blocks * memory.kv.block_size,
-            "started"
-        );
-        Ok(Started { engine, device, memory, times })
+        Ok(Made { running, device: place.device, memory, times })
+    }
+}
+
+struct Follow {
+    files: ModelFiles,
+}
+
+impl UseBackend for Follow {
+    type Output = ();
+
+    fn run<B: Backend>(self, settings: &Settings, backend: B, place: Place) -> Result<()> {
+        let Some(Team::Follower(follower)) = place.team else {
+            return Err(Error::option("--rank", "rank 0 has nobody to follow"));
+        };
+        let (model, memory) = settings.load(self.files, &backend)?;
+        Ok(spark_runtime::follow(backend, model, &settings.options, &memory, follower)?)
     }
 }
 

@@ -250,14 +250,6 @@ fn every_wrong_request_is_refused_and_named() {
     assert!(!log.contains("panicked") && !log.contains("internal error"), "{log}");
 }
 
-/// Resident memory of the server, in KiB.
-fn resident(server: &Server) -> i64 {
-    let status = server.proc_file("status");
-    let line =
-        status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux counts resident memory");
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
 #[test]
 fn wrong_requests_leave_no_memory_behind() {
     let server = start();
@@ -265,10 +257,10 @@ fn wrong_requests_leave_no_memory_behind() {
     let round = || list.iter().for_each(|bad| assert_eq!(problem(&server, bad), None));
     (0..3).for_each(|_| round());
     check_canaries(&server);
-    let before = resident(&server);
+    let before = server.resident_kib();
     (0..20).for_each(|_| round());
     check_canaries(&server);
-    let grown = resident(&server) - before;
+    let grown = server.resident_kib() - before;
     assert!(grown < 30 << 10, "{grown} KiB over {} bad requests", 20 * list.len());
 }
 

@@ -312,3 +312,48 @@ fn tools_reach_the_prompt_and_parsers_can_be_switched_off() {
     let usage = server.ask(CHAT, &body)["usage"].clone();
     assert_eq!(usage["completion_tokens_details"], json!({"reasoning_tokens": 0}));
 }
+
+/// A prompt of several steps tells how far it is, a second time from where the prefix cache ends.
+#[test]
+fn a_long_prompt_shows_its_progress() {
+    let arguments = ["--max-model-len", "1024", "--long-prefill-token-threshold", "64"];
+    let server = Server::start(MODEL, &arguments);
+    let prompt: Vec<u32> = (0..300).map(|i| 40 + i % 50).collect();
+    let body = json!({"prompt": prompt, "max_tokens": 2, "temperature": 0, "return_progress": true});
+    let shown = || -> Vec<[u64; 3]> {
+        let chunks = server.stream(COMPLETIONS, &body).filter(|data| data != "[DONE]");
+        let chunks = chunks.map(|data| serde_json::from_str::<Value>(&data).unwrap());
+        let progress = chunks.filter_map(|mut chunk| chunk.get_mut("prompt_progress").map(Value::take));
+        progress.map(|it| ["cache", "processed", "total"].map(|name| it[name].as_u64().unwrap())).collect()
+    };
+    let first = shown();
+    let steps = [0, 64, 128, 192, 256, 300].map(|processed| [0, processed, 300]);
+    assert_eq!(first, steps);
+    let again = shown();
+    let cached = again[0][0];
+    assert!(cached >= 256, "{again:?}");
+    assert_eq!((again[0], *again.last().unwrap()), ([cached, cached, 300], [cached, 300, 300]));
+}
+
+/// The demo model would think for longer.
+#[test]
+fn thoughts_are_cut_at_their_budget_and_the_answer_follows() {
+    let server = Server::serve(None, &["--threads", "2", "--kv-cache-memory-bytes", "67108864"]);
+    let ask = |extra: Value| {
+        let body = json!({"messages": [{"role": "user", "content": "What is 347 + 185?"}], "temperature": 0,
+            "max_completion_tokens": 200});
+        server.ask(CHAT, &with(body, extra))
+    };
+    let thoughts = |answer: &Value| {
+        answer["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64().unwrap_or_default()
+    };
+    let free = ask(json!({"reasoning_effort": "high"}));
+    assert!(thoughts(&free) > 20, "{free}");
+    let cut = ask(json!({"reasoning_effort": "high", "thinking_token_budget": 7}));
+    assert_eq!(thoughts(&cut), 7, "{cut}");
+    let [message, whole] = [&cut, &free].map(|answer| &answer["choices"][0]["message"]);
+    let [begun, whole] = [message, whole].map(|message| message["reasoning"].as_str().unwrap());
+    assert!(whole.starts_with(begun) && begun.len() < whole.len(), "{cut}");
+    assert!(!message["content"].as_str().unwrap().is_empty(), "{cut}");
+    assert_eq!(thoughts(&ask(json!({"reasoning_effort": "none"}))), 0);
+}

@@ -1,7 +1,7 @@
 //! The program as a process: how it ends, what `generate` and `inspect` print, what it says about broken checkpoints.
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
     path::Path,
     process::{Output, Stdio},
@@ -216,12 +216,21 @@ fn inspect_describes_every_fixture() {
         let weights = &report["weights"];
         let parts = weights["parts"].as_array().unwrap().iter().map(|part| part["bytes"].as_u64().unwrap());
         assert_eq!(parts.sum::<u64>(), weights["file_bytes"], "{model}");
-        assert_eq!(weights["rank_bytes"].as_array().unwrap().len(), 2, "{model}");
+        let ranks = report["ranks"].as_array().unwrap();
+        assert_eq!(ranks.len(), 2, "{model}");
+        for rank in ranks {
+            assert_eq!(rank["kv_bytes_per_token"]["bf16"], kv.iter().product::<u64>() * 2, "{model}");
+            let (read, held) = (rank["bytes_read"].as_u64().unwrap(), rank["bytes_held"].as_u64().unwrap());
+            assert!(read > 0 && held > 0 && rank["tensors"].as_u64().unwrap() > 0, "{model}: {rank}");
+        }
         assert_eq!(report["tensor_parallel_size"], 2, "{model}");
     }
     let plain = program(&["inspect", &folder(MODEL)]).output().unwrap();
     let plain = String::from_utf8(plain.stdout).unwrap();
     assert!(plain.contains("qwen3_vl_moe") && plain.contains("awq-int4-g128"), "{plain}");
+    let message = failure(&["inspect", &folder(MODEL), "--tp", "3"]);
+    assert!(message.contains("num_attention_heads") && message.contains("over 1, 2, 4 ranks"), "{message}");
+    assert!(failure(&["inspect", &folder(MODEL), "--tp", "0"]).contains("0 ranks"));
 }
 
 /// What the program says when it fails: exit code 1 and one error, no panic.
@@ -301,6 +310,43 @@ fn a_truncated_shard_is_named_with_its_offset() {
     }
 }
 
+/// Writes zeros over a tensor, in whichever file it is.
+fn clear_tensor(folder: &Path, name: &str) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "safetensors") {
+            continue;
+        }
+        let mut bytes = std::fs::read(&path).unwrap();
+        let begin = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..begin]).unwrap();
+        if let Some([from, to]) = header[name]["data_offsets"].as_array().map(Vec::as_slice) {
+            let [from, to] = [from, to].map(|offset| begin + offset.as_u64().unwrap() as usize);
+            bytes[from..to].fill(0);
+            std::fs::write(&path, bytes).unwrap();
+            return;
+        }
+    }
+    panic!("no file has {name}");
+}
+
+#[test]
+fn weights_that_are_all_zero_are_named_and_loaded() {
+    let broken = tempfile::tempdir().unwrap();
+    copy(broken.path());
+    let module = "model.language_model.layers.1.mlp.experts.2.down_proj";
+    clear_tensor(broken.path(), &format!("{module}.scales"));
+    let mut command =
+        program(&["generate", &broken.path().display().to_string(), "--raw", "-n", "2", "Once"]);
+    let Output { status, stderr, .. } = command.args(SMALL).args(["--log-level", "warn"]).output().unwrap();
+    let message = String::from_utf8(stderr).unwrap();
+    assert!(status.success(), "{message}");
+    assert!(
+        message.contains(&format!("128 rows of 1 weights are all zero: {module} (128 of 128)")),
+        "{message}"
+    );
+}
+
 #[test]
 fn unfilled_and_unused_tensors_are_named() {
     let broken = tempfile::tempdir().unwrap();
@@ -310,4 +356,33 @@ fn unfilled_and_unused_tensors_are_named() {
     let message = failure(&["serve", &broken.path().display().to_string(), "--port", "0"]);
     assert!(message.contains(from), "the parameter without a tensor: {message}");
     assert!(message.contains(to), "the tensor without a parameter: {message}");
+}
+
+/// Whoever reads the log may go away before the server does: a message that nobody takes is no reason to fail.
+#[test]
+fn a_log_without_a_reader_stops_nothing() {
+    let mut command = program(&["serve", "--port", "0", &folder(MODEL)]);
+    let mut child = command.args(SMALL).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("listening on http://") {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "the server ends before it listens");
+    }
+    drop(log);
+    let address = line.split("http://").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    for _ in 0..3 {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let body = json!({"prompt": "x", "max_tokens": 1}).to_string();
+        let head = format!(
+            "POST {COMPLETIONS} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all((head + &body).as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+    }
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(wait_for_exit(&mut child, Duration::from_secs(20)).code(), Some(0));
 }

@@ -8,7 +8,7 @@ use spark_engine::{EngineBuilder, ImageProcessorOverrides, LoadFormat, LoadStrat
 
 use super::{
     compat::CompatArgs, device::DeviceArgs, model_name::ModelName, parsers::ParserArgs, progress,
-    sizes::SizeArgs,
+    ranks::RankArgs, sizes::SizeArgs,
 };
 
 /// Which model and how to run it.
@@ -28,9 +28,6 @@ pub(crate) struct ModelArgs {
     /// A Jinja file to use instead of the checkpoint's chat template.
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
-    /// Ranks of tensor parallelism.
-    #[arg(long, visible_alias = "tp", default_value_t = 1, value_name = "N")]
-    pub(crate) tensor_parallel_size: usize,
     /// First seed for requests that bring none, and the seed of dummy weights.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -48,7 +45,18 @@ pub(crate) struct ModelArgs {
     #[command(flatten)]
     parsers: ParserArgs,
     #[command(flatten)]
+    pub(crate) ranks: RankArgs,
+    #[command(flatten)]
     compat: CompatArgs,
+    /// What only the server sets.
+    #[arg(skip)]
+    serving: Option<Serving>,
+}
+
+/// Settings of the front end that make sense only where strangers ask.
+struct Serving {
+    max_num_queued_tokens: usize,
+    log_requests: bool,
 }
 
 #[derive(Args)]
@@ -62,6 +70,9 @@ struct LoadingArgs {
     /// Read files with large direct reads (`eager`) or map them (`lazy`).
     #[arg(long, value_enum, default_value = "eager")]
     safetensors_load_strategy: StrategyArg,
+    /// Keep what each rank holds in this folder, ready for its next start; it is made anew when the checkpoint changes.
+    #[arg(long, value_name = "FOLDER")]
+    weight_cache: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -110,14 +121,30 @@ impl ModelArgs {
         self
     }
 
+    /// The same for a server.
+    pub(crate) fn for_server(mut self, max_num_queued_tokens: usize) -> Self {
+        let log_requests = !self.compat.disable_log_requests;
+        self.serving = Some(Serving { max_num_queued_tokens, log_requests });
+        self
+    }
+
     /// Loads the model with a progress bar and starts the engine.
     pub(crate) fn build(self) -> anyhow::Result<SparkEngine> {
+        let (builder, ranks, bar) = self.prepare()?;
+        let engine = ranks.apply(builder)?.build();
+        bar.finish();
+        Ok(engine?)
+    }
+
+    /// Computes for rank 0 until it ends: what every command does on the other ranks.
+    pub(crate) fn follow(self) -> anyhow::Result<()> {
+        let (builder, ranks, _) = self.prepare()?;
+        ranks.follow(builder, true)
+    }
+
+    /// Everything but the loading.
+    fn prepare(self) -> anyhow::Result<(EngineBuilder, RankArgs, progress::ByteBar)> {
         self.compat.warn();
-        anyhow::ensure!(
-            self.tensor_parallel_size == 1,
-            "--tensor-parallel-size {}: this version runs one rank; `inspect --tp N` shows what N ranks would hold",
-            self.tensor_parallel_size
-        );
         let model = self.model.choose()?;
         let served_names = match self.served_model_name.is_empty() {
             true => model.served_name.into_iter().collect(),
@@ -146,12 +173,19 @@ impl ModelArgs {
             .front_end(move |options| {
                 options.mm_processor_cache_bytes = cache_bytes;
                 self.parsers.apply(options);
+                if let Some(Serving { max_num_queued_tokens, log_requests }) = self.serving {
+                    (options.max_num_queued_tokens, options.log_requests) =
+                        (max_num_queued_tokens, log_requests);
+                }
             })
             .on_progress(Arc::new({
                 let bar = bar.clone();
                 move |progress| bar.update(progress.bytes_read, progress.bytes_total)
             }));
         builder = self.device.apply(builder);
+        if let Some(folder) = self.loading.weight_cache {
+            builder = builder.weight_cache(folder);
+        }
         if let Some(revision) = self.revision {
             builder = builder.revision(revision);
         }
@@ -162,15 +196,13 @@ impl ModelArgs {
             builder = builder.chat_template(path);
         }
         let (sizes, media) = (self.sizes, self.media);
-        let engine = builder.engine(|options| {
+        builder = builder.engine(|options| {
             sizes.apply(options);
             options.encoder_cache_tokens = media.encoder_cache_tokens;
             options.max_encoder_tokens_per_step = media.max_encoder_tokens_per_step;
             options.limit_mm_per_prompt = max_images;
         });
-        let engine = engine.build();
-        bar.finish();
-        Ok(engine?)
+        Ok((builder, self.ranks, bar))
     }
 }
 

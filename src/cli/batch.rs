@@ -12,6 +12,7 @@ use super::{
     args::ModelArgs,
     batch_file::{Line, Output, answer_id, count_lines, lines},
     progress,
+    ranks::RankArgs,
 };
 
 /// Run a file of OpenAI batch requests.
@@ -35,8 +36,17 @@ pub(crate) struct BatchArgs {
     max_inflight: usize,
 }
 
+impl BatchArgs {
+    pub(crate) fn ranks(&self) -> &RankArgs {
+        &self.model.ranks
+    }
+}
+
 pub(crate) fn run(args: BatchArgs) -> anyhow::Result<()> {
     anyhow::ensure!(args.max_inflight > 0, "--max-inflight 0: at least one request must be at work");
+    if args.model.ranks.is_follower()? {
+        return args.model.follow();
+    }
     let total = count_lines(&args.input_file)?;
     let mut output = Output::open(&args.output_file, &args.input_file)?;
     let done = output.num_done();

@@ -17,7 +17,7 @@ pub(crate) struct CompatArgs {
     /// Ignored: prefills are always chunked.
     #[arg(long)]
     enable_chunked_prefill: bool,
-    /// Ignored with one rank: how the vision encoder is divided over ranks.
+    /// How the vision encoder is divided over ranks: always `data`, every picture is encoded by one rank.
     #[arg(long, value_name = "MODE", value_parser = ["data", "weights"])]
     mm_encoder_tp_mode: Option<String>,
     /// Ignored with one rank.
@@ -26,9 +26,9 @@ pub(crate) struct CompatArgs {
     /// Ignored: preempted sequences are recomputed, never swapped.
     #[arg(long, value_name = "GIB")]
     swap_space: Option<f64>,
-    /// Ignored: prompts are never logged.
+    /// No line in the log for each request. (What requests say is never logged.)
     #[arg(long, alias = "no-enable-log-requests")]
-    disable_log_requests: bool,
+    pub(crate) disable_log_requests: bool,
     /// Ignored: statistics are at /metrics.
     #[arg(long)]
     disable_log_stats: bool,
@@ -49,6 +49,10 @@ impl CompatArgs {
             (
                 self.distributed_executor_backend.is_some(),
                 "--distributed-executor-backend: ranks are our own processes",
+            ),
+            (
+                self.mm_encoder_tp_mode.as_deref() == Some("weights"),
+                "--mm-encoder-tp-mode weights: every rank has the whole encoder, and pictures are divided",
             ),
         ];
         for (_, what) in given.iter().filter(|(given, _)| *given) {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use spark_engine::{Generation, SparkEngine, image_data_url};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{INTERRUPTED, args::ModelArgs};
+use super::{INTERRUPTED, args::ModelArgs, ranks::RankArgs};
 
 /// Most tokens with `--raw` unless said: what continues a text without a template seldom ends by itself.
 const DEFAULT_RAW_TOKENS: usize = 512;
@@ -66,11 +66,20 @@ pub(crate) struct GenerateArgs {
     verbose: bool,
 }
 
+impl GenerateArgs {
+    pub(crate) fn ranks(&self) -> &RankArgs {
+        &self.model.ranks
+    }
+}
+
 pub(crate) fn run(mut args: GenerateArgs) -> anyhow::Result<()> {
     if args.prompt.is_empty() {
         args.prompt.extend(args.model.model.take_prompt(args.argument.take())?);
     } else if let Some(argument) = &args.argument {
         anyhow::bail!("`{argument}`: the prompt is given twice: leave --prompt or this argument out");
+    }
+    if args.model.ranks.is_follower()? {
+        return args.model.follow();
     }
     let bodies = args.bodies()?;
     let (raw, verbose) = (args.raw, args.verbose);

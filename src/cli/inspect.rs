@@ -4,7 +4,8 @@ use std::io::Write;
 
 use clap::Args;
 use serde_json::{Value, json};
-use spark_engine::{Dtype, EngineOptions, KvCacheDtype, Memory, MemoryPlan, MemoryUse, ModelFiles};
+use spark_engine::{Dtype, EngineOptions, KvCacheDtype, Memory, MemoryPlan, MemoryUse, ModelFiles, Rank};
+use spark_models::ModelConfig;
 
 use super::model_name::ModelName;
 
@@ -39,16 +40,16 @@ pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
 
 fn report(files: &ModelFiles, world: usize) -> anyhow::Result<Value> {
     let (config, text) = (&files.config, &files.config.text);
+    config.check_ranks(world)?;
     let summary = files.checkpoint.summary(&files.specs, world)?;
-    let kv_bytes = |dtype: KvCacheDtype| -> Value {
-        let options = EngineOptions { kv_cache_dtype: dtype, ..EngineOptions::default() };
-        let unlimited = Memory { total: u64::MAX >> 1, available: u64::MAX >> 1, is_shared: true };
-        let memory = MemoryUse { before: unlimited, now: unlimited };
-        match MemoryPlan::new(config, &options, Dtype::Bf16, memory, |spec| spec.num_bytes(2)) {
-            Ok(plan) => plan.kv.bytes_per_token().into(),
-            Err(_) => Value::Null,
-        }
-    };
+    let ranks =
+        (0..world).map_while(|index| Rank::new(index, world)).zip(&summary.ranks).map(|(rank, held)| {
+            json!({
+                "tensors": held.tensors, "bytes_read": held.bytes_read, "bytes_held": held.bytes_held,
+                "kv_bytes_per_token": kv_bytes(config, rank),
+            })
+        });
+    let ranks: Vec<Value> = ranks.collect();
     let moe = text.moe.as_ref().map(|moe| {
         json!({"num_experts": moe.num_experts, "num_experts_per_tok": moe.num_experts_per_tok,
                "moe_intermediate_size": moe.moe_intermediate_size})
@@ -57,7 +58,11 @@ fn report(files: &ModelFiles, world: usize) -> anyhow::Result<Value> {
         json!({"depth": vision.depth, "hidden_size": vision.hidden_size, "num_heads": vision.num_heads,
                "patch_size": vision.patch_size, "deepstack": vision.deepstack_visual_indexes.len()})
     });
-    let summary = serde_json::to_value(summary)?;
+    let mut weights = serde_json::to_value(summary)?;
+    if let Some(weights) = weights.as_object_mut() {
+        // They are told with what else a rank holds.
+        weights.remove("ranks");
+    }
     Ok(json!({
         "model_type": config.model_type,
         "folder": files.checkpoint.dir(),
@@ -70,10 +75,25 @@ fn report(files: &ModelFiles, world: usize) -> anyhow::Result<Value> {
         "vision": vision,
         "eos_token_ids": config.eos_token_ids,
         "lm_head": if files.has_lm_head { "own tensor" } else { "the embeddings" },
-        "weights": summary,
-        "kv_bytes_per_token": {"bf16": kv_bytes(KvCacheDtype::Bf16), "fp8": kv_bytes(KvCacheDtype::Fp8)},
+        "weights": weights,
+        "kv_bytes_per_token": kv_bytes(config, Rank::SINGLE),
         "tensor_parallel_size": world,
+        "ranks": ranks,
     }))
+}
+
+/// Bytes of KV cache that a token takes on `rank`, by dtype of the cache.
+fn kv_bytes(config: &ModelConfig, rank: Rank) -> Value {
+    let bytes = |dtype: KvCacheDtype| -> Value {
+        let options = EngineOptions { kv_cache_dtype: dtype, ..EngineOptions::default() };
+        let unlimited = Memory { total: u64::MAX >> 1, available: u64::MAX >> 1, is_shared: true };
+        let memory = MemoryUse { before: unlimited, now: unlimited };
+        match MemoryPlan::new(config, &options, Dtype::Bf16, memory, rank, |spec| spec.num_bytes(2)) {
+            Ok(plan) => plan.kv.bytes_per_token().into(),
+            Err(_) => Value::Null,
+        }
+    };
+    json!({"bf16": bytes(KvCacheDtype::Bf16), "fp8": bytes(KvCacheDtype::Fp8)})
 }
 
 fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {
@@ -117,12 +137,15 @@ fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {
         grouped(&kv["bf16"]),
         grouped(&kv["fp8"])
     )?;
-    for (rank, bytes) in weights["rank_bytes"].as_array().into_iter().flatten().enumerate() {
+    let world = &report["tensor_parallel_size"];
+    for (index, rank) in report["ranks"].as_array().into_iter().flatten().enumerate() {
+        let [read, held] = ["bytes_read", "bytes_held"].map(|key| grouped(&rank[key]));
+        let [bf16, fp8] = ["bf16", "fp8"].map(|dtype| grouped(&rank["kv_bytes_per_token"][dtype]));
+        let tensors = grouped(&rank["tensors"]);
         writeln!(
             out,
-            "rank {rank} of {}   holds {} bytes of weights",
-            report["tensor_parallel_size"],
-            grouped(bytes)
+            "rank {index} of {world}   {tensors} tensors: reads {read} bytes, holds {held}; KV cache {bf16} bytes a token in \
+             bf16, {fp8} in fp8"
         )?;
     }
     Ok(())

@@ -49,7 +49,7 @@ fn build(args: BuildArgs) -> anyhow::Result<()> {
     tracing::info!(version = %nvrtc.version(), library = %nvrtc.path().display(), "compiling");
     let mut stdout = std::io::stdout().lock();
     for arch in archs {
-        for path in Cubins::build(&nvrtc, arch, &args.out)? {
+        for path in Cubins::build(&nvrtc, arch, &args.out, None)? {
             writeln!(stdout, "{}", path.display())?;
         }
     }

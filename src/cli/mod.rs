@@ -5,24 +5,29 @@ mod batch;
 mod batch_file;
 mod bench;
 mod compat;
+mod config_file;
 mod device;
+mod doctor;
 mod eval;
 mod generate;
 mod inspect;
 mod kernels;
 mod model_name;
+mod notify;
 mod parsers;
 mod plan;
 mod probe;
 mod progress;
 mod pull;
 mod quantize;
+mod ranks;
 mod serve;
 mod sizes;
+mod ssh;
 
 use std::io::{IsTerminal, Write};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 /// Exit code after Ctrl-C, as shells give it: 128 + SIGINT.
@@ -60,6 +65,8 @@ enum Command {
     Batch(batch::BatchArgs),
     /// Measure speed: latency, throughput, a table of sizes, or the kernels alone.
     Bench(bench::BenchArgs),
+    /// Look for what would slow the engine down or stop it, on one machine or several.
+    Doctor(doctor::DoctorArgs),
     /// Measure how many held-out samples a model answers right.
     Eval(eval::EvalArgs),
     /// Show architecture, quantisation, sizes and what each rank would hold.
@@ -77,12 +84,27 @@ enum Command {
 }
 
 impl Cli {
+    /// The command line, and the file of settings that it may name. Ends the program with a message when either is wrong.
+    pub(crate) fn from_arguments() -> Self {
+        // vLLM's short form; a flag of one dash has one letter here.
+        let args = std::env::args_os().map(|arg| if arg == "-tp" { "--tp".into() } else { arg });
+        let args = config_file::expand(args.collect(), &Self::command(), "serve");
+        let args = args.unwrap_or_else(|error| {
+            print_error(&error);
+            // What clap itself ends with.
+            std::process::exit(2)
+        });
+        Self::parse_from(args)
+    }
+
     /// Sends messages to stderr; stdout is for results.
     pub(crate) fn init_logging(&self) {
         let filter = EnvFilter::try_new(&self.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr)
+            // Otherwise the complaint about a reader that is gone goes to the same place, and panics there.
+            .log_internal_errors(false)
             // Colours are for people; a file or a journal gets plain text.
             .with_ansi(std::io::stderr().is_terminal())
             .with_target(false);
@@ -94,11 +116,15 @@ impl Cli {
     }
 
     pub(crate) fn run(self) -> anyhow::Result<()> {
+        if let Some(ranks) = self.command.ranks() {
+            ranks.prepare()?;
+        }
         match self.command {
             Command::Serve(args) => serve::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Batch(args) => batch::run(args),
             Command::Bench(args) => bench::run(args),
+            Command::Doctor(args) => doctor::run(&args),
             Command::Eval(args) => eval::run(args),
             Command::Inspect(args) => inspect::run(args),
             Command::Kernels(args) => kernels::run(args),
@@ -106,6 +132,20 @@ impl Cli {
             Command::Probe(args) => probe::run(&args),
             Command::Pull(args) => pull::run(args),
             Command::Quantize(args) => quantize::run(&args),
+        }
+    }
+}
+
+impl Command {
+    /// Of a command that may have several.
+    fn ranks(&self) -> Option<&ranks::RankArgs> {
+        match self {
+            Self::Serve(args) => Some(args.ranks()),
+            Self::Generate(args) => Some(args.ranks()),
+            Self::Batch(args) => Some(args.ranks()),
+            Self::Bench(args) => args.ranks(),
+            Self::Eval(args) => Some(args.ranks()),
+            _ => None,
         }
     }
 }

@@ -1,16 +1,20 @@
 //! `spark-engine serve`: the HTTP server, its signals and its end.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use clap::Args;
-use spark_engine::{SparkEngine, server};
+use spark_engine::{Failure, SparkEngine, server};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
 
-use super::args::ModelArgs;
+use super::{
+    args::ModelArgs,
+    notify,
+    ranks::{DEVICE_FAILED, PEER_LOST, RankArgs},
+};
 
 /// What clients have to read their last bytes once the engine has nothing left to do.
 const LAST_BYTES: Duration = Duration::from_secs(2);
@@ -21,6 +25,9 @@ const LAST_BYTES: Duration = Duration::from_secs(2);
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     model: ModelArgs,
+    /// A TOML file with settings under the names of these flags (`port = 9000`); flags on the command line count more.
+    #[arg(long, help_heading = "Server", env = "SPARK_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Address to listen on; 0.0.0.0 for all.
     #[arg(long, help_heading = "Server", default_value = "127.0.0.1")]
     host: IpAddr,
@@ -30,31 +37,174 @@ pub(crate) struct ServeArgs {
     /// Keys that clients must send as `Authorization: Bearer KEY`; several may be given.
     #[arg(long, help_heading = "Server", env = "SPARK_API_KEY", value_name = "KEY", num_args = 1.., hide_env_values = true)]
     api_key: Vec<String>,
+    /// Keys for operators: they open everything, and once there is one, /metrics and /load open to nobody else.
+    #[arg(long, help_heading = "Server", env = "SPARK_ADMIN_API_KEY", value_name = "KEY", num_args = 1.., hide_env_values = true)]
+    admin_api_key: Vec<String>,
+    /// Origins whose pages may call from a browser, such as https://chat.example.org, or "*"; by default none may.
+    #[arg(long, help_heading = "Server", value_name = "ORIGIN", num_args = 1..)]
+    allowed_origins: Vec<String>,
+    /// Methods that these pages may use.
+    #[arg(long, help_heading = "Server", value_name = "METHOD", num_args = 1.., default_value = "*")]
+    allowed_methods: Vec<String>,
+    /// Headers that these pages may send.
+    #[arg(long, help_heading = "Server", value_name = "HEADER", num_args = 1.., default_value = "*")]
+    allowed_headers: Vec<String>,
+    /// These pages may send cookies and HTTP logins.
+    #[arg(long, help_heading = "Server")]
+    allow_credentials: bool,
+    /// Public names under which a server without keys may be called on a loopback address, or "*". Other names are refused: a page
+    /// could let its own name point here.
+    #[arg(long, help_heading = "Server", value_name = "NAME", num_args = 1..)]
+    allowed_hosts: Vec<String>,
     /// Largest request body, in bytes.
     #[arg(long, help_heading = "Server", default_value_t = server::DEFAULT_MAX_BODY_BYTES, value_name = "BYTES")]
     max_body_bytes: usize,
+    /// Most prompt tokens of all sequences at work, each counting as 256 at least; more get a 503. One alone is always taken.
+    #[arg(long, help_heading = "Server", default_value_t = 1 << 26, value_name = "TOKENS")]
+    max_num_queued_tokens: usize,
+    /// Most connections at once; one more gets a 503.
+    #[arg(long, help_heading = "Server", default_value_t = 4096, value_name = "N")]
+    max_connections: usize,
+    /// How long a client may take to send a request's headers, or stay silent between requests, in seconds.
+    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
+    header_timeout: u64,
+    /// How long a client may pause within a request's body, in seconds.
+    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
+    body_timeout: u64,
+    /// Most bytes of request bodies that are being read and judged, over all clients; one more gets a 503.
+    #[arg(long, help_heading = "Server", default_value_t = 1 << 30, value_name = "BYTES")]
+    max_intake_bytes: usize,
+    /// How long a client may leave an answer unread, in seconds; its request is cancelled then.
+    #[arg(long, help_heading = "Server", default_value_t = 60, value_name = "SECONDS")]
+    write_timeout: u64,
+    /// Certificate chain in PEM form: serve HTTPS. Read again when the file changes.
+    #[arg(long, help_heading = "Server", value_name = "FILE", requires = "ssl_keyfile")]
+    ssl_certfile: Option<PathBuf>,
+    /// Private key of --ssl-certfile in PEM form.
+    #[arg(long, help_heading = "Server", value_name = "FILE", requires = "ssl_certfile")]
+    ssl_keyfile: Option<PathBuf>,
     /// After SIGTERM: how long running requests may take to finish, in seconds.
     #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
     shutdown_timeout: u64,
 }
 
+impl ServeArgs {
+    pub(crate) fn ranks(&self) -> &RankArgs {
+        &self.model.ranks
+    }
+}
+
 pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
-    let ServeArgs { model, host, port, api_key, max_body_bytes, shutdown_timeout } = args;
-    anyhow::ensure!(!api_key.iter().any(String::is_empty), "--api-key: an empty key would let everybody in");
+    if args.model.ranks.is_follower()? {
+        return args.model.follow();
+    }
+    let options = args.options()?;
+    let ServeArgs {
+        model,
+        host,
+        port,
+        api_key,
+        admin_api_key,
+        max_body_bytes,
+        max_num_queued_tokens,
+        shutdown_timeout,
+        ..
+    } = args;
+    for (flag, keys) in [("--api-key", &api_key), ("--admin-api-key", &admin_api_key)] {
+        anyhow::ensure!(!keys.iter().any(String::is_empty), "{flag}: an empty key would let everybody in");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // Bound before loading, so that a taken port is known at once and not after minutes.
     let listener = runtime
         .block_on(TcpListener::bind((host, port)))
         .with_context(|| format!("--host {host} --port {port}: cannot listen there"))?;
-    let engine = model.build()?;
+    raise_open_files();
+    let engine = model.for_server(max_num_queued_tokens).build()?;
     let address = listener.local_addr()?;
-    announce(&engine, &format!("http://{address}"));
+    let scheme = if options.tls.is_some() { "https" } else { "http" };
+    announce(&engine, &format!("{scheme}://{address}"));
     let state = server::HttpState {
         front_end: engine.front_end().clone(),
-        api_keys: server::ApiKeys::new(api_key),
+        api_keys: server::ApiKeys::new(api_key).with_admins(admin_api_key),
         max_body_bytes,
     };
-    runtime.block_on(serve(engine, listener, state, Duration::from_secs(shutdown_timeout)))
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let shutdown = async move {
+        // An error means that the sender is gone, which is a stop as well.
+        let _ = stopped.await;
+    };
+    let serving = server::serve(listener, state, options, shutdown);
+    // Dropped before the runtime, which waits for the thread that waits for the engine.
+    let stop_at_last = StopOnDrop(engine.clone());
+    let failure = runtime.block_on(serve(engine, serving, stop, Duration::from_secs(shutdown_timeout)))?;
+    // Threads end, and other ranks with them, before the process does.
+    drop(stop_at_last);
+    drop(runtime);
+    match failure {
+        None => Ok(()),
+        Some(Failure::Device(_)) => std::process::exit(DEVICE_FAILED),
+        Some(Failure::Group(_) | Failure::Defect(_)) => std::process::exit(PEER_LOST),
+    }
+}
+
+impl ServeArgs {
+    /// What clients may take of the server.
+    fn options(&self) -> anyhow::Result<server::ServeOptions> {
+        let tls = match (&self.ssl_certfile, &self.ssl_keyfile) {
+            (Some(certificates), Some(key)) => Some(server::Tls::open(certificates, key)?),
+            _ => None,
+        };
+        let cors = server::Cors {
+            origins: words("--allowed-origins", &self.allowed_origins)?,
+            methods: words("--allowed-methods", &self.allowed_methods)?,
+            headers: words("--allowed-headers", &self.allowed_headers)?,
+            credentials: self.allow_credentials,
+        };
+        cors.check()?;
+        Ok(server::ServeOptions {
+            max_connections: self.max_connections,
+            header_timeout: Duration::from_secs(self.header_timeout),
+            write_timeout: Duration::from_secs(self.write_timeout),
+            body_timeout: Duration::from_secs(self.body_timeout),
+            max_intake_bytes: self.max_intake_bytes,
+            cors,
+            allowed_hosts: words("--allowed-hosts", &self.allowed_hosts)?,
+            tls,
+        })
+    }
+}
+
+/// The words of a list: one by one, or as the JSON list that vLLM's flags take.
+fn words(flag: &str, given: &[String]) -> anyhow::Result<Vec<String>> {
+    let mut words = Vec::new();
+    for text in given {
+        match text.starts_with('[') && text.ends_with(']') {
+            true => words.extend(
+                serde_json::from_str::<Vec<String>>(text)
+                    .with_context(|| format!("{flag} {text}: not a list of texts"))?,
+            ),
+            false => words.push(text.clone()),
+        }
+    }
+    Ok(words)
+}
+
+/// Ends the engine however the server ends, also by an error or a panic.
+struct StopOnDrop(SparkEngine);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A connection is a file, and shells leave a process 1,024 of them by default: as many as the system lets it have without asking.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::debug!("cannot raise the number of open files: {error}");
+    }
 }
 
 fn announce(engine: &SparkEngine, url: &str) {
@@ -70,33 +220,44 @@ fn announce(engine: &SparkEngine, url: &str) {
 
 /// Serves until the first SIGTERM or SIGINT, then drains; a second signal or the deadline ends what is left. A connection
 /// that waits for a request which never becomes whole holds nothing up: it is dropped soon after the last answer is made.
+///
+/// An engine that has lost its device or its ranks for good ends the server, because only a new process can serve again; what
+/// it was is returned. After a defect the server stays and says so.
 async fn serve(
     engine: SparkEngine,
-    listener: TcpListener,
-    state: server::HttpState,
+    serving: impl Future<Output = std::io::Result<()>> + Send + 'static,
+    stop: tokio::sync::oneshot::Sender<()>,
     deadline: Duration,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<Failure>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let shutdown = async move {
-        // An error means that the sender is gone, which is a stop as well.
-        let _ = stopped.await;
-    };
-    let mut serving = tokio::spawn(server::serve(listener, state, shutdown));
+    let mut serving = tokio::spawn(serving);
+    let waiting = engine.clone();
+    let mut ended = tokio::task::spawn_blocking(move || waiting.join());
+    notify::ready();
     tokio::select! {
-        result = &mut serving => return Ok(result??),
+        result = &mut serving => {
+            result??;
+            return Ok(None);
+        }
+        () = notify::stay_alive() => {}
+        failure = fatal(&engine, &mut ended) => {
+            tokio::time::sleep(LAST_BYTES).await;
+            finish_now(&engine, serving).await;
+            return Ok(Some(failure));
+        }
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
+    notify::stopping();
     tracing::info!("shutting down: running requests have {} s to finish", deadline.as_secs());
     engine.drain();
     let _ = stop.send(());
-    let draining = engine.clone();
-    let drained = tokio::task::spawn_blocking(move || draining.join());
     let last_bytes = async {
-        // The engine has ended also when the task that waited for it has panicked.
-        let _ = drained.await;
+        // The engine has ended also when the task that waited for it has panicked, or has been asked before.
+        if !ended.is_finished() {
+            let _ = ended.await;
+        }
         tokio::time::sleep(LAST_BYTES).await;
     };
     tokio::select! {
@@ -112,7 +273,17 @@ async fn serve(
         _ = terminate.recv() => finish_now(&engine, serving).await,
         _ = interrupt.recv() => finish_now(&engine, serving).await,
     }
-    Ok(())
+    Ok(None)
+}
+
+/// Waits until the engine has failed in a way that ends the process; for ever if it does not.
+async fn fatal(engine: &SparkEngine, ended: &mut tokio::task::JoinHandle<()>) -> Failure {
+    // It has ended also when the task that waited for it has panicked.
+    let _ = ended.await;
+    match engine.failure() {
+        Some(failure @ (Failure::Device(_) | Failure::Group(_))) => failure,
+        Some(Failure::Defect(_)) | None => std::future::pending().await,
+    }
 }
 
 /// Ends all requests, gives their last bytes a moment to leave, then drops the connections that are left (idle ones of
@@ -122,5 +293,18 @@ async fn finish_now(engine: &SparkEngine, serving: tokio::task::JoinHandle<std::
     let abort = serving.abort_handle();
     if tokio::time::timeout(Duration::from_millis(500), serving).await.is_err() {
         abort.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_come_word_by_word_or_as_json() {
+        let given = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+        assert_eq!(words("--x", &given(&["a", "b"])).unwrap(), ["a", "b"]);
+        assert_eq!(words("--x", &given(&[r#"["a", "*"]"#, "b"])).unwrap(), ["a", "*", "b"]);
+        assert!(words("--x", &given(&["[a]"])).unwrap_err().to_string().contains("--x [a]"));
     }
 }

@@ -69,8 +69,13 @@ impl Server {
 
     /// Serves the model in `folder`, by default the demo model, with `arguments` and no others.
     pub(crate) fn serve(folder: Option<&Path>, arguments: &[&str]) -> Self {
+        Self::serve_with(folder, arguments, &[])
+    }
+
+    /// [`serve`](Self::serve) with variables in its environment.
+    pub(crate) fn serve_with(folder: Option<&Path>, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut command = program(&["serve", "--port", "0"]);
-        command.args(folder).args(arguments).stderr(Stdio::piped());
+        command.args(folder).args(arguments).envs(variables.iter().copied()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let log = Arc::new(Log::default());
         let (stderr, shared) = (child.stderr.take().expect("stderr is piped"), log.clone());
@@ -207,7 +212,7 @@ impl Server {
         kill_process(self.pid(), Signal::TERM).expect("the process is a child of this one");
     }
 
-    fn pid(&self) -> Pid {
+    pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 
@@ -215,6 +220,29 @@ impl Server {
     pub(crate) fn proc_file(&self, name: &str) -> String {
         let path = format!("/proc/{}/{name}", self.pid().as_raw_nonzero());
         std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
+    }
+
+    /// Resident memory of the process, in KiB.
+    pub(crate) fn resident_kib(&self) -> i64 {
+        let status = self.proc_file("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = line.expect("Linux counts resident memory");
+        line.trim().trim_end_matches(" kB").parse().expect("a number of KiB")
+    }
+
+    /// How many files and sockets the process has open.
+    pub(crate) fn num_files(&self) -> usize {
+        let path = format!("/proc/{}/fd", self.pid().as_raw_nonzero());
+        std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{path}: {e}")).count()
+    }
+
+    /// Waits until no more than `expected` files and sockets are open.
+    pub(crate) fn wait_for_files(&self, expected: usize) {
+        let start = Instant::now();
+        while self.num_files() > expected {
+            assert!(start.elapsed() < DEADLINE, "{} files are open, {expected} before", self.num_files());
+            std::thread::yield_now();
+        }
     }
 
     /// Waits for the end of the process.

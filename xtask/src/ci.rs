@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{binary, kernels, process, tidy};
+use crate::{binary, kernels, process, tidy, ui};
 
 /// The integration test that talks to the server with the `openai` client finds its Python here.
 const PYTHON_VARIABLE: &str = "SPARK_TEST_PYTHON";
@@ -37,10 +37,13 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
         "warnings",
     ]))?;
 
+    ui::build(root, ui::Page::Check)?;
+
     let python = process::python(root, "python-client", &root.join("tests/python/requirements.txt"))?;
     process::run(
         cargo(&["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]).env(PYTHON_VARIABLE, python),
     )?;
+    ui::test(root, &process::target(root).join("debug/spark-engine"))?;
     kernels::check(root)?;
     // The tests have built it. A release build links the same libraries.
     binary::run(&process::target(root).join("debug/spark-engine"))?;

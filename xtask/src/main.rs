@@ -10,8 +10,10 @@ mod binary;
 mod ci;
 mod golden;
 mod kernels;
+mod long;
 mod process;
 mod tidy;
+mod ui;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,6 +53,14 @@ enum Task {
         #[arg(long, default_value = "sm_90")]
         arch: String,
     },
+    /// The tests that take too long for every change, in their full size; their numbers go to docs/results/long.md.
+    Long,
+    /// Builds the web page, compares it with the committed one and tests it in a browser.
+    Ui {
+        /// Puts the built page in place of the committed one instead.
+        #[arg(long)]
+        write: bool,
+    },
     /// Makes the fixtures again and says which of them changed.
     Golden {
         /// Arguments for the fixture script.
@@ -66,6 +76,10 @@ fn main() -> ExitCode {
         Task::Binary { path } => binary::run(&path),
         Task::Kernels => kernels::check(&root),
         Task::GpuTest { arch } => kernels::gpu_test(&root, &arch),
+        Task::Long => long::run(&root),
+        Task::Ui { write: true } => ui::build(&root, ui::Page::Write),
+        Task::Ui { write: false } => ui::build(&root, ui::Page::Check)
+            .and_then(|()| ui::test(&root, &process::target(&root).join("debug/spark-engine"))),
         Task::Golden { args } => golden::run(&root, &args),
     });
     match result {

@@ -19,7 +19,7 @@ const PERCENTS: [u32; 6] = [10, 25, 50, 75, 90, 99];
 #[command(args_override_self = true)]
 pub(super) struct LatencyArgs {
     #[command(flatten)]
-    model: BenchModel,
+    pub(super) model: BenchModel,
     /// Tokens of each prompt.
     #[arg(long, default_value_t = 32, value_name = "TOKENS")]
     input_len: usize,
@@ -46,7 +46,8 @@ pub(super) fn run(args: LatencyArgs) -> anyhow::Result<()> {
     anyhow::ensure!(batch_size > 0 && num_iters > 0, "--batch-size and --num-iters must be at least 1");
     anyhow::ensure!(input_len > 0 && output_len > 0, "--input-len and --output-len must be at least 1");
     let seed = model.seed;
-    let bench = model.start(Load { num_seqs: batch_size, num_tokens: input_len + output_len })?;
+    let load = Load { num_seqs: batch_size, num_tokens: input_len + output_len };
+    let Some(bench) = model.start(load)? else { return Ok(()) };
     let engine = &bench.started.engine;
     let mut prompts = Prompts::new(&spark_engine::api::Engine::info(engine).limits, seed);
     let mut runs = Vec::with_capacity(num_iters);

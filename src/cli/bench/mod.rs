@@ -1,9 +1,10 @@
-//! `spark-engine bench`: speed of the engine on random prompts, and of the kernels alone.
+//! `spark-engine bench`: speed of the engine on random prompts, of a server, and of the kernels alone.
 
 mod drive;
 mod kernels;
 mod latency;
 mod model;
+mod serve;
 mod stats;
 mod table;
 mod throughput;
@@ -14,6 +15,8 @@ use std::{fs, path::Path};
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde_json::Value;
+
+use super::ranks::RankArgs;
 
 /// Measure speed.
 #[derive(Args)]
@@ -30,10 +33,25 @@ enum BenchCommand {
     Throughput(Box<throughput::ThroughputArgs>),
     /// Prefill and decode at several sizes, with the model loaded once.
     Table(Box<table::TableArgs>),
+    /// Load on a server, ours or another, seen from its client.
+    Serve(Box<serve::ServeBenchArgs>),
     /// Pictures a second through the vision encoder alone.
     Vision(Box<vision::VisionArgs>),
     /// Every kernel alone: time, bytes moved a second, share of what a copy reaches. Needs a GPU.
     Kernels(kernels::KernelsArgs),
+}
+
+impl BenchArgs {
+    /// Of a measurement that may have several ranks.
+    pub(crate) fn ranks(&self) -> Option<&RankArgs> {
+        match &self.command {
+            BenchCommand::Latency(args) => Some(&args.model.ranks),
+            BenchCommand::Throughput(args) => Some(&args.model.ranks),
+            BenchCommand::Table(args) => Some(&args.model.ranks),
+            BenchCommand::Vision(args) => Some(args.ranks()),
+            BenchCommand::Serve(_) | BenchCommand::Kernels(_) => None,
+        }
+    }
 }
 
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
@@ -41,6 +59,7 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
         BenchCommand::Latency(args) => latency::run(*args),
         BenchCommand::Throughput(args) => throughput::run(*args),
         BenchCommand::Table(args) => table::run(*args),
+        BenchCommand::Serve(args) => serve::run(&args),
         BenchCommand::Vision(args) => vision::run(*args),
         BenchCommand::Kernels(args) => kernels::run(args),
     }

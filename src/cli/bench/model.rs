@@ -9,7 +9,7 @@ use spark_engine::{
     EngineBuilder, EngineOptions, LoadFormat, ModelFiles, Profile, Quantization, StartTimes, Started,
 };
 
-use crate::cli::{device::DeviceArgs, model_name::ModelName, progress, sizes::SizeArgs};
+use crate::cli::{device::DeviceArgs, model_name::ModelName, progress, ranks::RankArgs, sizes::SizeArgs};
 
 /// Which model to measure and how to run it.
 #[derive(Args)]
@@ -36,6 +36,8 @@ pub(super) struct BenchModel {
     device: DeviceArgs,
     #[command(flatten)]
     sizes: SizeArgs,
+    #[command(flatten)]
+    pub(super) ranks: RankArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -97,18 +99,24 @@ pub(super) struct Prepared {
     pub(super) weights: String,
     /// Where operations put their times, if that is asked for.
     pub(super) profile: Option<Profile>,
+    /// The other ranks.
+    pub(super) ranks: RankArgs,
     /// To be finished when the weights are there.
     pub(super) bar: progress::ByteBar,
 }
 
 impl BenchModel {
-    /// Loads the model and starts its engine.
-    pub(super) fn start(self, load: Load) -> anyhow::Result<Bench> {
-        let Prepared { builder, model, weights, profile, bar } =
+    /// Loads the model and starts its engine. `None` on a rank that has followed another's engine to its end.
+    pub(super) fn start(self, load: Load) -> anyhow::Result<Option<Bench>> {
+        let Prepared { builder, model, weights, profile, ranks, bar } =
             self.prepare(|sizes, options| sizes.apply_for_load(options, load.num_seqs, load.num_tokens))?;
-        let started = builder.start();
+        if ranks.is_follower()? {
+            ranks.follow(builder, false)?;
+            return Ok(None);
+        }
+        let started = ranks.apply(builder)?.start();
         bar.finish();
-        Ok(Bench { started: started?, model, weights, profile })
+        Ok(Some(Bench { started: started?, model, weights, profile }))
     }
 
     /// Everything but the loading; `set_sizes` has the last word about sizes.
@@ -155,7 +163,7 @@ impl BenchModel {
         let builder = builder
             .on_progress(Arc::new(move |p| shown.update(p.bytes_read, p.bytes_total)))
             .engine(|options| set_sizes(&self.sizes, options));
-        Ok(Prepared { builder, model: short_name(&chosen), weights, profile, bar })
+        Ok(Prepared { builder, model: short_name(&chosen), weights, profile, ranks: self.ranks, bar })
     }
 }
 

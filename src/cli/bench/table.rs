@@ -22,7 +22,7 @@ use super::{
 )]
 pub(super) struct TableArgs {
     #[command(flatten)]
-    model: BenchModel,
+    pub(super) model: BenchModel,
     /// Prefills to measure: tokens of one prompt, or NxTOKENS for N prompts at once.
     #[arg(long, value_delimiter = ',', default_value = "512,8192", value_name = "[Nx]TOKENS,...")]
     pp: Vec<Prefill>,
@@ -118,7 +118,8 @@ pub(super) fn run(args: TableArgs) -> anyhow::Result<()> {
     let num_seqs = tests.iter().map(|test| test.batch()).max().unwrap_or(1);
     let longest = tests.iter().map(|test| test.lens()).map(|(prompt, output)| prompt + output).max();
     let seed = args.model.seed;
-    let bench = args.model.start(Load { num_seqs, num_tokens: longest.unwrap_or(2) })?;
+    let load = Load { num_seqs, num_tokens: longest.unwrap_or(2) };
+    let Some(bench) = args.model.start(load)? else { return Ok(()) };
     let mut prompts = Prompts::new(&bench.started.engine.info().limits, seed);
     // Not locked: rows are shown as they come.
     let mut out = std::io::stdout();

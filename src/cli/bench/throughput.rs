@@ -18,7 +18,7 @@ use super::{
 #[command(args_override_self = true)]
 pub(super) struct ThroughputArgs {
     #[command(flatten)]
-    model: BenchModel,
+    pub(super) model: BenchModel,
     /// Tokens of each prompt.
     #[arg(long, visible_alias = "random-input-len", default_value_t = 128, value_name = "TOKENS")]
     input_len: usize,
@@ -42,7 +42,8 @@ pub(super) fn run(args: ThroughputArgs) -> anyhow::Result<()> {
     anyhow::ensure!(input_len > 0 && output_len > 0, "--input-len and --output-len must be at least 1");
     let seed = model.seed;
     let num_seqs = max_concurrency.unwrap_or(0).min(num_prompts);
-    let bench = model.start(Load { num_seqs, num_tokens: input_len + output_len })?;
+    let load = Load { num_seqs, num_tokens: input_len + output_len };
+    let Some(bench) = model.start(load)? else { return Ok(()) };
     let engine = &bench.started.engine;
     let mut prompts = Prompts::new(&spark_engine::api::Engine::info(engine).limits, seed);
     // The first request of a process meets cold caches.

@@ -7,6 +7,7 @@ use serde_json::json;
 use spark_engine::Pictures;
 
 use super::{
+    super::ranks::RankArgs,
     model::{BenchModel, Prepared},
     save,
     stats::{deviation, mean},
@@ -41,6 +42,13 @@ pub(super) struct VisionArgs {
     output_json: Option<PathBuf>,
 }
 
+impl VisionArgs {
+    /// The place in a group of ranks.
+    pub(super) fn ranks(&self) -> &RankArgs {
+        &self.model.ranks
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Images {
     count: usize,
@@ -62,7 +70,10 @@ impl FromStr for Images {
 pub(super) fn run(args: VisionArgs) -> anyhow::Result<()> {
     let VisionArgs { model, images, one_by_one, repetitions, output_json } = args;
     anyhow::ensure!(repetitions > 0, "--repetitions must be at least 1");
-    let Prepared { builder, model, weights, profile, bar } = model.prepare(|_, options| {
+    if one_by_one {
+        model.ranks.ensure_alone("--one-by-one")?;
+    }
+    let Prepared { builder, model, weights, profile, ranks, bar } = model.prepare(|_, options| {
         options.max_num_seqs = 1;
         options.max_num_batched_tokens = Some(64);
         options.max_model_len = Some(64);
@@ -71,9 +82,13 @@ pub(super) fn run(args: VisionArgs) -> anyhow::Result<()> {
         .iter()
         .map(|&Images { count, side }| Pictures { count, side, together: !one_by_one })
         .collect();
-    let measured = builder.measure_encoder(&pictures, repetitions);
+    let is_follower = ranks.is_follower()?;
+    let measured = ranks.apply(builder)?.measure_encoder(&pictures, repetitions);
     bar.finish();
     let measured = measured?;
+    if is_follower {
+        return Ok(());
+    }
     let mut out = std::io::stdout().lock();
     let how = if one_by_one { "one by one" } else { "together" };
     writeln!(out, "{model} (weights {weights}) on {}; pictures {how}\n", measured.device)?;

@@ -23,7 +23,7 @@ use self::{
     report::{Report, SUITE, TaskResult},
     target::{Endpoint, Target},
 };
-use super::{INTERRUPTED, args::ModelArgs, progress};
+use super::{INTERRUPTED, args::ModelArgs, progress, ranks::RankArgs};
 
 /// Measure how many held-out samples a model answers right.
 ///
@@ -101,9 +101,18 @@ struct Run {
     is_complete: bool,
 }
 
+impl EvalArgs {
+    pub(crate) fn ranks(&self) -> &RankArgs {
+        &self.model.ranks
+    }
+}
+
 pub(crate) fn run(args: EvalArgs) -> anyhow::Result<()> {
     if !args.compare.is_empty() {
         return compare::run(&args.compare, args.plot.as_deref());
+    }
+    if args.url.is_none() && args.model.ranks.is_follower()? {
+        return args.model.follow();
     }
     let tasks = choose_tasks(&args.tasks)?;
     let (offset, json) = (args.offset, args.json);

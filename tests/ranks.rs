@@ -1,0 +1,497 @@
+//! Several ranks as processes over real sockets: their answers are those of one rank, and whatever happens to a rank, to the
+//! network or to the head ends as promised, within seconds. The protocol itself is tested in `crates/comm`.
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    os::unix::fs::PermissionsExt,
+    path::PathBuf,
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::json;
+use spark_testing::{FaultProxy, Oracle, media_path, model_dir, model_names};
+
+use crate::{
+    server::{CHAT, COMPLETIONS, MODEL, check_canaries, endless},
+    support::{
+        self, chat_body,
+        server::{DEADLINE, Server, Streamed, program, wait_for_exit},
+    },
+};
+
+/// A lost rank is noticed within a second, and a machine that runs other tests needs some more.
+const NOTICED: Duration = Duration::from_secs(5);
+
+/// Flags of a small engine on the CPU.
+const CPU: [&str; 8] = [
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--kv-cache-memory-bytes",
+    "67108864",
+    "--max-model-len",
+    "4096",
+];
+
+fn folder(model: &str) -> String {
+    model_dir(model).display().to_string()
+}
+
+/// Serves `model` on `world` ranks of this machine.
+fn serve(model: &str, world: &str, arguments: &[&str]) -> Server {
+    Server::serve(Some(&model_dir(model)), &[&CPU, &["--tp", world][..], arguments].concat())
+}
+
+/// Processes whose parent is `parent`, as /proc knows them: `PID (name) state PPID ...`.
+fn children(parent: Pid) -> Vec<Pid> {
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid: i32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (_, fields) = stat.rsplit_once(") ")?;
+        let of: i32 = fields.split(' ').nth(1)?.parse().ok()?;
+        (of == parent.as_raw_nonzero().get()).then(|| Pid::from_raw(pid)).flatten()
+    });
+    processes.collect()
+}
+
+/// The one other rank of `server`.
+fn other_rank(server: &Server) -> Pid {
+    let [rank] = children(server.pid())[..] else { panic!("one other rank: {:?}", children(server.pid())) };
+    rank
+}
+
+fn wait_until(what: &str, within: Duration, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < within, "not within {within:?}: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// Whether a process is gone; one that nobody has waited for yet is.
+fn is_gone(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    test_kill_process(pid).is_err() || stat.is_ok_and(|stat| stat.contains(") Z "))
+}
+
+/// Waits until /health says 503 and names the rank.
+fn wait_for_failure(server: &Server, named: &str) {
+    let mut body = String::new();
+    wait_until("/health says what was lost", NOTICED, || {
+        let response = server.get("/health");
+        body = String::from_utf8_lossy(&response.body).into_owned();
+        response.status == 503
+    });
+    assert!(body.contains(named), "{body}");
+}
+
+fn wait_for_health(server: &Server) {
+    wait_until("it serves again", DEADLINE, || server.get("/health").status == 200);
+}
+
+/// The fixtures whose names begin with `prefix`: every `step`-th answers the oracle's chats as the oracle does.
+fn check_fixtures(prefix: &str, world: &str, step: usize) {
+    let models = model_names(prefix).unwrap();
+    assert!(!models.is_empty(), "no fixture starts with {prefix}");
+    for model in models.iter().step_by(step) {
+        let server = serve(model, world, &[]);
+        for case in Oracle::load(model).unwrap().cases.values() {
+            let answer = server.ask(CHAT, &chat_body(case, case.greedy_ids.len()));
+            let (prompt, output) = support::prompt_and_output(&answer);
+            assert_eq!(prompt, case.prompt_ids, "{model}/{}", case.name);
+            assert_eq!(output, case.greedy_ids, "{model}/{} on {world} ranks", case.name);
+        }
+    }
+}
+
+#[test]
+fn moe_fixtures_answer_on_two_ranks_as_on_one() {
+    check_fixtures("moe_vl", "2", 1);
+}
+
+#[test]
+fn dense_fixtures_answer_on_two_ranks_as_on_one() {
+    check_fixtures("dense_vl", "2", 1);
+}
+
+#[test]
+fn text_fixtures_answer_on_two_ranks_as_on_one() {
+    check_fixtures("text", "2", 1);
+}
+
+#[test]
+fn fixtures_answer_on_four_ranks_as_on_one() {
+    check_fixtures("", "4", 3);
+}
+
+#[test]
+fn the_demo_model_answers_on_any_number_of_ranks_as_on_one() {
+    let [image, other] = ["demo.png", "demo-after.png"].map(|name| media_path(name).display().to_string());
+    let answer = |world: &str, images: usize| {
+        let mut command = program(&["generate", "--tp", world, "--temperature", "0", "--log-level", "warn"]);
+        command.args(CPU).args([
+            "--image",
+            &image,
+            "-p",
+            "Describe the picture.",
+            "-p",
+            "What is 123 + 456?",
+        ]);
+        if images == 2 {
+            command.args(["--image", &other]);
+        }
+        let Output { status, stdout, stderr } = command.output().unwrap();
+        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+        String::from_utf8(stdout).unwrap()
+    };
+    let one = answer("1", 1);
+    assert!(one.contains("a pink ring at the top left"), "{one}");
+    assert_eq!(answer("2", 1), one);
+    assert_eq!(answer("4", 1), one);
+    assert_eq!(answer("2", 2), answer("1", 2), "each rank encodes one picture");
+}
+
+#[test]
+fn bench_measures_ranks() {
+    let mut command = program(&["bench", "latency", "--config", &folder("moe_vl_bf16"), "--tp", "2"]);
+    command.args(&CPU[..6]).args(["--input-len", "8", "--output-len", "4", "--num-iters", "1"]);
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    assert!(String::from_utf8(stdout).unwrap().contains("Avg latency"));
+}
+
+/// What happens to a rank in the middle of a stream: the stream ends with an error, /health names the rank, and the rank
+/// is started again.
+fn a_rank_that(signal: Signal) {
+    let server = serve(MODEL, "2", &[]);
+    check_canaries(&server);
+    let rank = other_rank(&server);
+    let mut events = server.stream(COMPLETIONS, &endless(4000));
+    assert!(events.next().is_some(), "the stream has begun");
+    kill_process(rank, signal).unwrap();
+    wait_for_failure(&server, "rank 1");
+    let events: Vec<String> = events.collect();
+    let error =
+        events.iter().find(|event| event.contains("\"error\"")).expect("an event says what went wrong");
+    assert!(error.contains("rank 1"), "{error}");
+    wait_for_health(&server);
+    assert!(is_gone(rank), "the lost rank holds nothing any more");
+    check_canaries(&server);
+    assert_ne!(other_rank(&server), rank);
+}
+
+#[test]
+fn a_killed_rank_comes_back() {
+    a_rank_that(Signal::KILL);
+}
+
+#[test]
+fn a_stopped_rank_is_replaced() {
+    a_rank_that(Signal::STOP);
+}
+
+#[test]
+fn an_idle_server_notices_a_killed_rank() {
+    let server = serve(MODEL, "4", &[]);
+    let ranks = children(server.pid());
+    assert_eq!(ranks.len(), 3);
+    kill_process(ranks[1], Signal::KILL).unwrap();
+    wait_for_failure(&server, "rank ");
+    wait_for_health(&server);
+    check_canaries(&server);
+    assert!(ranks.iter().all(|rank| is_gone(*rank)), "all ranks are new");
+}
+
+#[test]
+fn without_patience_a_lost_rank_ends_the_server() {
+    let mut server = serve(MODEL, "2", &["--rejoin-timeout", "0"]);
+    kill_process(other_rank(&server), Signal::KILL).unwrap();
+    assert_eq!(server.wait_for_exit(DEADLINE).code(), Some(6));
+    server.wait_for_log("rank 1 is lost");
+}
+
+#[test]
+fn ranks_do_not_outlive_their_head() {
+    let mut server = serve(MODEL, "4", &[]);
+    let ranks = children(server.pid());
+    assert_eq!(ranks.len(), 3);
+    kill_process(server.pid(), Signal::KILL).unwrap();
+    server.wait_for_exit(DEADLINE);
+    wait_until("all ranks are gone", NOTICED, || ranks.iter().all(|rank| is_gone(*rank)));
+}
+
+#[test]
+fn sigterm_lets_streams_finish_and_ends_all_ranks() {
+    let mut server = serve(MODEL, "2", &[]);
+    let rank = other_rank(&server);
+    let mut events = server.stream(COMPLETIONS, &endless(1000));
+    let first = events.next().expect("the stream has begun");
+    server.terminate();
+    let streamed = Streamed::read(std::iter::once(first).chain(events));
+    assert!(streamed.done);
+    assert_eq!(streamed.token_ids.len(), 1000);
+    assert_eq!(server.wait_for_exit(DEADLINE).code(), Some(0));
+    assert!(is_gone(rank));
+}
+
+#[test]
+fn a_rank_that_is_told_to_stop_lets_streams_finish() {
+    let mut server = serve(MODEL, "2", &[]);
+    let rank = other_rank(&server);
+    let mut events = server.stream(COMPLETIONS, &endless(1000));
+    let first = events.next().expect("the stream has begun");
+    kill_process(rank, Signal::TERM).unwrap();
+    server.wait_for_log("shutting down");
+    let streamed = Streamed::read(std::iter::once(first).chain(events));
+    assert!(streamed.done);
+    assert_eq!(streamed.token_ids.len(), 1000);
+    assert_eq!(server.wait_for_exit(DEADLINE).code(), Some(0));
+    assert!(is_gone(rank));
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port().to_string()
+}
+
+/// A rank that is started by itself; killed when dropped.
+struct Started(Child);
+
+impl Started {
+    fn new(model: &str, rank: &str, leader: &str, token: &str) -> Self {
+        let mut command = program(&["serve", &folder(model), "--port", "0", "--rank", rank, "--world", "2"]);
+        command.args(CPU).args(["--leader", leader, "--join-timeout", "20"]).env("SPARK_TOKEN", token);
+        Self(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    /// Its exit code and what it said.
+    fn end(mut self) -> (Option<i32>, String) {
+        let code = wait_for_exit(&mut self.0, DEADLINE).code();
+        let mut text = String::new();
+        self.0.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+        (code, text)
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Connects as soon as somebody listens.
+fn connect(address: &str) -> TcpStream {
+    let mut connection = None;
+    wait_until("rank 0 listens", DEADLINE, || {
+        connection = TcpStream::connect(address).ok();
+        connection.is_some()
+    });
+    connection.unwrap()
+}
+
+#[test]
+fn strangers_and_wrong_ranks_are_refused_and_the_right_one_is_served() {
+    let leader = format!("127.0.0.1:{}", free_port());
+    std::thread::scope(|scope| {
+        let address = &leader;
+        let others = scope.spawn(move || {
+            // Somebody who says nothing, and somebody who says too much.
+            let silent = connect(address);
+            let mut loud = connect(address);
+            // It is closed before all of it is read.
+            let _ = loud.write_all(&vec![b'x'; 1 << 20]);
+            for (model, token, named) in [("text_moe_awq", "secret", "model"), (MODEL, "guess", "token")] {
+                let (code, text) = Started::new(model, "1", address, token).end();
+                assert_eq!(code, Some(1), "{text}");
+                assert!(text.contains("refuse") && text.contains(named), "{text}");
+            }
+            drop(silent);
+            Started::new(MODEL, "1", address, "secret")
+        });
+        let server = Server::serve_with(
+            Some(&model_dir(MODEL)),
+            &[&CPU[..], &["--rank", "0", "--world", "2", "--leader", address]].concat(),
+            &[("SPARK_TOKEN", "secret")],
+        );
+        check_canaries(&server);
+        let rank = others.join().unwrap();
+        drop(server);
+        let (code, text) = rank.end();
+        assert_eq!(code, Some(6), "a head that is killed is a lost one: {text}");
+    });
+}
+
+#[test]
+fn a_slow_network_is_endured_and_a_rank_that_a_supervisor_starts_again_rejoins() {
+    let leader = format!("127.0.0.1:{}", free_port());
+    let proxy = FaultProxy::start(leader.parse().unwrap()).unwrap();
+    let through_proxy = proxy.address().to_string();
+    let rank = Started::new(MODEL, "1", &through_proxy, "secret");
+    let server = Server::serve_with(
+        Some(&model_dir(MODEL)),
+        &[&CPU[..], &["--rank", "0", "--world", "2", "--leader", &leader]].concat(),
+        &[("SPARK_TOKEN", "secret")],
+    );
+    proxy.set_delay(Duration::from_millis(5));
+    check_canaries(&server);
+    proxy.set_delay(Duration::ZERO);
+    let mut events = server.stream(COMPLETIONS, &endless(4000));
+    assert!(events.next().is_some(), "the stream has begun");
+    proxy.reset();
+    wait_for_failure(&server, "rank 1");
+    assert!(events.any(|event| event.contains("rank 1")), "the stream ends with an error");
+    let refused = server.post(COMPLETIONS, &endless(1));
+    assert_eq!(refused.status, 503, "{}", String::from_utf8_lossy(&refused.body));
+    let (code, text) = rank.end();
+    assert_eq!(code, Some(6), "a supervisor is told that the group was lost: {text}");
+    let again = Started::new(MODEL, "1", &through_proxy, "secret");
+    wait_for_health(&server);
+    check_canaries(&server);
+    drop(server);
+    assert_eq!(again.end().0, Some(6));
+}
+
+#[test]
+fn ranks_need_a_secret_and_each_other() {
+    let output = |arguments: &[&str]| {
+        let Output { status, stderr, .. } = program(arguments).args(CPU).output().unwrap();
+        (status.code(), String::from_utf8(stderr).unwrap())
+    };
+    let model = folder(MODEL);
+    let rank_0 = ["serve", &model, "--port", "0", "--rank", "0", "--world", "2", "--leader", "127.0.0.1:0"];
+    let (code, text) = output(&rank_0);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("SPARK_TOKEN"), "{text}");
+    let (code, text) = output(&[&rank_0[..], &["--token", "secret", "--join-timeout", "1"]].concat());
+    assert_eq!(code, Some(1));
+    assert!(text.contains("[1] of 2 did not join"), "{text}");
+}
+
+/// What the program calls instead of `ssh`: `script` in a file, with the host in `$1` and the command in `$2`.
+fn fake_ssh(folder: &tempfile::TempDir, script: &str) -> String {
+    let path: PathBuf = folder.path().join("ssh");
+    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn a_node_that_cannot_be_reached_ends_the_start_at_once() {
+    let start = Instant::now();
+    let scripts = tempfile::tempdir().unwrap();
+    let ssh = fake_ssh(&scripts, "echo no route to $1 >&2; exit 255");
+    let mut command = program(&["serve", &folder(MODEL), "--port", "0", "--nodes", "127.0.0.1,spark-2"]);
+    let Output { status, stderr, .. } = command.args(CPU).env("SPARK_SSH", ssh).output().unwrap();
+    let text = String::from_utf8(stderr).unwrap();
+    assert_eq!(status.code(), Some(1), "{text}");
+    assert!(text.contains("[rank 1] no route to spark-2"), "{text}");
+    assert!(text.contains("rank 1 on spark-2 has ended") && text.contains("ssh"), "{text}");
+    assert!(start.elapsed() < Duration::from_secs(30), "far below the join timeout");
+}
+
+/// A network namespace joined with this one by a pair of veth; both end with it.
+struct Namespace {
+    name: String,
+    /// This machine's end.
+    link: String,
+    here: String,
+    there: String,
+}
+
+impl Namespace {
+    /// `None` where the machine does not let us: said on stderr, for then the network is not tested.
+    fn new() -> Option<Self> {
+        let id = std::process::id();
+        let (name, link, peer) = (format!("spark-{id}"), format!("sp{id}a"), format!("sp{id}b"));
+        let subnet = format!("10.{}.{}", 64 + id / 256 % 64, id % 256);
+        let (here, there) = (format!("{subnet}.1"), format!("{subnet}.2"));
+        let namespace =
+            Self { name: name.clone(), link: link.clone(), here: here.clone(), there: there.clone() };
+        let steps = [
+            format!("netns add {name}"),
+            format!("link add {link} type veth peer name {peer}"),
+            format!("link set {peer} netns {name}"),
+            format!("addr add {here}/24 dev {link}"),
+            format!("link set {link} up"),
+            format!("-n {name} addr add {there}/24 dev {peer}"),
+            format!("-n {name} link set {peer} up"),
+            format!("-n {name} link set lo up"),
+        ];
+        for step in &steps {
+            if let Err(problem) = ip(step) {
+                let mut stderr = std::io::stderr();
+                let _ =
+                    writeln!(stderr, "NOT TESTED: ranks in namespaces of their own: ip {step}: {problem}");
+                return None;
+            }
+        }
+        Some(namespace)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // The pair of veth goes with its namespace. What was never made cannot be removed.
+        let _ = ip(&format!("netns del {}", self.name));
+    }
+}
+
+fn ip(arguments: &str) -> Result<(), String> {
+    let output = Command::new("ip").args(arguments.split(' ')).output().map_err(|e| e.to_string())?;
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
+}
+
+#[test]
+fn ranks_in_separate_networks_answer_and_notice_a_cut_link() {
+    let scripts = tempfile::tempdir().unwrap();
+    let namespace = Namespace::new();
+    let (ssh, nodes) = match &namespace {
+        Some(Namespace { name, here, there, .. }) => (
+            fake_ssh(&scripts, &format!("[ \"$1\" = {there} ] && exec ip netns exec {name} sh -c \"$2\"")),
+            format!("{here},{there}"),
+        ),
+        None => (fake_ssh(&scripts, "exec sh -c \"$2\""), "127.0.0.1,127.0.0.2".to_owned()),
+    };
+    let server = Server::serve_with(
+        Some(&model_dir(MODEL)),
+        &[&CPU[..], &["--nodes", &nodes]].concat(),
+        &[("SPARK_SSH", &ssh)],
+    );
+    server.wait_for_log("[rank 1] ");
+    check_canaries(&server);
+    let Some(Namespace { link, here, .. }) = &namespace else { return };
+    let mut events = server.stream(COMPLETIONS, &endless(4000));
+    assert!(events.next().is_some(), "the stream has begun");
+    ip(&format!("link set {link} down")).unwrap();
+    wait_for_failure(&server, "rank 1");
+    assert!(events.any(|event| event.contains("\"error\"")), "the stream ends with an error");
+    ip(&format!("link set {link} up")).unwrap();
+    ip(&format!("addr replace {here}/24 dev {link}")).unwrap();
+    wait_for_health(&server);
+    check_canaries(&server);
+}
+
+#[test]
+fn waiting_requests_survive_a_lost_rank() {
+    let server = serve(MODEL, "2", &["--max-num-seqs", "1"]);
+    let rank = other_rank(&server);
+    let mut running = server.stream(COMPLETIONS, &endless(3000));
+    assert!(running.next().is_some(), "the first runs");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| server.ask(COMPLETIONS, &endless(20)));
+        server.wait_for_metric("vllm:num_requests_waiting", |count| count == 1.0);
+        kill_process(rank, Signal::KILL).unwrap();
+        let answer = waiting.join().unwrap();
+        assert_eq!(support::ids(&answer["choices"][0]["token_ids"]).len(), 20, "{answer}");
+    });
+    assert!(running.any(|event| event.contains("rank 1")));
+    let body = json!({"prompt": "x", "max_tokens": 1});
+    assert_eq!(server.post(COMPLETIONS, &body).status, 200);
+}
