@@ -1,11 +1,8 @@
 //! NCCL: its version, and settings of it that are known to slow two Sparks down or to hang them. Does not open a communicator.
 
-use super::{host::Host, report::Check};
+use spark_comm::nccl::{Nccl, too_old};
 
-/// First version in which ranks on aarch64 do not hang.
-const FIRST_GOOD_ON_AARCH64: [u32; 3] = [2, 29, 3];
-/// First version that the engine uses elsewhere.
-const FIRST_GOOD: [u32; 3] = [2, 27, 0];
+use super::{host::Host, report::Check};
 
 /// Settings that nobody wants on a Spark: name, the value that does harm (none: any value), what it does.
 const HARMFUL: [(&str, Option<&str>, &str); 7] = [
@@ -27,16 +24,16 @@ fn version(host: &dyn Host, is_needed: bool) -> Check {
     let id = "NCCL.VERSION";
     match host.nccl_version() {
         Ok(version) => {
-            let numbers: Vec<u32> = version.split('.').filter_map(|part| part.parse().ok()).collect();
-            let is_arm = host.architecture() == "aarch64";
-            let (first, why) = match is_arm {
-                true => (FIRST_GOOD_ON_AARCH64, "older ones are known to hang on this CPU"),
-                false => (FIRST_GOOD, "older ones were not tried"),
+            let too_old = match version.parse() {
+                Ok(number) => too_old(number, &host.architecture()),
+                Err(_) => return Check::warn(id, version, "a version that nobody knows"),
             };
-            match numbers[..] >= first[..] {
-                true => Check::pass(id, version),
-                false => Check::fail(id, version, format!("{}.{}.{} or newer is needed: {why}", first[0], first[1], first[2]))
-                    .with_fix("pip install --upgrade nvidia-nccl-cu13"),
+            match too_old {
+                None => Check::pass(id, version),
+                Some((least, why)) => {
+                    Check::fail(id, version, format!("{least} or newer is needed: {why}"))
+                        .with_fix("pip install --upgrade nvidia-nccl-cu13")
+                }
             }
         }
         Err(reason) if is_needed => Check::fail(
@@ -106,7 +103,5 @@ fn files(host: &dyn Host) -> Check {
 /// The version of the NCCL that the engine would use on this machine.
 pub(super) fn installed() -> Result<String, String> {
     // Old ones are told as well: the check judges.
-    spark_comm::nccl::Nccl::open(true)
-        .map(|nccl| nccl.version().to_string())
-        .map_err(|error| error.to_string())
+    Nccl::open(true).map(|nccl| nccl.version().to_string()).map_err(|error| error.to_string())
 }

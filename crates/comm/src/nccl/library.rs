@@ -240,8 +240,19 @@ impl std::fmt::Display for NcclVersion {
     }
 }
 
-/// Why `version` must not be used on processors of `arch`, and the first that may be.
-fn too_old(version: NcclVersion, arch: &str) -> Option<(NcclVersion, &'static str)> {
+/// As [`Display`](std::fmt::Display) writes it; parts that are missing are 0.
+impl std::str::FromStr for NcclVersion {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        let mut parts = text.split('.').map(str::parse);
+        let mut part = || parts.next().unwrap_or(Ok(0));
+        Ok(Self::new(part()?, part()?, part()?))
+    }
+}
+
+/// The first version that may be used on processors of `arch` and why, if `version` is older.
+pub fn too_old(version: NcclVersion, arch: &str) -> Option<(NcclVersion, &'static str)> {
     let (least, reason) = match arch {
         "aarch64" => (
             NcclVersion::new(2, 29, 3),
@@ -304,6 +315,9 @@ mod tests {
         assert_eq!(version(22_803).to_string(), "2.28.3");
         assert_eq!(version(23_203).to_string(), "2.32.3");
         assert_eq!(version(2804).to_string(), "2.8.4");
+        assert_eq!("2.28.3".parse(), Ok(version(22_803)));
+        assert_eq!("2.8".parse(), Ok(NcclVersion::new(2, 8, 0)));
+        assert!("new".parse::<NcclVersion>().is_err());
         for (code, arch, is_refused) in [
             (22_902, "aarch64", true),
             (22_903, "aarch64", false),
