@@ -140,32 +140,28 @@ impl FrontEnd {
     pub(crate) async fn completion_prompt(&self, input: PromptInput, echo: bool) -> Result<Prompt, ApiError> {
         let tokenizer = self.tokenizer.clone();
         let max_bytes = self.max_text_bytes();
-        let work = move || match input {
-            PromptInput::Ids(tokens) => {
-                let echo = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
-                Ok(Prompt {
-                    tokens,
-                    media: Vec::new(),
-                    images: Arc::default(),
-                    echo,
-                    answer: None,
-                    grammar: None,
-                })
-            }
-            PromptInput::Text(text) => {
-                check_length(text.len(), max_bytes, "prompt")?;
-                let tokens =
-                    tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
-                let echo = if echo { text } else { String::new() };
-                Ok(Prompt {
-                    tokens,
-                    media: Vec::new(),
-                    images: Arc::default(),
-                    echo,
-                    answer: None,
-                    grammar: None,
-                })
-            }
+        let work = move || {
+            let (tokens, text) = match input {
+                PromptInput::Ids(tokens) => {
+                    let text = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
+                    (tokens, text)
+                }
+                PromptInput::Text(text) => {
+                    check_length(text.len(), max_bytes, "prompt")?;
+                    let tokens =
+                        tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
+                    (tokens, text)
+                }
+            };
+            let echo = if echo { text } else { String::new() };
+            Ok(Prompt {
+                tokens,
+                media: Vec::new(),
+                images: Arc::default(),
+                echo,
+                answer: None,
+                grammar: None,
+            })
         };
         self.pool.run(work).await
     }
