@@ -125,11 +125,11 @@ fn has_failed(checks: &[Check]) -> bool {
 
 /// All checks of one machine, and what of it has to be compared with others.
 fn examine(host: &dyn Host) -> (Vec<Check>, Value) {
-    let (gpu, rails) = (gpu::find(host), rails::find(host));
+    let (gpu, rails, nccl) = (gpu::find(host), rails::find(host), host.nccl_version());
     let has_rails = !rails.is_empty();
     let mut checks = system::check(host, has_rails);
     checks.extend(gpu::check(host, gpu.as_ref()));
-    checks.extend(nccl::check(host, has_rails || gpu.is_some()));
+    checks.extend(nccl::check(host, &nccl, has_rails || gpu.is_some()));
     checks.extend(rails::check(host, &rails));
     let rails: Vec<Value> = rails
         .iter()
@@ -141,7 +141,7 @@ fn examine(host: &dyn Host) -> (Vec<Check>, Value) {
     let facts = json!({
         "kernel": host.value("/proc/sys/kernel/osrelease"),
         "driver": gpu.map(|gpu| gpu.driver),
-        "nccl": host.nccl_version().ok(),
+        "nccl": nccl.ok(),
         "rails": rails,
     });
     (checks, facts)

@@ -15,14 +15,14 @@ const HARMFUL: [(&str, Option<&str>, &str); 7] = [
     ("NCCL_NET", Some("Socket"), "turns RoCE off, so that everything goes through sockets"),
 ];
 
-/// The checks. `is_needed`: the machine has a GPU or rails.
-pub(super) fn check(host: &dyn Host, is_needed: bool) -> Vec<Check> {
-    vec![version(host, is_needed), environment(host), files(host)]
+/// The checks. `found`: the version that would be used, or why there is none. `is_needed`: the machine has a GPU or rails.
+pub(super) fn check(host: &dyn Host, found: &Result<String, String>, is_needed: bool) -> Vec<Check> {
+    vec![version(host, found, is_needed), environment(host), files(host)]
 }
 
-fn version(host: &dyn Host, is_needed: bool) -> Check {
+fn version(host: &dyn Host, found: &Result<String, String>, is_needed: bool) -> Check {
     let id = "NCCL.VERSION";
-    match host.nccl_version() {
+    match found.clone() {
         Ok(version) => {
             let too_old = match version.parse() {
                 Ok(number) => too_old(number, &host.architecture()),
