@@ -9,7 +9,9 @@
 // Group scales: a scale is 2^e * f with 1 <= f < 2. 2^e goes into the operand, exactly; f is what the sums are in units of: where
 // the group changes they are multiplied with the quotient of the two f, and at the end with the last f. So there is one set of sums.
 #pragma once
+#include "gemm_fp8x.cuh"
 #include "gemm_pipeline.cuh"
+#include "gemm_place.cuh"
 #include "gemm_store.cuh"
 
 // Sums of row tile `r` in units of `factor` of the group that follows.
@@ -120,31 +122,13 @@ template <typename S, int TILES>
 __device__ __forceinline__ void multiply_all(Sums<S>& acc, typename S::Scheme::Group (&groups)[S::ROW_TILES], const GemmParams& p,
                                              const WeightSources<S>& sources, const RowStarts<S>& x_rows, const char* shared,
                                              const Steps& steps) {
-    if constexpr (S::Scheme::PIPELINED) {
+    if constexpr (S::Scheme::FP8_X) {
+        multiply_fp8x<S, TILES>(acc, p, sources, x_rows, shared, steps);
+    } else if constexpr (S::Scheme::PIPELINED) {
         multiply_pipelined<S, TILES>(acc, p, sources, x_rows, shared_address(shared), steps);
     } else {
         multiply_converted<S, TILES>(acc, groups, p, sources, x_rows, shared, steps);
     }
-}
-
-// Rows of x of a warp if the block has `num_tokens`: all that it can have, or a half or a quarter.
-template <typename S> __device__ __forceinline__ u32 used_warp_tokens(u32 num_tokens) {
-    if (num_tokens <= S::QUARTER_TILES * 8 * S::WARPS_ALONG_TOKENS) return S::QUARTER_TILES * 8;
-    return num_tokens <= S::HALF_TILES * 8 * S::WARPS_ALONG_TOKENS ? S::HALF_TILES * 8 : S::TOKEN_TILES * 8;
-}
-
-// Which rows of W and of x the block multiplies.
-struct Place {
-    u32 row_block;
-    u32 token_block;
-};
-
-// Blocks that run at the same time share a panel of W, and go over the rows of x together.
-__device__ __forceinline__ Place dense_place(const GemmParams& p, u32 tokens) {
-    const u32 num_row_blocks = (p.num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, num_token_blocks = (p.rows + tokens - 1) / tokens;
-    const u32 in_panel = p.panel * num_token_blocks, panel = blockIdx.x / in_panel, rest = blockIdx.x % in_panel;
-    const u32 width = min(p.panel, num_row_blocks - panel * p.panel);
-    return {panel * p.panel + rest % width, rest / width};
 }
 
 template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) {
@@ -152,6 +136,7 @@ template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) 
     extern __shared__ __align__(128) char shared[];
     __shared__ __align__(16) RowStarts<S> x_rows;
     __shared__ u32 out_rows[S::TOKENS];
+    __shared__ float x_scales[Scheme::FP8_X ? S::TOKENS : 1];
     const u32 shared_at = shared_address(shared);
     const bool is_experts = S::FOR_EXPERTS && (!S::FOR_LAYERS || p.tiles != nullptr);
     const bool is_gate_up = S::FOR_EXPERTS && p.what == GATE_UP;
@@ -191,8 +176,12 @@ template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) 
         }
         x_rows.set(i, exists ? x_row * (p.x_columns / 8) : 0);
         out_rows[i] = exists ? out_row : NO_ROW;
+        if constexpr (Scheme::FP8_X) {
+            if (!is_experts && i == threadIdx.x) wait_for_predecessor();
+            x_scales[i] = exists ? p.x_scales[x_row] : 0.0f;
+        }
     }
-    if (!is_experts) wait_for_predecessor();
+    if (!is_experts && !(Scheme::FP8_X && threadIdx.x < S::TOKENS)) wait_for_predecessor();
     allow_successor();
     __syncthreads();
 #pragma unroll
@@ -214,7 +203,9 @@ template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) 
         multiply_all<S, S::QUARTER_TILES>(acc, groups, p, sources, x_rows, shared, steps);
     }
 
-    if (Scheme::GROUPED) {
+    if constexpr (Scheme::FP8_X) {
+        scale_rows<S>(acc, warp_tokens, x_scales);
+    } else if constexpr (Scheme::GROUPED) {
 #pragma unroll
         for (int r = 0; r < S::ROW_TILES; r++)
 #pragma unroll
@@ -226,7 +217,7 @@ template <typename S> __device__ __forceinline__ void gemm(const GemmParams& p) 
     wait_copies<0>();
     __syncthreads();
     float* results = reinterpret_cast<float*>(shared);
-    const float* row_scales = p.row_scales ? p.row_scales + u64(tile.expert) * p.n : nullptr;
+    const float* row_scales = !Scheme::FP8_X && p.row_scales ? p.row_scales + u64(tile.expert) * p.n : nullptr;
     const u32 block_rows = is_gate_up ? BLOCK_ROWS / 2 : BLOCK_ROWS;
 #pragma unroll 1
     for (u32 part = 0; part * S::RESULT_TOKENS < num_tokens; part++) {

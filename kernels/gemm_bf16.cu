@@ -12,6 +12,7 @@ struct Bf16 {
     static constexpr bool PIPELINED = true;
     static constexpr bool HAS_AFTER = true;
     static constexpr bool GROUPED = false;
+    static constexpr bool FP8_X = false;
 
     struct Group {
         __device__ __forceinline__ float factor(int) const { return 1.0f; }

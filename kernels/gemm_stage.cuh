@@ -57,6 +57,9 @@ struct GemmParams {
     u32 panel;               // dense: blocks of 128 rows of W that share the second-level cache
     u32 steps_per_split;
     u32 after;
+    // Of gemm_fp8x.cuh alone, whose x is e4m3: of its numbers, [rows of x, groups of k]; what each row is to be multiplied with.
+    const float* x_sums;
+    const float* x_scales;
 };
 PARAMS(GemmParams);
 
@@ -68,6 +71,11 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
     u32 packed;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+// As `copy_async`, of 4 bytes.
+__device__ __forceinline__ void copy_async_word(u32 shared, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(source) : "memory");
 }
 
 // base + index * BYTES, in one instruction.
@@ -104,6 +112,8 @@ struct PlainLoads {
     static constexpr bool PIPELINED = false;
     // Whether the kernel can go on with its results: `p.after`.
     static constexpr bool HAS_AFTER = false;
+    // Whether x is e4m3. Two of its numbers then count as one of k: STEP is 128 of them.
+    static constexpr bool FP8_X = false;
 
     static __device__ __forceinline__ u32 code_place(u32 vector) { return vector; }
     static __device__ __forceinline__ u32 x_place(u32 chunk, u32 token) { return chunk ^ (token & 1) << 2; }
@@ -127,23 +137,24 @@ template <typename Scheme_, int TOKENS_, int ROW_WARPS = 2> struct Shape {
     using Scheme = Scheme_;
     static constexpr int TOKENS = TOKENS_;
     static constexpr int WARPS_ALONG_ROWS = ROW_WARPS;
-    static constexpr int WARPS_ALONG_TOKENS = TOKENS == 128 && ROW_WARPS == 2 ? 2 : 1;
+    static constexpr int WARPS_ALONG_TOKENS = (TOKENS == 128 && ROW_WARPS == 2) || Scheme::FP8_X ? 2 : 1;
     static constexpr int THREADS = 32 * WARPS_ALONG_ROWS * WARPS_ALONG_TOKENS;
     static constexpr int ROW_TILES = BLOCK_TILES / WARPS_ALONG_ROWS;
     static constexpr int TOKEN_TILES = TOKENS / 8 / WARPS_ALONG_TOKENS;
     // What the larger blocks are for: those of 64 rows of x are for experts with two warps, else for layers; those of 128 with four
-    // warps along rows are for both.
-    static constexpr bool FOR_EXPERTS = THREADS == 64 || (TOKENS == 128 && ROW_WARPS == 4);
+    // warps along rows are for both, and so are all of FP8_X.
+    static constexpr bool FOR_EXPERTS = THREADS == 64 || (TOKENS == 128 && ROW_WARPS == 4) || Scheme::FP8_X;
     static constexpr bool FOR_LAYERS = THREADS != 64 || TOKENS < 64;
     // Token tiles of a warp where the block has fewer rows of x than it can have.
-    static constexpr int HALF_TILES = TOKEN_TILES >= 8 ? TOKEN_TILES / 2 : TOKEN_TILES;
-    static constexpr int QUARTER_TILES = TOKEN_TILES >= 8 && FOR_EXPERTS ? TOKEN_TILES / 4 : HALF_TILES;
-    // Bytes of a stage: x, weights, scale words.
+    static constexpr int HALF_TILES = TOKEN_TILES >= 8 || Scheme::FP8_X ? TOKEN_TILES / 2 : TOKEN_TILES;
+    static constexpr int QUARTER_TILES = (TOKEN_TILES >= 8 && FOR_EXPERTS) || Scheme::FP8_X ? TOKEN_TILES / 4 : HALF_TILES;
+    // Bytes of a stage: x, weights, scale words, sums of x.
     static constexpr int X_BYTES = TOKENS * STEP * 2;
     static constexpr int TILE_BYTES = Scheme::TILE_VECTORS * 16;
     static constexpr int WORDS = Scheme::WORD_K == 0 ? 0 : Scheme::WORD_K < STEP ? STEP / Scheme::WORD_K : 1;
     static constexpr int SCALES_AT = X_BYTES + BLOCK_TILES * TILE_BYTES;
-    static constexpr int STAGE_BYTES = SCALES_AT + BLOCK_ROWS * 4 * WORDS;
+    static constexpr int SUMS_AT = SCALES_AT + BLOCK_ROWS * 4 * WORDS;
+    static constexpr int STAGE_BYTES = SUMS_AT + (Scheme::FP8_X ? TOKENS * 4 * WORDS : 0);
     // As in `shared_bytes` of gemm.rs: up to four. Where a multiprocessor has 100 KiB, two or more in a third of that, so that it has
     // several blocks; as many as fit where two do not fit its half.
     static constexpr int MOST = 100352 / STAGE_BYTES < 4 ? 100352 / STAGE_BYTES : 4;
@@ -233,6 +244,14 @@ template <typename S> struct RowStarts {
         for (int i = 0; i < ROWS; i++) own[i] = starts[token][i];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) copy_async(target + AT_ONCE * i * (STEP * 2), advance<16>(x, own[i]), is_valid);
+        if constexpr (Scheme::FP8_X) {
+            // [word][token]
+            for (u32 i = threadIdx.x; i < S::TOKENS * S::WORDS; i += S::THREADS) {
+                const u32 row = i % S::TOKENS, word = (past_end ? 0 : step) * S::WORDS + i / S::TOKENS;
+                const u32 at = starts[row % AT_ONCE][row / AT_ONCE] / (Scheme::WORD_K / 8) + word;
+                copy_async_word(stage + S::SUMS_AT + 4 * i, advance<4>(reinterpret_cast<const char*>(p.x_sums), at));
+            }
+        }
     }
 };
 

@@ -72,14 +72,16 @@ __device__ __forceinline__ Expert expert_at(const MoeParams& p, u32 place, RowEx
     const u32 lane = threadIdx.x % 32;
     const bool is_own = p.splits <= MAX_OWN_SPLITS;
     Expert found = {NO_EXPERT, 0.0f};
-    if (p.counts && load_shared_value(p.counts) == 0) return found;
+    // On its way together with the logits, and looked at when they have been: to wait for it first costs every layer two trips to the
+    // second-level cache.
+    const u32 num_real = p.counts ? load_shared_value(p.counts) : 1;
     if (is_own || threadIdx.x < 32) {
         const Chosen chosen = p.num_experts <= 128 ? choose_row<4>(p) : choose_row<8>(p);
         u32 own_place = 0;
         for (u32 other = 0; other < p.top_k; other++) own_place += __shfl_sync(ALL, chosen.expert, other) < chosen.expert;
         if (is_own) {
             const u32 source = __ballot_sync(ALL, lane < p.top_k && own_place == place);
-            if (source != 0) {
+            if (source != 0 && num_real != 0) {
                 const u32 from = __ffs(source) - 1;
                 found = {__shfl_sync(ALL, chosen.expert, from), __shfl_sync(ALL, chosen.weight, from)};
             }
@@ -88,7 +90,7 @@ __device__ __forceinline__ Expert expert_at(const MoeParams& p, u32 place, RowEx
         if (lane < p.top_k) row.at[own_place] = {chosen.expert, chosen.weight};
     }
     __syncthreads();
-    return place < p.top_k ? row.at[place] : found;
+    return place < p.top_k && num_real != 0 ? row.at[place] : found;
 }
 
 // Which pair is at a place of a group: from the list, or, of a single row without one, that of the group's number.

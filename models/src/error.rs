@@ -19,6 +19,11 @@ pub enum Error {
         "config.json: model_type {0:?} is not supported; supported are qwen3_vl_moe, qwen3_vl, qwen3_moe and qwen3"
     )]
     Architecture(String),
+    /// A head that should be dense and is not.
+    #[error(
+        "lm_head is quantised in the checkpoint: --lm-head-dtype bf16 is for one that is not; `auto` uses it as it is"
+    )]
+    QuantisedHead,
     /// The checkpoint does not fit.
     #[error(transparent)]
     Weights(#[from] spark_weights::Error),

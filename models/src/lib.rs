@@ -9,6 +9,7 @@ mod config;
 mod decoder;
 mod error;
 mod fields;
+mod head;
 mod param;
 mod qwen3_vl;
 mod ranks;
@@ -18,6 +19,7 @@ mod vision;
 
 pub use config::{ModelConfig, MoeConfig, TextConfig, VisionConfig};
 pub use error::{Error, Result};
+pub use head::{Head, HeadDtype};
 pub use qwen3_vl::{Encoded, Qwen3Vl};
 pub use registry::{PUBLISHED, published};
 pub use rope::{RopeConfig, RopeIndex};

@@ -10,6 +10,7 @@ use crate::{
     Result,
     config::ModelConfig,
     decoder::{self, DecoderLayer},
+    head::{Head, LM_HEAD},
     param::{Loader, Specs},
     vision::{self, VisionEncoder},
 };
@@ -48,7 +49,7 @@ impl ModelConfig {
         }
         Specs { prefix: LANGUAGE_MODEL, out: &mut out }.vector("norm.weight", [1, hidden]);
         if has_lm_head {
-            out.push(ParamSpec::linear("lm_head", vocab, hidden, Shard::Vocab));
+            out.push(ParamSpec::linear(LM_HEAD, vocab, hidden, Shard::Vocab));
         }
         if let Some(vision) = &self.vision {
             vision::specs(vision, &mut Specs { prefix: VISUAL, out: &mut out });
@@ -58,26 +59,25 @@ impl ModelConfig {
 }
 
 impl<B: Backend> Qwen3Vl<B> {
-    /// Takes all parameters, which are the shards of the backend's rank, to the backend. `mean_std` are the image processor's, per channel.
+    /// Takes all parameters, which are the shards of the backend's rank, to the backend. `head` says what the output head is: of a checkpoint
+    /// as it is, whether it has its own. `mean_std` are the image processor's, per channel.
     ///
     /// # Errors
-    /// A parameter is missing, the backend cannot take it, or its group has a number of ranks that the model cannot be split
+    /// A parameter is missing, the backend cannot take it, the head is quantised and another format is wanted, or the backend's group has a number of ranks that the model cannot be split
     /// over.
     pub fn load(
         config: ModelConfig,
-        has_lm_head: bool,
+        head: impl Into<Head>,
         mean_std: ([f32; 3], [f32; 3]),
         params: &mut Params,
         backend: &B,
     ) -> Result<Self> {
         config.check_ranks(backend.rank().world())?;
-        let mut language = Loader { prefix: LANGUAGE_MODEL, params, backend };
-        let embed_tokens = language.linear("embed_tokens")?;
-        let norm = language.vector("norm.weight")?;
-        let lm_head = match has_lm_head {
-            true => Some(backend.linear_weight(params.linear("lm_head")?)?),
-            false => None,
-        };
+        let norm = Loader { prefix: LANGUAGE_MODEL, params, backend }.vector("norm.weight")?;
+        let embeddings = params.linear(&format!("{LANGUAGE_MODEL}.embed_tokens"))?;
+        let lm_head = head.into().weight(params, &embeddings)?;
+        let embed_tokens = backend.linear_weight(embeddings)?;
+        let lm_head = lm_head.map(|head| backend.linear_weight(head)).transpose()?;
         let layers = (0..config.text.num_hidden_layers)
             .map(|i| {
                 DecoderLayer::load(&config.text, i, &format!("{LANGUAGE_MODEL}.layers.{i}"), params, backend)

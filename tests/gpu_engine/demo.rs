@@ -1,14 +1,17 @@
 //! The demo model answers right on a GPU, in both of its formats and with both kinds of cache.
 
 use serde_json::{Value, json};
-use spark_engine::{Device, KvCacheDtype, SparkEngine, image_data_url};
+use spark_engine::{Device, HeadDtype, KvCacheDtype, SparkEngine, image_data_url};
 use spark_testing::media_path;
 
 use crate::{
     Comparison, Model, alone, ask, chats,
-    greedy::logprobs,
     questions::{ABOUT_THE_PICTURE, IN_WORDS, PICTURE},
+    taught::{Difference, other_answers, taught},
 };
+
+/// Samples of each task that are looked at.
+const SAMPLES: u64 = 8;
 
 /// A question with its picture, if it has one.
 pub(crate) fn body(picture: Option<&str>, question: &str) -> Value {
@@ -69,8 +72,8 @@ fn the_answers_are_right() {
     }
 }
 
-/// What an FP8 cache costs beside one in bf16, on the GPU: log-probabilities along texts of many tokens, each under those before
-/// it, and greedy answers.
+/// What an FP8 cache costs beside one in bf16, on the GPU: log-probabilities of right answers to
+/// questions of the kind that the model was taught, and greedy answers.
 #[test]
 fn measurements_of_an_fp8_cache() {
     let _gpu = alone();
@@ -83,25 +86,34 @@ fn measurements_of_an_fp8_cache() {
             let (reference, got) = (ask(&bf16, &body), ask(&fp8, &body));
             comparison.add(&name, &model.said(&reference), &model.said(&got), model.tolerance());
         }
-        let turn = |(question, answer): &(&str, &str)| {
-            format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n")
-        };
-        let text: String = IN_WORDS.iter().map(turn).collect();
-        let mut text = bf16.tokenizer().encode_trusted(&text.repeat(8)).unwrap();
-        text.truncate(900);
-        let (want, got) = (logprobs(&bf16, &text), logprobs(&fp8, &text));
-        let differences: Vec<f32> = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).collect();
-        let mean = differences.iter().sum::<f32>() / differences.len() as f32;
-        let largest = differences.iter().copied().fold(0.0, f32::max);
-        let perplexity = |logprobs: &[f32]| (-logprobs.iter().sum::<f32>() / logprobs.len() as f32).exp();
-        println!(
-            "{format}, FP8 against bf16 cache: log-probabilities of {} tokens: mean difference {mean:.4}, largest {largest:.4}, \
-             perplexity {:.4} and {:.4}; {}",
-            differences.len(),
-            perplexity(&got),
-            perplexity(&want),
-            comparison.line()
-        );
+        let difference = Difference::of(&bf16, &fp8, &taught(&bf16, SAMPLES));
+        println!("{format}, FP8 against bf16 cache: {}; {}", difference.line(), comparison.line());
+        let mean = difference.mean;
         assert!(mean < 0.2, "{format}: {mean}");
+    }
+}
+
+/// The same of a head that is made FP8 while it is loaded; and that it is the CPU's, which quantises alike.
+#[test]
+fn an_fp8_head_is_that_of_the_cpu() {
+    let _gpu = alone();
+    for format in ["awq", "bf16"] {
+        let model = Model::demo(format);
+        let engine = |device, head| model.builder(device).lm_head_dtype(head).build().unwrap();
+        let gpu = engine(Device::Cuda, HeadDtype::Fp8);
+        let texts = taught(&gpu, SAMPLES);
+        let cpu = engine(Device::Cpu, HeadDtype::Fp8);
+        let against_cpu = Difference::of(&cpu, &gpu, &texts);
+        let others = other_answers(&cpu, &gpu, &texts);
+        println!(
+            "{format}, FP8 head: other greedy answers than the CPU's in {} of {}: {others:?}",
+            others.len(),
+            texts.len()
+        );
+        let against_bf16 = Difference::of(&engine(Device::Cuda, HeadDtype::Bf16), &gpu, &texts);
+        println!("{format}, FP8 head against the CPU's: {}", against_cpu.line());
+        println!("{format}, FP8 head against a bf16 head: {}", against_bf16.line());
+        assert!(against_cpu.mean < 0.05, "{format}: {}", against_cpu.line());
+        assert!(against_bf16.mean > 0.0 && against_bf16.mean < 0.05, "{format}: {}", against_bf16.line());
     }
 }

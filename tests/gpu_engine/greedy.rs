@@ -1,12 +1,9 @@
 //! Greedy answers on CUDA against the CPU backend: every fixture and both demo checkpoints, text and images, each format.
 
-use spark_engine::{
-    Device, SparkEngine,
-    api::{Event, SamplingParams},
-};
+use spark_engine::Device;
 use spark_testing::{Oracle, model_names};
 
-use crate::{Comparison, Model, alone, ask, chats};
+use crate::{Comparison, Model, alone, ask, taught::logprobs};
 
 /// Tokens of an answer.
 const LEN: usize = 40;
@@ -39,12 +36,7 @@ fn greedy_ids_are_those_of_the_cpu() {
         match compare(model) {
             Ok(comparison) => {
                 println!("{:30} {}", model.name, comparison.line());
-                all.num_compared += comparison.num_compared;
-                all.num_ids += comparison.num_ids;
-                all.num_answers += comparison.num_answers;
-                all.num_early += comparison.num_early;
-                all.widest = all.widest.max(comparison.widest);
-                all.wrong.extend(comparison.wrong);
+                all.join(comparison);
             }
             Err(reason) => {
                 println!("{:30} outside the envelope: {reason}", model.name);
@@ -55,22 +47,6 @@ fn greedy_ids_are_those_of_the_cpu() {
     all.finish("greedy ids");
     assert!(outside.is_empty(), "these are inside the envelope: {outside:?}");
     assert!(2 * all.num_compared > all.num_ids, "only {} of {} ids are equal", all.num_compared, all.num_ids);
-}
-
-/// Log-probabilities of the tokens of a text, each under the text before it.
-pub(crate) fn logprobs(engine: &SparkEngine, text: &[u32]) -> Vec<f32> {
-    let sampling = SamplingParams { prompt_logprobs: Some(0), ..SamplingParams::greedy(1) };
-    let mut events = engine.submit(engine.request(text.to_vec(), sampling).unwrap()).unwrap();
-    let logprobs = chats::block_on(async {
-        while let Some(event) = events.recv().await {
-            if let Event::Prompt { logprobs, .. } = event {
-                return logprobs;
-            }
-        }
-        None
-    });
-    let logprobs = logprobs.expect("prompt log-probabilities were asked for");
-    logprobs[1..].iter().map(|entry| entry.as_ref().unwrap().token.logprob).collect()
 }
 
 /// No tie can end this comparison: the text is given, not made.

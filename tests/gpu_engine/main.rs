@@ -14,6 +14,9 @@ mod invariance;
 mod questions;
 mod soak;
 mod soak_large;
+#[path = "../support/taught.rs"]
+mod taught;
+mod two_gpus;
 
 use std::{
     path::PathBuf,
@@ -178,6 +181,16 @@ impl Comparison {
             let (expected, got) = (reference.ids[step], got.ids.get(step));
             self.wrong.push(format!("{name}: step {step}: {got:?} instead of {expected}, margin {margin}"));
         }
+    }
+
+    /// Adds what another one has counted.
+    fn join(&mut self, other: Self) {
+        self.num_compared += other.num_compared;
+        self.num_ids += other.num_ids;
+        self.num_answers += other.num_answers;
+        self.num_early += other.num_early;
+        self.widest = self.widest.max(other.widest);
+        self.wrong.extend(other.wrong);
     }
 
     /// Prints the counts and fails if something differs that must not.

@@ -10,6 +10,7 @@ mod group;
 mod kv;
 mod memory;
 mod step;
+mod tally;
 mod weight;
 
 pub use backend::{Activation, AttentionSpec, Backend, VisionSpec};
@@ -21,6 +22,7 @@ pub use step::{
     ActivationSpec, SampledToken, SeqInput, SlotParams, StateSpec, StepInputs, StepKey, StepOutput,
     TokenInput, TokenLogprob, VisualRows,
 };
+pub use tally::ExpertTally;
 pub use weight::{Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, VectorWeight};
 
 pub use bytes::Bytes;

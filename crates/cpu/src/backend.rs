@@ -10,7 +10,7 @@ use crate::tensor::{Compute, CpuTensor};
 use crate::vision::{add_position, patches, vision_attend};
 use crate::weight::CpuLinear;
 use spark_backend::{
-    Activation, ActivationSpec, AttentionSpec, Backend, Collective, Dtype, Error, ExpertsWeight,
+    Activation, ActivationSpec, AttentionSpec, Backend, Collective, Dtype, Error, ExpertTally, ExpertsWeight,
     LinearWeight, Rank, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
 };
 use std::cell::{Ref, RefCell, RefMut};
@@ -22,6 +22,7 @@ pub struct CpuBackend {
     /// One thread drives a backend, and no operation calls another one: a cell is enough.
     state: RefCell<Option<State>>,
     pub(crate) group: Group,
+    expert_tally: ExpertTally,
 }
 
 impl CpuBackend {
@@ -31,7 +32,12 @@ impl CpuBackend {
     /// # Errors
     /// [`Error::Unsupported`] for float16; [`Error::Device`] when threads cannot be started.
     pub fn new(dtype: Dtype, threads: Option<usize>) -> Result<Self> {
-        Ok(Self { compute: Compute::new(dtype, threads)?, state: RefCell::new(None), group: Group::single() })
+        Ok(Self {
+            compute: Compute::new(dtype, threads)?,
+            state: RefCell::new(None),
+            group: Group::single(),
+            expert_tally: ExpertTally::default(),
+        })
     }
 
     /// The same backend as one rank of a group. Weights have to be this rank's shards from now on; every rank has to run the
@@ -39,6 +45,20 @@ impl CpuBackend {
     #[must_use]
     pub fn with_group(mut self, collective: Box<dyn Collective>) -> Self {
         self.group = Group::new(collective);
+        self
+    }
+
+    /// The same backend, which counts the experts of decode steps while `tally` is on.
+    #[must_use]
+    pub fn with_expert_tally(self, tally: ExpertTally) -> Self {
+        Self { expert_tally: tally, ..self }
+    }
+
+    /// The same backend, which rounds activations to NVFP4 before they meet NVFP4 weights, as tensor cores with FP4 want them: to
+    /// measure what that costs in accuracy. Slower than without.
+    #[must_use]
+    pub fn with_nvfp4_activations(mut self) -> Self {
+        self.compute.nvfp4_rows = true;
         self
     }
 
@@ -162,6 +182,12 @@ impl Backend for CpuBackend {
     ) -> Result<(CpuTensor, Routing)> {
         let x = self.reduce_norm(partial, residual, weight, eps)?;
         let routing = route(&self.compute, &x, router, top_k, renormalize)?;
+        if self.expert_tally.is_on() {
+            let state = self.state("route")?;
+            if state.inputs.seqs.iter().all(|seq| seq.query_len == 1) {
+                self.expert_tally.add(routing.experts(), router.n);
+            }
+        }
         Ok((x, routing))
     }
 

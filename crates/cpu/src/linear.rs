@@ -1,6 +1,7 @@
 //! Products with packed weights: linear layers, logits, embedding rows. Formats are in `weight.rs`, loops in `dot.rs`.
 
 use crate::dot::{LANES, products};
+use crate::nvfp4::round_nvfp4;
 use crate::tensor::{Compute, CpuTensor};
 use crate::weight::CpuLinear;
 use pulp::{Simd, WithSimd};
@@ -21,7 +22,12 @@ thread_local! {
 
 /// `x W^T` of `m` rows `[m, k]`, without bias, **transposed**: `[n, m]` float32, unrounded.
 pub(crate) fn product(compute: &Compute, weight: &CpuLinear, x: &[f32], m: usize) -> Vec<f32> {
-    let x = padded(x, weight.k);
+    let rounded = (compute.nvfp4_rows && weight.is_nvfp4()).then(|| {
+        let mut rounded = x.to_vec();
+        rounded.chunks_mut(weight.k).for_each(round_nvfp4);
+        rounded
+    });
+    let x = padded(rounded.as_deref().unwrap_or(x), weight.k);
     let mut out = vec![0.0; weight.n * m];
     let work = weight.n * weight.k * m;
     compute.for_chunks(&mut out, PANEL * m, work, |index, out| {

@@ -56,6 +56,8 @@ const SEQUENTIAL: usize = 1 << 16;
 pub(crate) struct Compute {
     pub(crate) dtype: Dtype,
     pub(crate) arch: Arch,
+    /// Rows that meet NVFP4 weights are rounded to NVFP4.
+    pub(crate) nvfp4_rows: bool,
     /// `None` is rayon's global pool.
     pool: Option<rayon::ThreadPool>,
 }
@@ -73,7 +75,7 @@ impl Compute {
                 .build()
                 .map_err(|error| Error::Device { op: "cpu", message: error.to_string() })
         };
-        Ok(Self { dtype, arch: Arch::new(), pool: threads.map(build).transpose()? })
+        Ok(Self { dtype, arch: Arch::new(), nvfp4_rows: false, pool: threads.map(build).transpose()? })
     }
 
     /// `x` as the compute dtype stores it.

@@ -35,6 +35,11 @@ impl CpuLinear {
         Ok(Self { parts: weight.parts, bias: weight.bias, n, k })
     }
 
+    /// Whether all of it is NVFP4.
+    pub(crate) fn is_nvfp4(&self) -> bool {
+        self.parts.iter().all(|part| matches!(part.data, MatrixData::Nvfp4 { .. }))
+    }
+
     /// Row `row` (`< n`) in float32 into `out`, `[k]`.
     #[inline(always)]
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {

@@ -40,6 +40,11 @@ impl Arch {
         }
     }
 
+    /// Whether tensor cores multiply FP4 numbers with their block scales (`mxf4nvf4`).
+    pub fn has_fp4(self) -> bool {
+        matches!(self, Self::Sm120a | Self::Sm121a)
+    }
+
     /// Whether a kernel may start while its predecessor ends (programmatic dependent launch).
     pub fn has_dependent_launch(self) -> bool {
         self != Self::Sm80
@@ -82,6 +87,7 @@ mod tests {
         // Data centre Blackwell would need kernels of its own.
         assert_eq!(Arch::for_capability(10, 0), None);
         assert_eq!(Arch::for_capability(7, 5), None);
+        assert!(Arch::Sm120a.has_fp4() && Arch::Sm121a.has_fp4() && !Arch::Sm90.has_fp4());
         assert!(!Arch::Sm80.has_dependent_launch() && Arch::Sm90.has_dependent_launch());
     }
 }

@@ -155,11 +155,43 @@ pub fn cuts(device: &Device, kernels: &Kernels) -> Result<Vec<(String, f64)>> {
             found.push((what, micros));
         }
     }
-    let layer = ExpertsLayer::new(&bench, int4)?;
+    let layer = ExpertsLayer::new(&bench, EXPERTS, int4)?;
     for rows in [129, 256, 512, 1024, 2048, 8192] {
         for block in [Block::Tokens16, Block::Tokens32, Block::Tokens64, Block::Tokens128] {
             let micros = layer.time(&bench, rows, Some(block))?;
             found.push((format!("{rows} x {TOP_K} of {NUM_EXPERTS} experts, {block:?}"), micros));
+        }
+    }
+    Ok(found)
+}
+
+/// Products of prompts of the 30B and of half a 235B (two ranks) with integers in groups of 128: by `kernels`, which leave x in bf16, and by
+/// `quantising` ones. Microseconds of each and operations.
+///
+/// # Errors
+/// As [`run`].
+pub fn activations(
+    device: &Device,
+    kernels: &Kernels,
+    quantising: &Kernels,
+) -> Result<Vec<(String, [f64; 2], f64)>> {
+    let plain = Bench { stream: Stream::new(device)?, kernels };
+    let fp8 = Bench { stream: Stream::new(device)?, kernels: quantising };
+    let int4 = Scheme::Int4(128);
+    let mut found = Vec::new();
+    for [n, k] in [LINEARS[0], LINEARS[1], [4608, 4096], [4096, 4096]] {
+        let layer = Layer::new(&plain, [n, k], int4)?;
+        for rows in [512, 2048, 8192] {
+            let micros = [layer.time(&plain, rows, None)?, layer.time(&fp8, rows, None)?];
+            found.push((format!("{rows} x {n} x {k}"), micros, layer.num_operations(rows)));
+        }
+    }
+    for [hidden, intermediate] in [EXPERTS, [4096, 768]] {
+        let layer = ExpertsLayer::new(&plain, [hidden, intermediate], int4)?;
+        for rows in [2048, 8192] {
+            let micros = [layer.time(&plain, rows, None)?, layer.time(&fp8, rows, None)?];
+            let what = format!("{rows} x {TOP_K} of {NUM_EXPERTS} experts, {hidden} x {intermediate}");
+            found.push((what, micros, layer.num_operations(rows)));
         }
     }
     Ok(found)
@@ -246,15 +278,17 @@ fn linear(
     all_rows.iter().map(timing).collect()
 }
 
-/// A layer of the 30B.
+/// Width of x and inner width of the 30B's experts.
+const EXPERTS: [usize; 2] = [EXPERT_HIDDEN, EXPERT_INTERMEDIATE];
+
+/// A layer of experts.
 struct ExpertsLayer {
     weights: Experts,
     num_bytes: u64,
 }
 
 impl ExpertsLayer {
-    fn new(bench: &Bench<'_>, scheme: Scheme) -> Result<Self> {
-        let (hidden, intermediate) = (EXPERT_HIDDEN, EXPERT_INTERMEDIATE);
+    fn new(bench: &Bench<'_>, [hidden, intermediate]: [usize; 2], scheme: Scheme) -> Result<Self> {
         let layer = |parts| LinearWeight { parts, bias: None };
         let gate_up = layer(vec![matrix(intermediate, hidden, scheme), matrix(intermediate, hidden, scheme)]);
         let down = layer(vec![matrix(hidden, intermediate, scheme)]);
@@ -264,13 +298,13 @@ impl ExpertsLayer {
         Ok(Self { weights: Experts::upload(&bench.stream, &place, &host)?, num_bytes: host.num_bytes() })
     }
 
-    fn num_operations(rows: usize) -> f64 {
-        6.0 * (rows * TOP_K) as f64 * (EXPERT_HIDDEN * EXPERT_INTERMEDIATE) as f64
+    fn num_operations(&self, rows: usize) -> f64 {
+        6.0 * (rows * TOP_K) as f64 * (self.weights.hidden() * self.weights.intermediate()) as f64
     }
 
     /// Sort, products, sum.
     fn time(&self, bench: &Bench<'_>, rows: usize, block: Option<Block>) -> Result<f64> {
-        let (hidden, num_pairs) = (EXPERT_HIDDEN, rows * TOP_K);
+        let (hidden, num_pairs) = (self.weights.hidden(), rows * TOP_K);
         let bytes = 2 * (rows * hidden) as u64;
         let sizes = [bytes, bytes, 4 * num_pairs as u64, 4 * num_pairs as u64, 512 << 20];
         let [x, out, chosen, shares, pool] = memory(bench.device(), sizes)?;
@@ -281,7 +315,7 @@ impl ExpertsLayer {
         let x = Tensor::new(&x, [rows, hidden], Dtype::Bf16)?;
         let out = Tensor::new(&out, [rows, hidden], Dtype::Bf16)?;
         let choice = Choice::new(chosen, shares, TOP_K);
-        bench.time(launches(Self::num_operations(rows)), |_| {
+        bench.time(launches(self.num_operations(rows)), |_| {
             let kernels = bench.kernels;
             kernels.moe_gemm_blocks(&bench.stream, &pool, [&x, &out], &choice, &self.weights, block)
         })
@@ -289,13 +323,13 @@ impl ExpertsLayer {
 }
 
 fn experts(bench: &Bench<'_>, scheme: Scheme, all_rows: &[usize]) -> Result<Vec<GemmTiming>> {
-    let layer = ExpertsLayer::new(bench, scheme)?;
+    let layer = ExpertsLayer::new(bench, EXPERTS, scheme)?;
     let timing = |&rows: &usize| {
         Ok(GemmTiming {
             name: scheme.name(),
             shape: format!("{rows} x {TOP_K} of {NUM_EXPERTS} experts"),
             micros: layer.time(bench, rows, None)?,
-            num_operations: ExpertsLayer::num_operations(rows),
+            num_operations: layer.num_operations(rows),
             num_bytes: layer.num_bytes,
         })
     };

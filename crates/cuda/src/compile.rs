@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::cache::{CubinCache, CubinKey, Entry};
-use crate::{Arch, Error, MODULES, ModuleSource, Nvrtc, Result, Version};
+use crate::{Arch, Error, ModuleSource, Nvrtc, Result, Version, modules_for};
 
 /// Where compiled kernels come from.
 #[derive(Debug, Clone, Default)]
@@ -18,7 +18,7 @@ pub struct KernelOptions {
     pub nvrtc: Option<PathBuf>,
 }
 
-/// Machine code of every module for one architecture, in the order of [`MODULES`].
+/// Machine code of every module for one architecture, in the order of [`modules_for`].
 #[derive(Debug, Clone)]
 pub struct Cubins {
     /// Its architecture.
@@ -69,12 +69,12 @@ impl Cubins {
         let write = |(module, cubin): (&ModuleSource, Vec<u8>)| {
             cache.write(&CubinKey::new(module, &module.text()?, arch, None), &cubin)
         };
-        MODULES.iter().zip(cubins).map(write).collect()
+        modules_for(arch).into_iter().zip(cubins).map(write).collect()
     }
 
     /// The code of the module `name`.
     pub(crate) fn module(&self, name: &'static str) -> Option<&[u8]> {
-        let index = MODULES.iter().position(|module| module.name == name)?;
+        let index = modules_for(self.arch).iter().position(|module| module.name == name)?;
         self.cubins.get(index).map(Vec::as_slice)
     }
 }
@@ -90,16 +90,17 @@ fn from_folder(arch: Arch, folder: &Path) -> Result<Vec<Vec<u8>>> {
         };
         Err(Error::KernelDir { folder: folder.to_owned(), file: key.file_name(), problem, arch: arch.name() })
     };
-    MODULES.iter().map(read).collect()
+    modules_for(arch).into_iter().map(read).collect()
 }
 
 /// The code of every module and how many were compiled, on as many threads as the machine has.
 fn compile_all(nvrtc: &Nvrtc, arch: Arch, cache: Option<&CubinCache>) -> Result<(Vec<Vec<u8>>, usize)> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MODULES.len());
+    let modules = modules_for(arch);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(modules.len());
     let (next, num_compiled) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let work = || {
         let mut done = Vec::new();
-        while let Some(module) = MODULES.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some(&module) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
             done.push((module.name, get(nvrtc, module, arch, cache, &num_compiled)));
         }
         done
@@ -146,6 +147,7 @@ fn get(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::MODULES;
 
     #[test]
     fn modules_are_listed_by_name() {
@@ -155,7 +157,7 @@ mod tests {
     /// Stands in for a compiler, to test the folder without one.
     fn fill(folder: &Path, arch: Arch) -> CubinCache {
         let cache = CubinCache::new(folder);
-        for module in MODULES {
+        for module in modules_for(arch) {
             let key = CubinKey::new(module, &module.text().unwrap(), arch, None);
             cache.write(&key, module.name.as_bytes()).unwrap();
         }

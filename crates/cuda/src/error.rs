@@ -54,6 +54,14 @@ pub enum Error {
         /// Compute capability.
         minor: u32,
     },
+    /// Numbers of a type that the tensor cores do not multiply.
+    #[error("{arch} has no tensor core instructions for {kind}: leave activations in bf16")]
+    NoInstructions {
+        /// The type, for people.
+        kind: &'static str,
+        /// The architecture.
+        arch: &'static str,
+    },
     /// A name that is no architecture.
     #[error("unknown architecture `{name}`: the kernels are made for sm_80, sm_90, sm_120a and sm_121a")]
     UnknownArch {

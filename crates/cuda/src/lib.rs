@@ -18,6 +18,8 @@ mod cache;
 mod compile;
 mod device;
 mod driver;
+#[cfg(test)]
+mod emulation;
 mod error;
 mod host_buffer;
 mod kernels;
@@ -46,13 +48,14 @@ pub use error::{Error, Result, Version};
 pub use host_buffer::HostBuffer;
 pub use kernels::{
     After, AttendArgs, Choice, Experts, ExpertsHost, Kernels, KvCache, Linear, MAX_DECODE_ROWS, MAX_EXPERTS,
-    MAX_PAIRS, MAX_ROUTED_EXPERTS, PackedHost, PackedWeight, ReduceNorm, Staging, WeightLoader,
+    MAX_PAIRS, MAX_ROUTED_EXPERTS, Nvfp4Test, PackedHost, PackedWeight, Prefill, ReduceNorm, Staging,
+    WeightLoader,
 };
 pub use kernels::{MAX_ALTERNATIVES, RowRange, SampleOut, Sampler, Wanted};
 pub use mailbox::Mailboxes;
 pub use nvrtc::{Compiled, NVRTC_VARIABLE, Nvrtc};
 pub use pool::Pool;
-pub use source::{MODULES, ModuleSource};
+pub use source::{MODULES, ModuleSource, modules_for};
 pub use step::{PADDING, PENDING, StepLimits, StepView};
 pub use stream::{Event, Graph, Stream};
 pub use team::Team;

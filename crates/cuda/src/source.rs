@@ -8,12 +8,12 @@ use crate::kernels::{
     SampleParams,
 };
 use crate::kernels::{
-    AttentionParams, EmbedParams, GemmAddParams, GemmParams, LinearParams, MoeAddParams, MoeParams,
-    MoeSortParams, NormParams, ProbeParams, RanksNormParams, RepackParams, RouterParams, SwigluParams,
-    VisionAttentionParams,
+    AttentionParams, EmbedParams, Fp8RowsParams, GemmAddParams, GemmParams, LinearParams, MoeAddParams,
+    MoeParams, MoeSortParams, NormParams, Nvfp4MmaParams, ProbeParams, QuantizeParams, RanksNormParams,
+    RepackParams, RouterParams, SwigluParams, VisionAttentionParams,
 };
 use crate::launch::Params;
-use crate::{Error, Result};
+use crate::{Arch, Error, Result};
 
 /// A `.cu` file, compiled on its own.
 #[derive(Debug, Clone, Copy)]
@@ -33,9 +33,13 @@ pub const MODULES: &[ModuleSource] = &[
     ModuleSource { name: "attention_decode", params: &[size::<AttentionParams>()] },
     ModuleSource { name: "attention_prefill", params: &[size::<AttentionParams>()] },
     ModuleSource { name: "embed", params: &[size::<EmbedParams>()] },
+    ModuleSource { name: "fp8_rows", params: &[size::<Fp8RowsParams>()] },
     ModuleSource { name: "gemm_add", params: &[size::<GemmAddParams>()] },
     ModuleSource { name: "gemm_bf16", params: &[size::<GemmParams>()] },
     ModuleSource { name: "gemm_fp8", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_fp8x_g128", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_fp8x_g32", params: &[size::<GemmParams>()] },
+    ModuleSource { name: "gemm_fp8x_g64", params: &[size::<GemmParams>()] },
     ModuleSource { name: "gemm_g128", params: &[size::<GemmParams>()] },
     ModuleSource { name: "gemm_g32", params: &[size::<GemmParams>()] },
     ModuleSource { name: "gemm_g64", params: &[size::<GemmParams>()] },
@@ -55,6 +59,10 @@ pub const MODULES: &[ModuleSource] = &[
         name: "norm",
         params: &[size::<NormParams>(), size::<RanksNormParams>(), size::<LayerNormParams>()],
     },
+    ModuleSource {
+        name: "nvfp4_mma",
+        params: &[size::<GemmParams>(), size::<Nvfp4MmaParams>(), size::<QuantizeParams>()],
+    },
     ModuleSource { name: "probe", params: &[size::<ProbeParams>()] },
     ModuleSource { name: "repack", params: &[size::<RepackParams>()] },
     ModuleSource { name: "router", params: &[size::<RouterParams>()] },
@@ -69,6 +77,14 @@ pub const MODULES: &[ModuleSource] = &[
     ModuleSource { name: "vision_attention", params: &[size::<VisionAttentionParams>()] },
 ];
 
+/// Modules with instructions of [`Arch::has_fp4`]: other architectures do without them.
+const WITH_FP4: &[&str] = &["nvfp4_mma"];
+
+/// The modules for `arch`, by name.
+pub fn modules_for(arch: Arch) -> Vec<&'static ModuleSource> {
+    MODULES.iter().filter(|module| arch.has_fp4() || !WITH_FP4.contains(&module.name)).collect()
+}
+
 /// The files of `kernels/`, by name.
 const FILES: &[(&str, &str)] = &[
     ("activation.cuh", include_str!("../../../kernels/activation.cuh")),
@@ -82,16 +98,22 @@ const FILES: &[(&str, &str)] = &[
     ("decode_linear.cuh", include_str!("../../../kernels/decode_linear.cuh")),
     ("embed.cu", include_str!("../../../kernels/embed.cu")),
     ("fp8.cuh", include_str!("../../../kernels/fp8.cuh")),
+    ("fp8_rows.cu", include_str!("../../../kernels/fp8_rows.cu")),
     ("gemm.cuh", include_str!("../../../kernels/gemm.cuh")),
     ("gemm_add.cu", include_str!("../../../kernels/gemm_add.cu")),
     ("gemm_bf16.cu", include_str!("../../../kernels/gemm_bf16.cu")),
     ("gemm_fp8.cu", include_str!("../../../kernels/gemm_fp8.cu")),
+    ("gemm_fp8x.cuh", include_str!("../../../kernels/gemm_fp8x.cuh")),
+    ("gemm_fp8x_g128.cu", include_str!("../../../kernels/gemm_fp8x_g128.cu")),
+    ("gemm_fp8x_g32.cu", include_str!("../../../kernels/gemm_fp8x_g32.cu")),
+    ("gemm_fp8x_g64.cu", include_str!("../../../kernels/gemm_fp8x_g64.cu")),
     ("gemm_g128.cu", include_str!("../../../kernels/gemm_g128.cu")),
     ("gemm_g32.cu", include_str!("../../../kernels/gemm_g32.cu")),
     ("gemm_g64.cu", include_str!("../../../kernels/gemm_g64.cu")),
     ("gemm_int4.cuh", include_str!("../../../kernels/gemm_int4.cuh")),
     ("gemm_nvfp4.cu", include_str!("../../../kernels/gemm_nvfp4.cu")),
     ("gemm_pipeline.cuh", include_str!("../../../kernels/gemm_pipeline.cuh")),
+    ("gemm_place.cuh", include_str!("../../../kernels/gemm_place.cuh")),
     ("gemm_stage.cuh", include_str!("../../../kernels/gemm_stage.cuh")),
     ("gemm_store.cuh", include_str!("../../../kernels/gemm_store.cuh")),
     ("int4.cuh", include_str!("../../../kernels/int4.cuh")),
@@ -112,6 +134,9 @@ const FILES: &[(&str, &str)] = &[
     ("moe_nvfp4.cu", include_str!("../../../kernels/moe_nvfp4.cu")),
     ("norm.cu", include_str!("../../../kernels/norm.cu")),
     ("nvfp4.cuh", include_str!("../../../kernels/nvfp4.cuh")),
+    ("nvfp4_mma.cu", include_str!("../../../kernels/nvfp4_mma.cu")),
+    ("nvfp4_mma.cuh", include_str!("../../../kernels/nvfp4_mma.cuh")),
+    ("nvfp4_quantize.cuh", include_str!("../../../kernels/nvfp4_quantize.cuh")),
     ("pairs.cuh", include_str!("../../../kernels/pairs.cuh")),
     ("prelude.cuh", include_str!("../../../kernels/prelude.cuh")),
     ("probe.cu", include_str!("../../../kernels/probe.cu")),
@@ -215,6 +240,15 @@ mod tests {
         let error = resolve("a.cu", &[("a.cu", "\n#include \"gone.cuh\"\n")]).unwrap_err();
         assert_eq!(error.to_string(), "a.cu:2: `gone.cuh` is not a file of kernels/");
         assert!(resolve("gone.cu", &[]).is_err());
+    }
+
+    #[test]
+    fn modules_with_fp4_are_for_its_architectures_alone() {
+        assert!(WITH_FP4.iter().all(|name| MODULES.iter().any(|module| module.name == *name)));
+        let [with, without] = [Arch::Sm121a, Arch::Sm90].map(modules_for);
+        assert_eq!(with.len(), MODULES.len());
+        assert_eq!(without.len(), MODULES.len() - WITH_FP4.len());
+        assert!(!without.iter().any(|module| WITH_FP4.contains(&module.name)));
     }
 
     /// A file that is not listed would never be compiled.

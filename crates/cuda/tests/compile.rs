@@ -4,9 +4,12 @@
 #![expect(clippy::print_stdout, reason = "the last line says what was compiled")]
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use spark_cuda::{Arch, CubinCache, CubinKey, Cubins, KernelOptions, MODULES, ModuleSource, Nvrtc};
+use spark_cuda::{
+    Arch, CubinCache, CubinKey, Cubins, KernelOptions, MODULES, ModuleSource, Nvrtc, modules_for,
+};
 
 /// Most shared memory of a block on GB10, in bytes.
 const SHARED_LIMIT: u32 = 101_376;
@@ -51,8 +54,10 @@ fn usages(log: &str) -> Vec<Usage> {
 fn all_kernels_compile_for_all_architectures_without_spills_and_are_kept() {
     let (nvrtc, folder) = (nvrtc(), tempfile::tempdir().unwrap());
     let cache = CubinCache::new(folder.path());
-    let modules: Vec<_> =
-        Arch::ALL.into_iter().flat_map(|arch| MODULES.iter().map(move |module| (arch, module))).collect();
+    let modules: Vec<_> = Arch::ALL
+        .into_iter()
+        .flat_map(|arch| modules_for(arch).into_iter().map(move |module| (arch, module)))
+        .collect();
     let (next, threads) = (AtomicUsize::new(0), std::thread::available_parallelism().map_or(1, usize::from));
     let work = || {
         let mut found = Vec::new();
@@ -76,6 +81,7 @@ fn all_kernels_compile_for_all_architectures_without_spills_and_are_kept() {
     let num_kernels = found.iter().filter(|(arch, _)| *arch == Arch::Sm121a).count();
     assert!(num_kernels >= MODULES.len());
 
+    products_of_nvfp4_are_one_instruction(&cache);
     what_is_kept_is_not_compiled_again(&nvrtc, &cache);
     what_cannot_be_kept_only_costs_time(&nvrtc, &cache);
     a_built_folder_needs_no_compiler(&nvrtc, &cache);
@@ -97,6 +103,42 @@ fn compile(nvrtc: &Nvrtc, arch: Arch, module: &ModuleSource, cache: &CubinCache)
     assert!(!usages.is_empty(), "no kernel in the report:\n{}", compiled.log);
     cache.write(&CubinKey::new(module, &text, arch, Some(nvrtc.version())), &compiled.cubin).unwrap();
     usages
+}
+
+/// What `cargo xtask kernels` names besides the compiler.
+const NVDISASM_VARIABLE: &str = "SPARK_NVDISASM";
+
+/// The machine code of a module, as text.
+fn disassembled(cubin: &[u8]) -> String {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), cubin).unwrap();
+    let program = std::env::var_os(NVDISASM_VARIABLE).unwrap_or_else(|| "nvdisasm".into());
+    let output = Command::new(program).arg("-c").arg(file.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What no device here can run is at least what it is meant to be: block-scaled FP4 products in the machine code, as many as the source
+/// has, half of them with scales from the other lanes; nothing in local memory.
+fn products_of_nvfp4_are_one_instruction(cache: &CubinCache) {
+    const PRODUCT: &str = "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X";
+    // Two kernels; blocks that are full, half and a quarter full; two products of 4 row tiles by 8, 4, 2 token tiles.
+    const COUNT: usize = 2 * (8 + 4 + 2) * 4 * 2;
+    for arch in Arch::ALL.into_iter().filter(|arch| arch.has_fp4()) {
+        let cubins = get(arch, cache);
+        let index = modules_for(arch).iter().position(|module| module.name == "nvfp4_mma").unwrap();
+        let text = disassembled(&cubins.cubins[index]);
+        let products: Vec<&str> = text.lines().filter(|line| line.contains(PRODUCT)).collect();
+        assert_eq!(products.len(), COUNT, "{arch}");
+        // The last operand says which lanes: the zero register, or one with the second's.
+        let first = products
+            .iter()
+            .filter(|line| line.trim_end().trim_end_matches(';').trim_end().ends_with("URZ"))
+            .count();
+        assert_eq!(first, COUNT / 2, "{arch}");
+        assert!(!text.lines().any(|line| line.contains(" LDL") || line.contains(" STL")), "{arch}");
+        println!("{arch}: {COUNT} x {PRODUCT}");
+    }
 }
 
 /// Where the cache has a module that is compiled quickly.
@@ -171,7 +213,7 @@ fn a_wrong_line_is_named_with_its_file() {
 
 #[test]
 fn parameters_of_another_size_do_not_compile() {
-    for module in MODULES {
+    for module in modules_for(Arch::Sm121a) {
         let options: Vec<String> =
             module.options().iter().map(|option| option.replace("Params=", "Params=1")).collect();
         let error =

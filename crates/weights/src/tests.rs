@@ -2,7 +2,7 @@
 //! transformers, which uses the fixtures.
 
 mod cache;
-mod dequantize;
+pub(crate) mod dequantize;
 mod files;
 mod hostile;
 mod hub;

@@ -191,13 +191,24 @@ impl CudaBackend {
         // Rows of padding choose no experts, so that none is read for them.
         let step = state.view("route")?;
         let counts = (step.num_tokens == x.rows()).then_some(&step.counts);
-        self.measured(
+        let choice = self.measured(
             || "route".to_owned(),
             || {
                 let kernels = &self.kernels;
                 kernels.route_for_experts(&self.stream, &state.pool, x, router, top_k, renormalize, counts)
             },
-        )
+        )?;
+        if self.expert_tally.is_on() && step.is_decode {
+            match x.rows() {
+                // Its experts choose for themselves: nothing is to be read.
+                1 => self.expert_tally.add_number(top_k),
+                rows => {
+                    let chosen = self.stream.download::<u32>(choice.experts(), rows * top_k)?;
+                    self.expert_tally.add(&chosen, router.n());
+                }
+            }
+        }
+        Ok(choice)
     }
 
     pub(super) fn op_moe_mlp(

@@ -4,7 +4,7 @@
 use spark_backend::{ActivationSpec, Rank};
 
 use crate::kernels::PARTIAL_BYTES as MOE_PARTIAL_BYTES;
-use crate::{Kernels, SampleOut, Sampler, StepLimits};
+use crate::{Kernels, Prefill, SampleOut, Sampler, StepLimits};
 
 /// Added for what does not grow with the rows: sums of products and of contexts that are computed in parts, one or two for
 /// each multiprocessor, and counters.
@@ -30,8 +30,9 @@ pub(super) fn state_bytes(spec: &ActivationSpec) -> u64 {
 }
 
 /// Bytes that hold all activations of the largest step or the largest medium on `rank`.
-pub(super) fn activation_bytes(spec: &ActivationSpec, rank: Rank) -> u64 {
-    let most = step_bytes(spec, rank).max(encoder_bytes(spec));
+pub(super) fn activation_bytes(spec: &ActivationSpec, rank: Rank, prefill: Prefill) -> u64 {
+    let quantised = if prefill == Prefill::default() { 0 } else { quantised_bytes(spec) };
+    let most = (step_bytes(spec, rank) + quantised).max(encoder_bytes(spec));
     // Pieces come and go in different sizes: an eighth for holes.
     most + most / 8 + SLACK
 }
@@ -58,6 +59,15 @@ fn step_bytes(spec: &ActivationSpec, rank: Rank) -> u64 {
     };
     let head = spec.num_logit_rows * (spec.vocab_rows * 4 + gathered + spec.hidden_size * 2);
     (stream + attention.max(experts).max(dense).max(head)) as u64
+}
+
+/// Rows that a product has quantised: a byte for each number, and at most four for each 32 of a row.
+fn quantised_bytes(spec: &ActivationSpec) -> u64 {
+    let widest = spec.hidden_size.max(spec.num_heads * spec.head_dim).max(spec.intermediate_size);
+    let padded = |columns: usize| columns.next_multiple_of(128);
+    let numbers = (spec.num_tokens * padded(widest))
+        .max(spec.num_tokens * spec.top_k * padded(spec.moe_intermediate_size));
+    (numbers + numbers / 4) as u64
 }
 
 /// A block of the encoder, the embedding of patches, or a merger, in its widest moment.
@@ -110,13 +120,34 @@ mod tests {
     fn the_pool_is_what_the_largest_needs() {
         const MIB: u64 = 1 << 20;
         let text = ActivationSpec { num_patches: 0, ..LARGE };
-        let bytes = activation_bytes(&text, Rank::SINGLE) / MIB;
+        let bytes = activation_bytes(&text, Rank::SINGLE, Prefill::default()) / MIB;
         assert!((200..300).contains(&bytes), "{bytes} MiB: experts");
-        let bytes = activation_bytes(&LARGE, Rank::SINGLE) / MIB;
+        let bytes = activation_bytes(&LARGE, Rank::SINGLE, Prefill::default()) / MIB;
         assert!((1100..1400).contains(&bytes), "{bytes} MiB: the encoder");
-        assert_eq!(activation_bytes(&ActivationSpec::default(), Rank::SINGLE), SLACK);
+        assert_eq!(activation_bytes(&ActivationSpec::default(), Rank::SINGLE, Prefill::default()), SLACK);
         let state = state_bytes(&LARGE) / MIB;
         assert!((60..90).contains(&state), "{state} MiB: 6 bytes a token and slot");
+    }
+
+    /// Codes, sums of groups of 32 and scales of the rows of each product.
+    #[test]
+    fn quantised_rows_fit_beside_the_rest() {
+        let pairs = LARGE.num_tokens * LARGE.top_k;
+        let query = LARGE.num_heads * LARGE.head_dim;
+        for (rows, columns) in [
+            (LARGE.num_tokens, LARGE.hidden_size),
+            (LARGE.num_tokens, query),
+            (LARGE.num_tokens, LARGE.intermediate_size),
+            (pairs, LARGE.moe_intermediate_size),
+        ] {
+            let padded = columns.next_multiple_of(128);
+            let taken = (rows * (padded + 4 * padded / 32 + 4)) as u64;
+            assert!(taken <= quantised_bytes(&LARGE), "{rows} x {columns}: {taken}");
+        }
+        let fp8 = Prefill { fp8: true, ..Prefill::default() };
+        let text = ActivationSpec { num_patches: 0, ..LARGE };
+        let [with, without] = [fp8, Prefill::default()].map(|it| activation_bytes(&text, Rank::SINGLE, it));
+        assert!(with >= without + quantised_bytes(&text));
     }
 
     /// A pool as large as it needs to be, and what is taken from it.
@@ -188,7 +219,7 @@ mod tests {
     fn steps_of_every_size_fit() {
         for num_tokens in [256, 2048, 8192, 16_384] {
             let spec = ActivationSpec { num_tokens, num_patches: 0, ..LARGE };
-            let bytes = activation_bytes(&spec, Rank::SINGLE);
+            let bytes = activation_bytes(&spec, Rank::SINGLE, Prefill::default());
             for rows in
                 [1, 7, 64, 200, 256, 2048, 3000, 8192, 16_384].into_iter().filter(|&rows| rows <= num_tokens)
             {
@@ -207,9 +238,10 @@ mod tests {
             let rank = Rank::new(0, world).unwrap();
             for num_logit_rows in [64, 1000] {
                 let spec = ActivationSpec { num_tokens: 1024, num_logit_rows, num_patches: 0, ..LARGE };
-                let (used, bytes) = (simulated_step(&spec, 1024, world), activation_bytes(&spec, rank));
+                let (used, bytes) =
+                    (simulated_step(&spec, 1024, world), activation_bytes(&spec, rank, Prefill::default()));
                 assert!(used <= bytes, "{world} ranks, {num_logit_rows} rows: {used} of {bytes} bytes");
-                let alone = activation_bytes(&spec, Rank::SINGLE);
+                let alone = activation_bytes(&spec, Rank::SINGLE, Prefill::default());
                 assert!(num_logit_rows == 64 || used > alone, "it needs more than one rank's {alone} bytes");
             }
         }
@@ -250,7 +282,7 @@ mod tests {
     fn media_of_every_size_fit() {
         for num_patches in [4096, 65_536] {
             let spec = ActivationSpec { num_tokens: 64, num_patches, ..LARGE };
-            let bytes = activation_bytes(&spec, Rank::SINGLE);
+            let bytes = activation_bytes(&spec, Rank::SINGLE, Prefill::default());
             for patches in
                 [4, 1024, 4096, 30_000, 65_536].into_iter().filter(|&patches| patches <= num_patches)
             {
@@ -258,8 +290,10 @@ mod tests {
                 assert!(used <= bytes, "{patches} of {num_patches} patches: {used} of {bytes} bytes");
             }
         }
-        let (used, bytes) =
-            (simulated_encoder(&LARGE, 65_536) as f64, activation_bytes(&LARGE, Rank::SINGLE) as f64);
+        let (used, bytes) = (
+            simulated_encoder(&LARGE, 65_536) as f64,
+            activation_bytes(&LARGE, Rank::SINGLE, Prefill::default()) as f64,
+        );
         assert!(used > 0.7 * bytes, "{used} of {bytes} bytes");
     }
 }

@@ -11,8 +11,8 @@ use super::sizes;
 use super::transfer::{Download, Upload};
 use crate::step::{host_seqs, is_decode};
 use crate::{
-    Arena, ArenaPlan, Device, DeviceSlice, Error, Graph, Kernels, KvCache, PENDING, Pool, Result, SampleOut,
-    Sampler, StepLimits, StepView, Stream, Wanted,
+    Arena, ArenaPlan, Device, DeviceSlice, Error, Graph, Kernels, KvCache, PENDING, Pool, Prefill, Result,
+    SampleOut, Sampler, StepLimits, StepView, Stream, Wanted,
 };
 
 /// Everything that `allocate_state` allocates.
@@ -50,6 +50,7 @@ impl State {
         stream: &Stream,
         spec: &StateSpec,
         rank: Option<Rank>,
+        prefill: Prefill,
     ) -> Result<Self> {
         let limits = StepLimits {
             max_num_tokens: spec.max_num_tokens,
@@ -64,8 +65,8 @@ impl State {
         let sampler = plan.add("sampler", Sampler::num_bytes(spec.num_slots, spec.vocab_size))?;
         let inputs = plan.add("step inputs", limits.num_bytes() as u64)?;
         let outputs = plan.add("step outputs", out_bytes)?;
-        let activations = plan
-            .add("activations", sizes::activation_bytes(&spec.activations, rank.unwrap_or(Rank::SINGLE)))?;
+        let activations = sizes::activation_bytes(&spec.activations, rank.unwrap_or(Rank::SINGLE), prefill);
+        let activations = plan.add("activations", activations)?;
         let kept = plan.add("encoder cache", KeptStore::num_bytes(spec.encoder_cache_bytes))?;
         let arena = Arena::new(device, plan)?;
         // What was never written may be read beside what was, and masked: it must be finite.
@@ -111,7 +112,12 @@ impl State {
     }
 
     /// Sends the inputs of a step and makes it the current one; the graph of its key where there is one.
-    pub(super) fn begin(&mut self, stream: &Stream, inputs: &StepInputs) -> Result<Option<&Graph>> {
+    pub(super) fn begin(
+        &mut self,
+        stream: &Stream,
+        inputs: &StepInputs,
+        may_replay: bool,
+    ) -> Result<Option<&Graph>> {
         if self.download.is_full() {
             return Err(Error::shape("step", "at most 2 steps whose output was not taken", 3));
         }
@@ -127,7 +133,7 @@ impl State {
         self.upload.inputs(stream, &self.inputs, inputs, key, self.limits.vocab_size)?;
         let by_shares = self.has_team && self.sampler.takes_shares(inputs);
         self.by_shares.set(by_shares);
-        let is_recorded = is_decode && !inputs.has_media;
+        let is_recorded = may_replay && is_decode && !inputs.has_media;
         let graph = if is_recorded { self.graphs.get(&(key.num_tokens, by_shares)) } else { None };
         if graph.is_none() {
             let view =

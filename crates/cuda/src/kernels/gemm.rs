@@ -6,6 +6,7 @@ use std::fmt;
 use spark_backend::{Activation, Dtype};
 
 use super::pack::{Scheme, padded_k, padded_n};
+use super::prefill::Quantised;
 use super::{Kernels, Linear, LoadedModule, MAX_DECODE_ROWS, PackedWeight, disjoint, to_u32};
 use crate::launch::{Kernel, Launch, Params};
 use crate::{Arch, DeviceSlice, Error, Pool, Result, Stream, Tensor};
@@ -112,7 +113,7 @@ impl After {
 }
 
 /// `GemmParams` of `kernels/gemm_stage.cuh`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct GemmParams {
     pub(super) codes: u64,
@@ -138,9 +139,11 @@ pub(crate) struct GemmParams {
     pub(super) panel: u32,
     pub(super) steps_per_split: u32,
     pub(super) after: u32,
+    pub(super) x_sums: u64,
+    pub(super) x_scales: u64,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 9 * 8 + 14 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 9 * 8 + 14 * 4 + 2 * 8 bytes, no padding.
 unsafe impl Params for GemmParams {
     const NAME: &'static str = "GemmParams";
 }
@@ -175,6 +178,8 @@ impl GemmParams {
             panel: 1,
             steps_per_split: 0,
             after: 0,
+            x_sums: 0,
+            x_scales: 0,
         })
     }
 }
@@ -255,6 +260,10 @@ impl Gemm {
         })
     }
 
+    pub(super) fn arch(&self) -> Arch {
+        self.arch
+    }
+
     /// Puts the kernel for `scheme` and `block` into `stream`.
     ///
     /// # Safety
@@ -298,7 +307,7 @@ pub(crate) struct GemmCut {
     /// Parts of k.
     pub(crate) splits: usize,
     /// Stages of a part.
-    steps_per_split: usize,
+    pub(super) steps_per_split: usize,
 }
 
 impl GemmCut {
@@ -347,9 +356,14 @@ impl Kernels {
         out: &Tensor,
         first_column: usize,
     ) -> Result<()> {
-        let multiprocessors = stream.num_sms() as usize;
-        let cut = GemmCut::new(x.rows(), weight.n, weight.k, multiprocessors);
-        self.gemm_cut(stream, pool, x, weight, (out, first_column), cut)
+        match self.quantised(weight.scheme, x.rows()) {
+            Some(Quantised::Fp8) => self.gemm_fp8x(stream, pool, x, weight, out, first_column),
+            Some(Quantised::Nvfp4) => self.gemm_nvfp4x(stream, pool, x, weight, out, first_column),
+            None => {
+                let cut = GemmCut::new(x.rows(), weight.n, weight.k, stream.num_sms() as usize);
+                self.gemm_cut(stream, pool, x, weight, (out, first_column), cut)
+            }
+        }
     }
 
     /// [`Kernels::linear`], then `after` with its results: `x` `[rows, k]` bf16, `out` `[rows, n]` bf16. One launch for many rows and
@@ -372,7 +386,7 @@ impl Kernels {
             let is_fused = part.scheme == Scheme::Bf16 && rows > MAX_DECODE_ROWS && cut.splits == 1;
             if is_fused && out.shape() == [rows, part.n] && part.n.is_multiple_of(AFTER_COLUMNS) {
                 out.expect(OP, out.shape(), Dtype::Bf16)?;
-                return self.put_gemm(stream, pool, x, part, (out, 0), (cut, number));
+                return self.put_bf16(stream, pool, x, part, (out, 0), (cut, number));
             }
         }
         match after {
@@ -398,18 +412,42 @@ impl Kernels {
         out: (&Tensor, usize),
         cut: GemmCut,
     ) -> Result<()> {
-        self.put_gemm(stream, pool, x, weight, out, (cut, 0))
+        self.put_bf16(stream, pool, x, weight, out, (cut, 0))
     }
 
     /// The same, and what comes after it, by its number: for one part of k, and whole rows of [`AFTER_COLUMNS`] of bf16.
-    fn put_gemm(
+    fn put_bf16(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        x: &Tensor,
+        weight: &PackedWeight,
+        out: (&Tensor, usize),
+        (cut, after): (GemmCut, u32),
+    ) -> Result<()> {
+        self.put_gemm(
+            stream,
+            pool,
+            x,
+            weight,
+            out,
+            (cut, after, |block, grid, params: &GemmParams| {
+                // SAFETY: `put_gemm` has checked what the parameters say.
+                unsafe { self.gemm.launch(stream, (weight.scheme, block), grid, params) }
+            }),
+        )
+    }
+
+    /// Checks a product and brings its parts together, whichever kernel `launch` puts into the stream for a grid of blocks and
+    /// parameters that speak of x as it is.
+    pub(super) fn put_gemm(
         &self,
         stream: &Stream,
         pool: &Pool,
         x: &Tensor,
         weight: &PackedWeight,
         (out, first_column): (&Tensor, usize),
-        (cut, after): (GemmCut, u32),
+        (cut, after, launch): (GemmCut, u32, impl Fn(Block, [usize; 2], &GemmParams) -> Result<()>),
     ) -> Result<()> {
         let rows = x.rows();
         let is_f32 = check(stream, x, weight, out, first_column)?;
@@ -432,12 +470,11 @@ impl Kernels {
             ..GemmParams::of(weight, x.address(), what)?
         };
         let grid = [weight.n.div_ceil(BLOCK_ROWS) * rows.div_ceil(cut.block.tokens()), cut.splits];
-        let kernel = (weight.scheme, cut.block);
+        // Codes, scales, row scales and bias were made by `PackedHost` for n, k and the scheme; x and out have the shapes that the
+        // parameters say; out overlaps with nothing that is read; everything is aligned to 16 bytes, rows of x too, because k is a
+        // multiple of 8.
         if cut.splits == 1 {
-            // SAFETY: codes, scales, row scales and bias were made by `PackedHost` for n, k and the scheme; x and out have the shapes that
-            // the parameters say; out overlaps with nothing that is read; everything is aligned to 16 bytes, rows of x too,
-            // because k is a multiple of 8.
-            return unsafe { self.gemm.launch(stream, kernel, grid, &params) };
+            return launch(cut.block, grid, &params);
         }
         let stride = padded_n(weight.n);
         let partial = pool.take("sums of a product in parts", (4 * cut.splits * rows * stride) as u64)?;
@@ -463,11 +500,9 @@ impl Kernels {
             num_threads: ADD_THREADS,
             shared_bytes: 0,
         };
+        launch(cut.block, grid, &params)?;
         // SAFETY: as above; `partial` holds a matrix [rows, stride] for each part, and `MAX_SPLIT_ROWS` is a possible grid.
-        unsafe {
-            self.gemm.launch(stream, kernel, grid, &params)?;
-            self.gemm.add.launch(stream, add_launch, &add)
-        }
+        unsafe { self.gemm.add.launch(stream, add_launch, &add) }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod attention;
 mod embed;
+mod fp8x;
 mod gemm;
 mod kv;
 mod linear;
@@ -10,7 +11,13 @@ mod loader;
 mod moe;
 mod moe_gemm;
 mod norm;
+mod nvfp4_host;
+mod nvfp4_mma;
+mod nvfp4_self_test;
+#[cfg(test)]
+mod nvfp4_tests;
 mod pack;
+mod prefill;
 mod probe;
 mod repack;
 mod router;
@@ -28,6 +35,7 @@ mod weight;
 pub use attention::AttendArgs;
 pub(crate) use attention::AttentionParams;
 pub(crate) use embed::EmbedParams;
+pub(crate) use fp8x::Fp8RowsParams;
 pub use gemm::After;
 pub(crate) use gemm::{Block, GemmAddParams, GemmCut, GemmParams};
 pub use kv::KvCache;
@@ -40,7 +48,10 @@ pub(crate) use moe_gemm::PARTIAL_BYTES;
 pub(crate) use moe_gemm::{MoeAddParams, MoeSortParams};
 pub use norm::ReduceNorm;
 pub(crate) use norm::{LayerNormParams, NormParams, RanksNormParams};
+pub(crate) use nvfp4_mma::{Nvfp4MmaParams, QuantizeParams};
+pub use nvfp4_self_test::Nvfp4Test;
 pub use pack::PackedHost;
+pub use prefill::Prefill;
 pub(crate) use probe::{Empty, MmaType, Probe, ProbeParams};
 pub(crate) use repack::RepackParams;
 pub use router::MAX_ROUTED_EXPERTS;
@@ -68,14 +79,18 @@ use crate::{Cubins, Device, DeviceSlice, Error, Result};
 pub struct Kernels {
     attention: attention::Attention,
     embed: embed::Embed,
+    fp8x: fp8x::Fp8x,
     gemm: gemm::Gemm,
     linear: linear::DecodeLinear,
     linear_many: linear_many::ManyLinear,
     moe: moe::Moe,
     moe_gemm: moe_gemm::MoeGemm,
     norm: norm::Norm,
+    /// Where the device has FP4.
+    nvfp4_mma: Option<nvfp4_mma::Nvfp4Mma>,
     repack: repack::Repack,
     router: router::Router,
+    prefill: Prefill,
     rows: rows::Rows,
     sample: sampler_step::Sample,
     sample_admit: sampler::SampleAdmit,
@@ -104,14 +119,20 @@ impl Kernels {
                 &module("attention_prefill")?,
             )?,
             embed: embed::Embed::new(&module("embed")?)?,
+            fp8x: fp8x::Fp8x::new(device.arch(), module)?,
             gemm: gemm::Gemm::new(device.arch(), module)?,
             linear: linear::DecodeLinear::new(module)?,
             linear_many: linear_many::ManyLinear::new(device.arch(), module)?,
             moe: moe::Moe::new(module)?,
             moe_gemm: moe_gemm::MoeGemm::new(&module("moe_gemm")?)?,
             norm: norm::Norm::new(&module("norm")?)?,
+            nvfp4_mma: match device.arch().has_fp4() {
+                true => Some(nvfp4_mma::Nvfp4Mma::new(&module("nvfp4_mma")?)?),
+                false => None,
+            },
             repack: repack::Repack::new(&module("repack")?)?,
             router: router::Router::new(device, &module("router")?)?,
+            prefill: Prefill::default(),
             rows: rows::Rows::new(&module("rows")?)?,
             sample: sampler_step::Sample::new(&module("sample")?)?,
             sample_admit: sampler::SampleAdmit::new(&module("sample_admit")?)?,

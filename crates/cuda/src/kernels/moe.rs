@@ -107,6 +107,11 @@ impl Choice {
     pub fn new(experts: DeviceSlice, weights: DeviceSlice, top_k: usize) -> Self {
         Self { experts, weights, top_k, lists: None, logits: None }
     }
+
+    /// `[rows, top_k]` u32, [`u32::MAX`] for none; not written for a single row whose experts choose for themselves.
+    pub fn experts(&self) -> &DeviceSlice {
+        &self.experts
+    }
 }
 
 /// The pairs (row, chosen expert) by expert.

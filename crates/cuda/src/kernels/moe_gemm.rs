@@ -4,7 +4,8 @@ use spark_backend::Dtype;
 
 use super::gemm::{BLOCK_ROWS, Block, GemmParams, What};
 use super::pack::Scheme;
-use super::{Choice, Experts, Kernels, LoadedModule, disjoint, to_u32, words};
+use super::prefill::Quantised;
+use super::{Choice, Experts, Kernels, LoadedModule, PackedWeight, disjoint, fp8x, to_u32, words};
 use crate::launch::{Kernel, Launch, Params};
 use crate::{DeviceSlice, Error, Pool, Result, Stream, Tensor};
 
@@ -180,13 +181,17 @@ impl Kernels {
         if cut.num_pairs == 0 {
             return Ok(());
         }
+        let has_fp8x = [&experts.gate_up, &experts.down]
+            .iter()
+            .any(|weight| self.quantised_experts(weight.scheme, cut.block) == Some(Quantised::Fp8));
+        let cut = if has_fp8x { cut.with_block(fp8x::TILE, experts.num_experts()) } else { cut };
         let scratch = Scratch::take(pool, &cut, experts)?;
         let slices = scratch.slices();
         stream.uses(OP, &slices)?;
         for slice in slices {
             disjoint(OP, slice, &[x.slice(), out.slice(), &choice.experts, &choice.weights])?;
         }
-        let call = Call { kernels: self, stream, choice, experts, cut, scratch };
+        let call = Call { kernels: self, stream, pool, choice, experts, cut, scratch };
         call.sort()?;
         call.gate_up(x)?;
         let hidden = experts.hidden();
@@ -203,6 +208,7 @@ impl Kernels {
 struct Call<'a> {
     kernels: &'a Kernels,
     stream: &'a Stream,
+    pool: &'a Pool,
     choice: &'a Choice,
     experts: &'a Experts,
     cut: Cut,
@@ -246,11 +252,10 @@ impl Call<'_> {
         };
         // A block has as many rows of gate as of up.
         let grid = [intermediate.div_ceil(BLOCK_ROWS / 2), self.cut.max_tiles];
-        let kernel = (weight.scheme, self.cut.block);
         // SAFETY: the tiles name existing experts and places in the list of pairs, which has numbers below `num_pairs`; weights are
         // those of `PackedHost`; x has a row for each `top_k` pairs and inner one for each pair, all aligned to 16 bytes, because
         // hidden and intermediate size are multiples of 16.
-        unsafe { self.kernels.gemm.launch(self.stream, kernel, grid, &params) }
+        unsafe { self.product((x.slice(), x.rows()), weight, grid, &params) }
     }
 
     /// partial = `columns` columns of down inner, from `first` on.
@@ -267,9 +272,32 @@ impl Call<'_> {
             ..GemmParams::of(weight, self.scratch.inner.address(), What::Down)?
         };
         let grid = [columns.div_ceil(BLOCK_ROWS), self.cut.max_tiles];
-        let kernel = (weight.scheme, self.cut.block);
         // SAFETY: as for `gate_up`; `first` is a multiple of 128, and partial has `columns` for each pair.
-        unsafe { self.kernels.gemm.launch(self.stream, kernel, grid, &params) }
+        unsafe { self.product((&self.scratch.inner, self.cut.num_pairs), weight, grid, &params) }
+    }
+
+    /// A product over the rows of bf16 that `params` call x.
+    ///
+    /// # Safety
+    /// As for `Gemm::launch`; x has as many rows as are said, each as wide as the weights.
+    unsafe fn product(
+        &self,
+        x: (&DeviceSlice, usize),
+        weight: &PackedWeight,
+        grid: [usize; 2],
+        params: &GemmParams,
+    ) -> Result<()> {
+        let Self { kernels, stream, pool, cut, .. } = self;
+        match kernels.quantised_experts(weight.scheme, cut.block) {
+            // SAFETY: the caller's promise; `cut.block` has tiles of its size.
+            Some(Quantised::Fp8) => unsafe { kernels.fp8x_product(stream, pool, x, weight, grid, params) },
+            // SAFETY: the caller's promise.
+            Some(Quantised::Nvfp4) => unsafe {
+                kernels.nvfp4x_product((stream, pool), x, weight, (cut.block, grid), params)
+            },
+            // SAFETY: the caller's promise.
+            None => unsafe { kernels.gemm.launch(stream, (weight.scheme, cut.block), grid, params) },
+        }
     }
 
     /// The same columns of `out`.

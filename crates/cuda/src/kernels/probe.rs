@@ -47,7 +47,7 @@ impl MmaType {
         match self {
             Self::Bf16 => true,
             Self::E4m3 => arch != Arch::Sm80,
-            Self::E2m1 => matches!(arch, Arch::Sm120a | Arch::Sm121a),
+            Self::E2m1 => arch.has_fp4(),
         }
     }
 

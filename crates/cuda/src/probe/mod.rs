@@ -12,7 +12,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use crate::driver::check;
 use crate::kernels::Probe;
-use crate::{Cubins, Device, Result, Stream};
+use crate::{Cubins, Device, Kernels, Nvfp4Test, Result, Stream};
 
 /// Numbers by name (the name ends in the unit), and what is missing with its reason.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -55,7 +55,20 @@ pub fn run(device: &Device, cubins: &Cubins) -> Result<Findings> {
     memory::measure(&bed, &mut findings);
     gaps::measure(&bed, &mut findings);
     rates::measure(&bed, &mut findings);
+    findings.attempt("nvfp4_test", |findings| test_nvfp4(device, cubins, &bed, findings));
     Ok(findings)
+}
+
+/// The test that a start with FP4 products makes: whether scales and codes reach the right numbers.
+fn test_nvfp4(device: &Device, cubins: &Cubins, bed: &Bed, findings: &mut Findings) -> Result<()> {
+    match Kernels::load(device, cubins)?.test_nvfp4(device, &bed.stream)? {
+        Nvfp4Test::Passed { change, error } => {
+            findings.add("nvfp4_test_w4a4_against_w4a16", change);
+            findings.add("nvfp4_test_against_definition", error);
+        }
+        other => findings.missing.push(("nvfp4_test".to_owned(), other.to_string())),
+    }
+    Ok(())
 }
 
 const FACTS: [(&str, Attribute); 12] = [

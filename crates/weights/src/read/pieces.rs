@@ -34,7 +34,7 @@ struct Piece {
     begin: u64,
     end: u64,
     scraps: Vec<Scrap>,
-    /// Nearly all of it is a part of the result: its buffer may be too.
+    /// It fills a buffer, and nearly all of it is a part of the result: the buffer may be too.
     stays: bool,
 }
 
@@ -247,7 +247,8 @@ fn plan(requests: &[Request]) -> Vec<Piece> {
     for piece in &mut pieces {
         let stays = piece.scraps.iter().filter(|scrap| requests[scrap.request].stays);
         let stays = stays.map(|scrap| scrap.len as u64).sum::<u64>();
-        piece.stays = stays * 10 >= (piece.end - piece.begin) * 9;
+        // Of the whole buffer: a short piece would keep all of it.
+        piece.stays = stays * 10 >= PIECE * 9;
     }
     pieces
 }
@@ -332,6 +333,19 @@ mod tests {
         // The large hole is skipped.
         let read: u64 = pieces.iter().map(|piece| piece.end - piece.begin).sum();
         assert_eq!(read, (3 * PIECE + 207 - 100) + PIECE);
+    }
+
+    #[test]
+    fn only_a_piece_that_fills_its_buffer_gives_it_away() {
+        let stays = |offset, len| Request { stays: true, ..request(offset, len) };
+        // A rank's halves with what it skips between them, and a run of the same size.
+        let halves: Vec<_> = (0..20).map(|i| stays(i * PIECE / 10, PIECE / 20)).collect();
+        let pieces = plan(&halves);
+        assert!(pieces.len() == 20 && pieces.iter().all(|piece| !piece.stays));
+        let run: Vec<_> = (0..20).map(|i| stays(i * PIECE / 20, PIECE / 20)).collect();
+        let pieces = plan(&run);
+        assert!(pieces.len() == 1 && pieces[0].stays);
+        assert!(plan(&[stays(0, PIECE / 2), request(PIECE / 2, PIECE / 2)]).iter().all(|piece| !piece.stays));
     }
 
     #[test]

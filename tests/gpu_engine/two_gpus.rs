@@ -1,0 +1,208 @@
+//! Two ranks on two GPUs against the CPU backend: every fixture and the demo model, over NVLink and over sockets as between
+//! hosts, with graphs and without. Needs two GPUs and NCCL. Ranks are processes of this program that run the same test.
+
+use std::{
+    io::{BufRead, BufReader},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    process::{Child, Command, Stdio},
+    sync::{Arc, mpsc},
+    time::Duration,
+};
+
+use spark_backend::Rank;
+use spark_comm::{
+    Listener,
+    nccl::{Machine, defaults},
+};
+use spark_engine::{Device, EngineBuilder, Ranks, Role};
+use spark_testing::{model_names, tolerance::BFLOAT16_MOE_LOGPROB};
+
+use crate::{Answer, Comparison, Model, alone, ask};
+
+/// Tells a process which rank it is.
+const RANK: &str = "SPARK_TEST_RANK";
+/// Where rank 0 listens.
+const LEADER: &str = "SPARK_TEST_LEADER";
+/// Transports between hosts: neither NVLink nor shared memory.
+const SOCKETS: [(&str, &str); 3] =
+    [("NCCL_P2P_DISABLE", "1"), ("NCCL_SHM_DISABLE", "1"), ("NCCL_NET", "Socket")];
+/// Tokens of an answer.
+const LEN: usize = 40;
+/// For the other rank to come: rank 0 computes the CPU's answers first.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(240);
+/// For the other rank to end after rank 0.
+const END_TIMEOUT: Duration = Duration::from_secs(20);
+/// One answer of so many may leave its reference at any margin: a token with swapped experts in several layers. On the CPU backend,
+/// whose two ranks are equal to one in float32, one of 92 does so in bf16, at a margin of 1.63 where 1.5 is allowed.
+const MOST_SWAPPED: usize = 40;
+/// What two ranks cannot share on GPUs: halves of experts that are 48 wide.
+const OUTSIDE: [&str; 3] = ["moe_vl_bf16", "moe_vl_bf16_resave", "text_moe_bf16"];
+
+#[test]
+fn greedy_ids_over_nvlink_are_those_of_the_cpu() {
+    in_two_ranks("two_gpus::greedy_ids_over_nvlink_are_those_of_the_cpu", "NVLink", &[]);
+}
+
+#[test]
+fn greedy_ids_over_sockets_are_those_of_the_cpu() {
+    in_two_ranks("two_gpus::greedy_ids_over_sockets_are_those_of_the_cpu", "sockets", &SOCKETS);
+}
+
+fn models() -> Vec<Model> {
+    let mut models: Vec<Model> = model_names("").unwrap().iter().map(|name| Model::fixture(name)).collect();
+    models.extend(["awq", "bf16"].map(Model::demo));
+    models
+}
+
+/// As whichever process this is of the test `name`.
+fn in_two_ranks(name: &str, transport: &str, environment: &[(&str, &str)]) {
+    let Ok(rank) = std::env::var(RANK) else {
+        let _gpus = alone();
+        return start(name, environment);
+    };
+    let leader: SocketAddr = std::env::var(LEADER).unwrap().parse().unwrap();
+    match rank.as_str() {
+        "0" => lead(leader, transport),
+        _ => follow(leader),
+    }
+}
+
+/// Ends a rank when the test ends, however that is.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts both ranks, passes on what rank 0 says, and waits for them.
+fn start(name: &str, environment: &[(&str, &str)]) {
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let leader = free.local_addr().unwrap();
+    drop(free);
+    let [mut first, mut second] = ["0", "1"].map(|rank| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", name, "--nocapture", "--test-threads", "1"]);
+        // What the program would set at its start.
+        command.envs(
+            defaults(&Machine::default()).into_iter().filter(|(name, _)| std::env::var_os(name).is_none()),
+        );
+        command.envs(environment.iter().copied()).env(RANK, rank).env(LEADER, leader.to_string());
+        Process(command.stdout(Stdio::piped()).spawn().unwrap())
+    });
+    let pipe = second.0.stdout.take().unwrap();
+    let (sender, said) = mpsc::channel();
+    std::thread::spawn(move || {
+        let lines: Vec<String> = BufReader::new(pipe).lines().map_while(Result::ok).collect();
+        let _ = sender.send(lines);
+    });
+    for line in BufReader::new(first.0.stdout.take().unwrap()).lines().map_while(Result::ok) {
+        println!("{line}");
+    }
+    let status = first.0.wait().unwrap();
+    // What it says ends with it.
+    let ended = said.recv_timeout(if status.success() { END_TIMEOUT } else { Duration::from_secs(1) });
+    let _ = second.0.kill();
+    let other_status = second.0.wait().unwrap();
+    assert!(status.success(), "rank 0: {status}; rank 1: {other_status}, {ended:#?}");
+    assert!(other_status.success(), "rank 1: {other_status}: {ended:#?}");
+}
+
+/// The settings of a rank for `model`.
+fn builder(model: &Model, index: usize, role: Role, enforce_eager: bool) -> EngineBuilder {
+    let builder = model.builder(Device::Cuda).engine(|options| {
+        options.max_num_seqs = 4;
+    });
+    builder.enforce_eager(enforce_eager).ranks(Ranks {
+        rank: Rank::new(index, 2).unwrap(),
+        local_rank: index,
+        local_world: 2,
+        token: "two GPUs of a test".to_owned(),
+        join_timeout: JOIN_TIMEOUT,
+        allow_old_nccl: false,
+        role,
+        on_joined: None,
+    })
+}
+
+/// How far a log-probability may be off: ranks round their parts of a sum, so that experts of some token change places in any
+/// mixture of experts.
+fn tolerance(model: &Model) -> f32 {
+    if model.name.contains("moe") { BFLOAT16_MOE_LOGPROB } else { model.tolerance() }
+}
+
+/// What happened with one model.
+enum Outcome {
+    Compared(Comparison),
+    /// It cannot run so, for this reason.
+    Outside(String),
+}
+
+/// Rank 0: the answers of two GPUs against those of the CPU, for every model, without graphs and with them.
+fn lead(address: SocketAddr, transport: &str) {
+    let mut all = [Comparison::default(), Comparison::default()];
+    let mut outside = Vec::new();
+    let listener = Arc::new(Listener::bind(address).unwrap());
+    for model in models() {
+        let cpu = model.engine(Device::Cpu, |_| {}).unwrap();
+        let bodies = model.bodies(LEN);
+        let references: Vec<Answer> = bodies.iter().map(|(_, body)| ask(&cpu, body)).collect();
+        drop(cpu);
+        let compare = |enforce_eager| {
+            let listener = Arc::clone(&listener);
+            let role = Role::Leader { listener, others: None, rejoin_timeout: Duration::ZERO };
+            let gpus = match builder(&model, 0, role, enforce_eager).build() {
+                Ok(engine) => engine,
+                Err(error) => return Outcome::Outside(error.to_string()),
+            };
+            let mut comparison = Comparison::default();
+            for ((name, body), reference) in bodies.iter().zip(&references) {
+                let got = ask(&gpus, body);
+                assert_eq!(got.ids.len(), LEN, "{}/{name}", model.name);
+                let name = format!("{}/{name}, eager {enforce_eager}", model.name);
+                comparison.add(&name, &model.said(reference), &model.said(&got), tolerance(&model));
+            }
+            Outcome::Compared(comparison)
+        };
+        for (enforce_eager, all) in [true, false].into_iter().zip(&mut all) {
+            match compare(enforce_eager) {
+                Outcome::Compared(comparison) => {
+                    println!("{:30} eager {enforce_eager:5} {}", model.name, comparison.line());
+                    all.join(comparison);
+                }
+                Outcome::Outside(reason) => {
+                    println!("{:30} eager {enforce_eager:5} outside the envelope: {reason}", model.name);
+                    outside.push((model.name.clone(), reason));
+                }
+            }
+        }
+    }
+    for (mode, all) in ["without graphs", "with graphs"].into_iter().zip(&all) {
+        println!("two GPUs over {transport}, {mode}: greedy ids: {}", all.line());
+        assert!(MOST_SWAPPED * all.wrong.len() <= all.num_answers, "{mode}: {:#?}", all.wrong);
+        assert!(
+            2 * all.num_compared > all.num_ids,
+            "only {} of {} ids are equal",
+            all.num_compared,
+            all.num_ids
+        );
+    }
+    outside.retain(|(name, reason)| !(OUTSIDE.contains(&name.as_str()) && reason.contains("multiple of 16")));
+    assert!(outside.is_empty(), "these are inside the envelope: {outside:#?}");
+}
+
+/// The other rank: the same engines in the same order.
+fn follow(leader: SocketAddr) {
+    for model in models() {
+        for enforce_eager in [true, false] {
+            let has_images = model.name.contains("vl");
+            let followed = builder(&model, 1, Role::Follower { leader }, enforce_eager).follow(has_images);
+            if let Err(error) = followed {
+                println!("{}, eager {enforce_eager}: {error}", model.name);
+                assert!(OUTSIDE.contains(&model.name.as_str()), "{}: {error}", model.name);
+            }
+        }
+    }
+}
