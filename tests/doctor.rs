@@ -1,9 +1,11 @@
-//! `spark-engine doctor` as a program: on this machine, and on "nodes" that a stand-in for ssh reaches. What each check says of a
+//! `spark-engine doctor` as a program: on this machine, on "nodes" that a stand-in for ssh reaches, and on machines with networks of
+//! their own. What each check says of a
 //! good or a broken machine is tested beside the checks.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
 
 use serde_json::Value;
+use spark_testing::Network;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_spark-engine");
 
@@ -84,4 +86,118 @@ fn nodes_that_do_not_answer_are_named() {
     let (report, _) = doctor(folder.path(), &["--nodes", "one,bare"]);
     let (status, found) = check(&report, "BIN.SAME");
     assert!(status == "FAIL" && found.contains("bare") && found.contains("not found"), "{found}");
+}
+
+/// Two machines on two cables, and what `doctor` says of them.
+struct Pair {
+    network: Network,
+    folder: tempfile::TempDir,
+    before: BTreeMap<String, String>,
+}
+
+impl Pair {
+    /// In order, so that what is wrong with the machine itself is known.
+    fn new() -> Self {
+        let network = Network::new(2, 2).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        network.ssh(folder.path(), "").unwrap();
+        let mut pair = Self { network, folder, before: BTreeMap::new() };
+        pair.before = troubles(&pair.look(&[]));
+        pair
+    }
+
+    fn look(&self, args: &[&str]) -> Value {
+        let names = self.network.addresses();
+        doctor(self.folder.path(), &[&["--nodes", &names], args].concat()).0
+    }
+
+    /// What was not there before, between the machines or on one of them.
+    fn new_troubles(&self) -> BTreeMap<String, String> {
+        let mut now = troubles(&self.look(&[]));
+        now.retain(|id, _| !self.before.contains_key(id));
+        now
+    }
+}
+
+/// What did not pass, between the machines and on them, but for what other tests on this machine do to its memory and processes.
+fn troubles(report: &Value) -> BTreeMap<String, String> {
+    let nodes = report["nodes"].as_array().into_iter().flatten().flat_map(|node| node["checks"].as_array());
+    let all = nodes.chain(report["checks"].as_array()).flatten();
+    let is_of_others = |check: &Value| {
+        let id = check["id"].as_str().unwrap();
+        ["PROC.", "MEM.", "DISK.", "TIME."].iter().any(|kind| id.starts_with(kind))
+    };
+    let bad = all.filter(|check| check["status"] != "PASS" && !is_of_others(check));
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    bad.map(|check| (text(&check["id"]), text(&check["found"]))).collect()
+}
+
+#[test]
+fn faults_between_two_machines_are_named_and_nothing_else() {
+    let pair = Pair::new();
+    let report = pair.look(&[]);
+    for cable in 0..2 {
+        let subnet = pair.network.address(0, cable).octets();
+        let subnet = format!("{}.{}.{}.0/24", subnet[0], subnet[1], subnet[2]);
+        for id in ["LINK.REACH", "LINK.JUMBO"] {
+            let is_it = |check: &&Value| {
+                check["id"] == id && check["found"].as_str().is_some_and(|found| found.contains(&subnet))
+            };
+            let check = report["checks"].as_array().unwrap().iter().find(is_it);
+            assert_eq!(
+                check.map(|check| &check["status"]),
+                Some(&"PASS".into()),
+                "{id} of {subnet}: {report:#}"
+            );
+        }
+    }
+    let mut steps = 0;
+    let mut expect = |wrong: &str, id: &str, named: &[&str], right: &[&str]| {
+        pair.network.ip(1, wrong).unwrap();
+        let found = pair.new_troubles();
+        let ids: Vec<&str> = found.keys().map(String::as_str).collect();
+        assert_eq!(ids, [id], "{wrong}: {found:?}");
+        assert!(named.iter().all(|word| found[id].contains(word)), "{wrong}: {found:?}");
+        right.iter().for_each(|words| pair.network.ip(1, words).unwrap());
+        steps += 1;
+    };
+    let second = pair.network.address(1, 1).to_string();
+    let subnet = format!("{}.0/24", second.rsplit_once('.').unwrap().0);
+    expect(
+        "link set rail1 mtu 1500",
+        "LINK.JUMBO",
+        &[&subnet, "rail1 has 1500"],
+        &["link set rail1 mtu 9000"],
+    );
+    expect(
+        &format!("route del {subnet} dev rail1"),
+        "LINK.REACH",
+        &[&subnet, "unreachable"],
+        &[&format!("route add {subnet} dev rail1 src {second}")],
+    );
+    expect("link set rail1 down", "LINK.REACH", &[&subnet], &["link set rail1 up"]);
+    assert_eq!(steps, 3);
+    assert_eq!(pair.new_troubles(), BTreeMap::new(), "all is mended");
+}
+
+#[test]
+fn sums_between_two_machines_are_measured_on_each_cable() {
+    let pair = Pair::new();
+    let report = pair.look(&["--probe"]);
+    let measured = report["probe"].as_array().unwrap();
+    assert_eq!(measured.len(), 2, "{report:#}");
+    for (cable, probe) in measured.iter().enumerate() {
+        let network = pair.network.address(0, cable).to_string();
+        let subnet = network.rsplit_once('.').unwrap().0;
+        assert!(probe["network"].as_str().unwrap().starts_with(subnet), "{probe}");
+        let number = |pointer: &str| probe.pointer(pointer).and_then(Value::as_f64).unwrap();
+        assert!(number("/all_reduce_8k_us/p50") > 0.0, "{probe}");
+        assert!(number("/all_reduce_8k_us/p99") >= number("/all_reduce_8k_us/p50"), "{probe}");
+        assert!(number("/bandwidth_gb_s/measured") > 0.0, "{probe}");
+        assert_eq!(number("/bandwidth_gb_s/expected"), 22.0);
+    }
+    for id in ["PROBE.LATENCY", "PROBE.BANDWIDTH"] {
+        let (status, found) = check(&report, id);
+        assert!(status != "FAIL" && found.contains("two Sparks"), "{id}: {status} {found}");
+    }
 }

@@ -1,23 +1,26 @@
 //! Several ranks as processes over real sockets: their answers are those of one rank, and whatever happens to a rank, to the
 //! network or to the head ends as promised, within seconds. The protocol itself is tested in `crates/comm`.
 
+mod copies;
+mod networks;
+
 use std::{
     io::{Read, Write},
     net::TcpStream,
     os::unix::fs::PermissionsExt,
     path::PathBuf,
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Output, Stdio},
     time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::json;
-use spark_testing::{FaultProxy, Oracle, media_path, model_dir, model_names};
+use spark_testing::{FaultProxy, model_dir};
 
 use crate::{
-    server::{CHAT, COMPLETIONS, MODEL, check_canaries, endless},
+    server::{COMPLETIONS, MODEL, check_canaries, endless},
     support::{
-        self, chat_body,
+        self,
         server::{DEADLINE, Server, Streamed, program, wait_for_exit},
     },
 };
@@ -59,7 +62,7 @@ fn children(parent: Pid) -> Vec<Pid> {
 }
 
 /// The one other rank of `server`.
-fn other_rank(server: &Server) -> Pid {
+pub(crate) fn other_rank(server: &Server) -> Pid {
     let [rank] = children(server.pid())[..] else { panic!("one other rank: {:?}", children(server.pid())) };
     rank
 }
@@ -93,68 +96,6 @@ fn wait_for_health(server: &Server) {
     wait_until("it serves again", DEADLINE, || server.get("/health").status == 200);
 }
 
-/// The fixtures whose names begin with `prefix`: every `step`-th answers the oracle's chats as the oracle does.
-fn check_fixtures(prefix: &str, world: &str, step: usize) {
-    let models = model_names(prefix).unwrap();
-    assert!(!models.is_empty(), "no fixture starts with {prefix}");
-    for model in models.iter().step_by(step) {
-        let server = serve(model, world, &[]);
-        for case in Oracle::load(model).unwrap().cases.values() {
-            let answer = server.ask(CHAT, &chat_body(case, case.greedy_ids.len()));
-            let (prompt, output) = support::prompt_and_output(&answer);
-            assert_eq!(prompt, case.prompt_ids, "{model}/{}", case.name);
-            assert_eq!(output, case.greedy_ids, "{model}/{} on {world} ranks", case.name);
-        }
-    }
-}
-
-#[test]
-fn moe_fixtures_answer_on_two_ranks_as_on_one() {
-    check_fixtures("moe_vl", "2", 1);
-}
-
-#[test]
-fn dense_fixtures_answer_on_two_ranks_as_on_one() {
-    check_fixtures("dense_vl", "2", 1);
-}
-
-#[test]
-fn text_fixtures_answer_on_two_ranks_as_on_one() {
-    check_fixtures("text", "2", 1);
-}
-
-#[test]
-fn fixtures_answer_on_four_ranks_as_on_one() {
-    check_fixtures("", "4", 3);
-}
-
-#[test]
-fn the_demo_model_answers_on_any_number_of_ranks_as_on_one() {
-    let [image, other] = ["demo.png", "demo-after.png"].map(|name| media_path(name).display().to_string());
-    let answer = |world: &str, images: usize| {
-        let mut command = program(&["generate", "--tp", world, "--temperature", "0", "--log-level", "warn"]);
-        command.args(CPU).args([
-            "--image",
-            &image,
-            "-p",
-            "Describe the picture.",
-            "-p",
-            "What is 123 + 456?",
-        ]);
-        if images == 2 {
-            command.args(["--image", &other]);
-        }
-        let Output { status, stdout, stderr } = command.output().unwrap();
-        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
-        String::from_utf8(stdout).unwrap()
-    };
-    let one = answer("1", 1);
-    assert!(one.contains("a pink ring at the top left"), "{one}");
-    assert_eq!(answer("2", 1), one);
-    assert_eq!(answer("4", 1), one);
-    assert_eq!(answer("2", 2), answer("1", 2), "each rank encodes one picture");
-}
-
 #[test]
 fn bench_measures_ranks() {
     let mut command = program(&["bench", "latency", "--config", &folder("moe_vl_bf16"), "--tp", "2"]);
@@ -162,36 +103,6 @@ fn bench_measures_ranks() {
     let Output { status, stdout, stderr } = command.output().unwrap();
     assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
     assert!(String::from_utf8(stdout).unwrap().contains("Avg latency"));
-}
-
-/// What happens to a rank in the middle of a stream: the stream ends with an error, /health names the rank, and the rank
-/// is started again.
-fn a_rank_that(signal: Signal) {
-    let server = serve(MODEL, "2", &[]);
-    check_canaries(&server);
-    let rank = other_rank(&server);
-    let mut events = server.stream(COMPLETIONS, &endless(4000));
-    assert!(events.next().is_some(), "the stream has begun");
-    kill_process(rank, signal).unwrap();
-    wait_for_failure(&server, "rank 1");
-    let events: Vec<String> = events.collect();
-    let error =
-        events.iter().find(|event| event.contains("\"error\"")).expect("an event says what went wrong");
-    assert!(error.contains("rank 1"), "{error}");
-    wait_for_health(&server);
-    assert!(is_gone(rank), "the lost rank holds nothing any more");
-    check_canaries(&server);
-    assert_ne!(other_rank(&server), rank);
-}
-
-#[test]
-fn a_killed_rank_comes_back() {
-    a_rank_that(Signal::KILL);
-}
-
-#[test]
-fn a_stopped_rank_is_replaced() {
-    a_rank_that(Signal::STOP);
 }
 
 #[test]
@@ -391,91 +302,8 @@ fn a_node_that_cannot_be_reached_ends_the_start_at_once() {
     let Output { status, stderr, .. } = command.args(CPU).env("SPARK_SSH", ssh).output().unwrap();
     let text = String::from_utf8(stderr).unwrap();
     assert_eq!(status.code(), Some(1), "{text}");
-    assert!(text.contains("[rank 1] no route to spark-2"), "{text}");
-    assert!(text.contains("rank 1 on spark-2 has ended") && text.contains("ssh"), "{text}");
+    assert!(text.contains("spark-2: no route to spark-2") && text.contains("ssh could not log in"), "{text}");
     assert!(start.elapsed() < Duration::from_secs(30), "far below the join timeout");
-}
-
-/// A network namespace joined with this one by a pair of veth; both end with it.
-struct Namespace {
-    name: String,
-    /// This machine's end.
-    link: String,
-    here: String,
-    there: String,
-}
-
-impl Namespace {
-    /// `None` where the machine does not let us: said on stderr, for then the network is not tested.
-    fn new() -> Option<Self> {
-        let id = std::process::id();
-        let (name, link, peer) = (format!("spark-{id}"), format!("sp{id}a"), format!("sp{id}b"));
-        let subnet = format!("10.{}.{}", 64 + id / 256 % 64, id % 256);
-        let (here, there) = (format!("{subnet}.1"), format!("{subnet}.2"));
-        let namespace =
-            Self { name: name.clone(), link: link.clone(), here: here.clone(), there: there.clone() };
-        let steps = [
-            format!("netns add {name}"),
-            format!("link add {link} type veth peer name {peer}"),
-            format!("link set {peer} netns {name}"),
-            format!("addr add {here}/24 dev {link}"),
-            format!("link set {link} up"),
-            format!("-n {name} addr add {there}/24 dev {peer}"),
-            format!("-n {name} link set {peer} up"),
-            format!("-n {name} link set lo up"),
-        ];
-        for step in &steps {
-            if let Err(problem) = ip(step) {
-                let mut stderr = std::io::stderr();
-                let _ =
-                    writeln!(stderr, "NOT TESTED: ranks in namespaces of their own: ip {step}: {problem}");
-                return None;
-            }
-        }
-        Some(namespace)
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        // The pair of veth goes with its namespace. What was never made cannot be removed.
-        let _ = ip(&format!("netns del {}", self.name));
-    }
-}
-
-fn ip(arguments: &str) -> Result<(), String> {
-    let output = Command::new("ip").args(arguments.split(' ')).output().map_err(|e| e.to_string())?;
-    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
-}
-
-#[test]
-fn ranks_in_separate_networks_answer_and_notice_a_cut_link() {
-    let scripts = tempfile::tempdir().unwrap();
-    let namespace = Namespace::new();
-    let (ssh, nodes) = match &namespace {
-        Some(Namespace { name, here, there, .. }) => (
-            fake_ssh(&scripts, &format!("[ \"$1\" = {there} ] && exec ip netns exec {name} sh -c \"$2\"")),
-            format!("{here},{there}"),
-        ),
-        None => (fake_ssh(&scripts, "exec sh -c \"$2\""), "127.0.0.1,127.0.0.2".to_owned()),
-    };
-    let server = Server::serve_with(
-        Some(&model_dir(MODEL)),
-        &[&CPU[..], &["--nodes", &nodes]].concat(),
-        &[("SPARK_SSH", &ssh)],
-    );
-    server.wait_for_log("[rank 1] ");
-    check_canaries(&server);
-    let Some(Namespace { link, here, .. }) = &namespace else { return };
-    let mut events = server.stream(COMPLETIONS, &endless(4000));
-    assert!(events.next().is_some(), "the stream has begun");
-    ip(&format!("link set {link} down")).unwrap();
-    wait_for_failure(&server, "rank 1");
-    assert!(events.any(|event| event.contains("\"error\"")), "the stream ends with an error");
-    ip(&format!("link set {link} up")).unwrap();
-    ip(&format!("addr replace {here}/24 dev {link}")).unwrap();
-    wait_for_health(&server);
-    check_canaries(&server);
 }
 
 #[test]

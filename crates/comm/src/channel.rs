@@ -172,13 +172,13 @@ fn encode(
 }
 
 #[derive(Clone, Copy)]
-enum Prefix {
+pub(crate) enum Prefix {
     Plan,
     Bulk,
 }
 
 /// Reads one message; on failure why the peer counts as lost.
-fn receive<T: DeserializeOwned>(
+pub(crate) fn receive<T: DeserializeOwned>(
     stream: &mut impl Read,
     buffer: &mut Vec<u8>,
     prefix: Prefix,

@@ -13,7 +13,7 @@ pub const PROTOCOL: u32 = 1;
 
 const MAGIC: [u8; 8] = *b"SPKRANKS";
 /// Magic, version, 32 random bytes.
-const KNOCK_BYTES: usize = 44;
+pub(crate) const KNOCK_BYTES: usize = 44;
 /// A version string and a few numbers; far below this.
 const MESSAGE_LIMIT: u32 = 4096;
 
@@ -47,14 +47,14 @@ impl Key {
     }
 
     /// Keyed hash; the parts before the last have fixed lengths. Its `==` takes constant time.
-    fn proof(&self, who: [u8; 8], knocks: &[[u8; KNOCK_BYTES]; 2], said: &[u8]) -> blake3::Hash {
+    pub(crate) fn proof(&self, who: [u8; 8], knocks: &[[u8; KNOCK_BYTES]; 2], said: &[u8]) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         hasher.update(&who).update(&knocks[0]).update(&knocks[1]).update(said);
         hasher.finalize()
     }
 }
 
-const JOINER: [u8; 8] = *b"joiner  ";
+pub(crate) const JOINER: [u8; 8] = *b"joiner  ";
 const LEADER: [u8; 8] = *b"leader  ";
 
 /// What a connection is for.
@@ -226,6 +226,12 @@ impl Waiting {
     }
 }
 
+/// Reads a verdict and drops it.
+#[cfg(fuzzing)]
+pub(crate) fn read_verdict(bytes: &[u8]) {
+    drop(postcard::from_bytes::<Verdict>(bytes));
+}
+
 /// No timeouts, no delay of small messages.
 pub(crate) fn settle(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(None)?;
@@ -240,7 +246,7 @@ pub(crate) fn random() -> io::Result<[u8; 32]> {
     Ok(bytes)
 }
 
-fn knock() -> io::Result<[u8; KNOCK_BYTES]> {
+pub(crate) fn knock() -> io::Result<[u8; KNOCK_BYTES]> {
     let mut bytes = [0; KNOCK_BYTES];
     bytes[..8].copy_from_slice(&MAGIC);
     bytes[8..12].copy_from_slice(&PROTOCOL.to_le_bytes());

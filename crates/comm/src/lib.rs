@@ -37,12 +37,15 @@
 //! The token never travels, and protects against accidents and strangers: traffic is neither encrypted nor authenticated
 //! after the handshake. Listen on the rail between the machines only.
 #![deny(unsafe_code)]
+#![allow(unexpected_cfgs, reason = "`cargo xtask fuzz` sets `fuzzing`, as other fuzzers do")]
 
 mod acceptor;
 mod channel;
 mod collective;
 mod error;
 mod exchange;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod handshake;
 mod join;
 mod listener;

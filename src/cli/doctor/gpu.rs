@@ -17,6 +17,13 @@ pub(super) struct Gpu {
     reasons: u64,
 }
 
+impl Gpu {
+    /// Whether this is the GPU of a Spark, which shares the machine's memory.
+    pub(super) fn is_gb10(&self) -> bool {
+        self.name.contains("GB10")
+    }
+}
+
 /// The first GPU; `None` if there is none or no driver.
 pub(super) fn find(host: &dyn Host) -> Option<Gpu> {
     let query = "--query-gpu=name,driver_version,compute_cap,clocks_event_reasons.active";

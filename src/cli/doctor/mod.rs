@@ -3,6 +3,7 @@
 
 mod gpu;
 mod host;
+mod links;
 mod nccl;
 mod nodes;
 mod rails;
@@ -38,6 +39,10 @@ pub(crate) struct DoctorArgs {
     /// Machines to look at over ssh, the first one the head; without it, this one.
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     nodes: Vec<String>,
+    /// Also measure what sums between the machines take, over NCCL where all have a GPU, else over TCP: on each rail by itself and,
+    /// over NCCL, on all of them. Ten seconds; nothing else should run.
+    #[arg(long, requires = "nodes")]
+    probe: bool,
     /// A folder with a checkpoint that has to be the same on all machines.
     #[arg(long, value_name = "FOLDER")]
     model: Option<PathBuf>,
@@ -91,7 +96,7 @@ fn several(args: &DoctorArgs) -> anyhow::Result<bool> {
             .map(|thread| thread.join().expect("asking a node does not panic"))
             .collect::<Vec<_>>()
     });
-    let (mut reached, mut between) = (Vec::new(), Vec::new());
+    let (mut reached, mut between, mut probed) = (Vec::new(), Vec::new(), Vec::new());
     for answer in answers {
         match answer {
             Ok(node) => reached.push(node),
@@ -101,6 +106,13 @@ fn several(args: &DoctorArgs) -> anyhow::Result<bool> {
     if between.is_empty() {
         between.push(Check::pass("SSH.REACHABLE", args.nodes.join(", ")));
         between.extend(nodes::between(&reached));
+        let cables = links::cables(&reached);
+        between.extend(links::check(&reached, &cables));
+        if args.probe {
+            let (checks, measured) = links::probe(&reached, &cables);
+            between.extend(checks);
+            probed = measured;
+        }
     }
     let all: Vec<Check> =
         reached.iter().flat_map(|node| node.checks.iter().cloned()).chain(between.iter().cloned()).collect();
@@ -109,6 +121,9 @@ fn several(args: &DoctorArgs) -> anyhow::Result<bool> {
         let nodes: Vec<Value> = reached.iter().map(nodes::Node::to_json).collect();
         let mut whole = to_json(&between, Value::Null);
         whole["nodes"] = nodes.into();
+        if args.probe {
+            whole["probe"] = probed.into();
+        }
         writeln!(stdout, "{whole:#}")?;
     } else {
         for node in &reached {
@@ -129,8 +144,10 @@ fn examine(host: &dyn Host) -> (Vec<Check>, Value) {
     let has_rails = !rails.is_empty();
     let mut checks = system::check(host, has_rails);
     checks.extend(gpu::check(host, gpu.as_ref()));
-    checks.extend(nccl::check(host, &nccl, has_rails || gpu.is_some()));
+    let is_gb10 = gpu.as_ref().is_some_and(gpu::Gpu::is_gb10);
+    checks.extend(nccl::check(host, &nccl, has_rails || gpu.is_some(), is_gb10));
     checks.extend(rails::check(host, &rails));
+    let interfaces = rails::interfaces(host, &rails);
     let rails: Vec<Value> = rails
         .iter()
         .map(|rail| {
@@ -143,6 +160,8 @@ fn examine(host: &dyn Host) -> (Vec<Check>, Value) {
         "driver": gpu.map(|gpu| gpu.driver),
         "nccl": nccl.ok(),
         "rails": rails,
+        "interfaces": interfaces,
+        "boot": host.value("/proc/sys/kernel/random/boot_id"),
     });
     (checks, facts)
 }

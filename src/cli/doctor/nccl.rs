@@ -1,23 +1,18 @@
 //! NCCL: its version, and settings of it that are known to slow two Sparks down or to hang them. Does not open a communicator.
 
-use spark_comm::nccl::{Nccl, too_old};
+use spark_comm::nccl::{Nccl, harm, too_old};
 
 use super::{host::Host, report::Check};
 
-/// Settings that nobody wants on a Spark: name, the value that does harm (none: any value), what it does.
-const HARMFUL: [(&str, Option<&str>, &str); 7] = [
-    ("NCCL_IB_DISABLE", Some("1"), "turns RoCE off, so that everything goes through sockets"),
-    ("NCCL_IB_GID_INDEX", None, "pins the number of an address, which moves when addresses come and go"),
-    ("NCCL_IB_USE_INLINE", Some("1"), "makes small transfers fail on these cards"),
-    ("NCCL_IB_PREPOST_RECEIVE_WORK_REQUESTS", Some("1"), "makes transfers hang on these cards"),
-    ("NCCL_P2P_DISABLE", Some("1"), "keeps GPUs of one machine from talking directly"),
-    ("NCCL_SHM_DISABLE", Some("1"), "keeps ranks of one machine from talking through memory"),
-    ("NCCL_NET", Some("Socket"), "turns RoCE off, so that everything goes through sockets"),
-];
-
-/// The checks. `found`: the version that would be used, or why there is none. `is_needed`: the machine has a GPU or rails.
-pub(super) fn check(host: &dyn Host, found: &Result<String, String>, is_needed: bool) -> Vec<Check> {
-    vec![version(host, found, is_needed), environment(host), files(host)]
+/// The checks. `found`: the version that would be used, or why there is none. `is_needed`: the machine has a GPU or rails. `is_gb10`: it
+/// is a Spark.
+pub(super) fn check(
+    host: &dyn Host,
+    found: &Result<String, String>,
+    is_needed: bool,
+    is_gb10: bool,
+) -> Vec<Check> {
+    vec![version(host, found, is_needed), environment(host, is_gb10), files(host, is_gb10)]
 }
 
 fn version(host: &dyn Host, found: &Result<String, String>, is_needed: bool) -> Check {
@@ -46,18 +41,10 @@ fn version(host: &dyn Host, found: &Result<String, String>, is_needed: bool) -> 
     }
 }
 
-/// What is wrong with one setting.
-fn harm(name: &str, value: &str) -> Option<&'static str> {
-    let (_, _, what) = HARMFUL.iter().find(|(bad, bad_value, _)| {
-        *bad == name && bad_value.is_none_or(|bad_value| bad_value.eq_ignore_ascii_case(value.trim()))
-    })?;
-    Some(what)
-}
-
-fn environment(host: &dyn Host) -> Check {
+fn environment(host: &dyn Host, is_gb10: bool) -> Check {
     let id = "NCCL.ENV";
     let all = host.vars("NCCL_");
-    match all.iter().find_map(|(name, value)| Some((name, value, harm(name, value)?))) {
+    match all.iter().find_map(|(name, value)| Some((name, value, harm(is_gb10, name, value)?))) {
         Some((name, value, what)) => Check::warn(
             id,
             format!("{name}={value}: {what}"),
@@ -73,7 +60,7 @@ fn environment(host: &dyn Host) -> Check {
 }
 
 /// NCCL reads a file of the system and one of the user, which nobody sees in the environment.
-fn files(host: &dyn Host) -> Check {
+fn files(host: &dyn Host, is_gb10: bool) -> Check {
     let id = "NCCL.CONF";
     let home = host.var("HOME").unwrap_or_default();
     let paths = ["/etc/nccl.conf".to_owned(), format!("{home}/.nccl.conf")];
@@ -83,7 +70,7 @@ fn files(host: &dyn Host) -> Check {
         let settings = text.lines().filter_map(|line| line.split('#').next()?.split_once('='));
         for (name, value) in settings {
             let (name, value) = (name.trim(), value.trim());
-            if let Some(what) = harm(name, value) {
+            if let Some(what) = harm(is_gb10, name, value) {
                 let advice =
                     format!("remove the line from {path}: it counts for every program on this machine");
                 return Check::fail(id, format!("{path}: {name}={value}: {what}"), advice)

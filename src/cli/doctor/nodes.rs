@@ -1,17 +1,13 @@
-//! Several machines: each is asked over ssh for its own checks, then what has to be equal and what lies between them is compared.
+//! Several machines: each is asked over ssh for its own checks, then what has to be equal is compared. What lies between them is
+//! in `links`.
 
-use std::{
-    collections::BTreeSet,
-    process::{Command, Stdio},
-};
+use std::{collections::BTreeSet, process::Stdio};
 
 use serde_json::{Value, json};
 
 use super::report::Check;
 use crate::cli::ssh;
 
-/// Data in a ping that fits a frame of 9000 bytes whole.
-const JUMBO_BYTES: &str = "8972";
 /// Clocks that differ by more make logs of two machines hard to read together.
 const MAX_SKEW_SECONDS: f64 = 2.0;
 
@@ -19,7 +15,7 @@ const MAX_SKEW_SECONDS: f64 = 2.0;
 pub(super) struct Node {
     pub(super) name: String,
     pub(super) checks: Vec<Check>,
-    facts: Value,
+    pub(super) facts: Value,
     /// Seconds by which its clock is ahead.
     skew: f64,
 }
@@ -29,8 +25,7 @@ pub(super) struct Node {
 /// # Errors
 /// The check that says why there is no answer.
 pub(super) fn ask(name: &str, args: &[&str]) -> Result<Node, Check> {
-    let program = std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned());
-    let program = program.unwrap_or_else(|| "spark-engine".to_owned());
+    let program = program();
     let remote: Vec<&str> = [&program, "doctor", "--json"].into_iter().chain(args.iter().copied()).collect();
     let before = seconds();
     let output = ssh::command(name, &remote).stdin(Stdio::null()).output();
@@ -61,6 +56,12 @@ pub(super) fn ask(name: &str, args: &[&str]) -> Result<Node, Check> {
     })
 }
 
+/// Where this program is: here, and so on the other machines.
+pub(super) fn program() -> String {
+    let path = std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned());
+    path.unwrap_or_else(|| "spark-engine".to_owned())
+}
+
 /// Seconds since 1970.
 pub(super) fn seconds() -> f64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -85,7 +86,6 @@ pub(super) fn between(nodes: &[Node]) -> Vec<Check> {
             "the checkpoints differ: copy one over, or start with --copy-model",
         ));
     }
-    checks.extend(jumbo(nodes));
     checks
 }
 
@@ -156,32 +156,13 @@ fn subnets(nodes: &[Node]) -> Check {
     }
 }
 
-/// Pings with whole frames from the first machine to every rail of the others.
-fn jumbo(nodes: &[Node]) -> Vec<Check> {
-    let Some((first, others)) = nodes.split_first() else { return Vec::new() };
-    let mut checks = Vec::new();
-    for (node, (interface, address, _)) in
-        others.iter().flat_map(|node| rails(node).into_iter().map(move |rail| (node, rail)))
-    {
-        let ping = ["ping", "-M", "do", "-s", JUMBO_BYTES, "-c", "2", "-i", "0.2", "-W", "1", "-q", &address];
-        let run = |mut command: Command| {
-            command.stdin(Stdio::null()).output().is_ok_and(|output| output.status.success())
-        };
-        let found = format!("{} to {} {interface} ({address})", first.name, node.name);
-        checks.push(match run(ssh::command(&first.name, &ping)) {
-            true => Check::pass("LINK.JUMBO", format!("{found}: frames of 9000 bytes arrive")),
-            false => Check::fail(
-                "LINK.JUMBO",
-                format!("{found}: frames of 9000 bytes do not arrive"),
-                "something on the way has a smaller MTU, or the rails are plugged crosswise: compare LINK.MTU and LINK.SUBNET of both",
-            )
-            .with_fix(format!("ping -M do -s {JUMBO_BYTES} {address}")),
-        });
-    }
-    checks
-}
-
 impl Node {
+    /// A node that says this of itself, and whose checks are no matter.
+    #[cfg(test)]
+    pub(super) fn new(name: &str, facts: Value) -> Self {
+        Self { name: name.to_owned(), checks: Vec::new(), facts, skew: 0.0 }
+    }
+
     pub(super) fn to_json(&self) -> Value {
         json!({
             "node": self.name,

@@ -1,14 +1,14 @@
 //! The two network functions of a Spark's QSFP port, each a rail of its own: link, addresses, frames, RDMA. One machine's side
 //! only; what lies between two is in `nodes`.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{host::Host, report::Check};
 
 /// Megabits a second of one rail of a Spark.
 const RAIL_SPEED: u64 = 100_000;
 /// Largest frame that RoCE uses whole: 4096 bytes of data and headers need a network MTU well above 4200.
-const MTU: u64 = 9000;
+pub(super) const MTU: u64 = 9000;
 
 /// A network interface that an RDMA device stands behind.
 #[derive(Debug, Clone)]
@@ -26,10 +26,14 @@ impl Rail {
     /// The network part of its first address, such as `192.168.100.0/24`.
     pub(super) fn subnet(&self) -> Option<String> {
         let (address, prefix) = self.addresses.first()?;
-        let bits = u32::from(address.parse::<std::net::Ipv4Addr>().ok()?);
-        let mask = u32::MAX.checked_shl(32 - u32::from(*prefix).min(32)).unwrap_or(0);
-        Some(format!("{}/{prefix}", std::net::Ipv4Addr::from(bits & mask)))
+        subnet(address, *prefix)
     }
+}
+
+fn subnet(address: &str, prefix: u8) -> Option<String> {
+    let bits = u32::from(address.parse::<std::net::Ipv4Addr>().ok()?);
+    let mask = u32::MAX.checked_shl(32 - u32::from(prefix).min(32)).unwrap_or(0);
+    Some(format!("{}/{prefix}", std::net::Ipv4Addr::from(bits & mask)))
 }
 
 /// All interfaces with an RDMA device and a cable; of those without, the ones that have an address. Sorted by name.
@@ -46,6 +50,28 @@ pub(super) fn find(host: &dyn Host) -> Vec<Rail> {
         rails.iter().filter(|rail| has_carrier(host, rail) || !rail.addresses.is_empty()).cloned().collect();
     // Nothing is plugged in: say so of every interface.
     if in_use.is_empty() { rails } else { in_use }
+}
+
+/// Every interface with an IPv4 address, for other machines to find a common network: name, address, subnet, MTU, the RDMA device
+/// behind it, and whether it is a bridge of this machine.
+pub(super) fn interfaces(host: &dyn Host, rails: &[Rail]) -> Vec<Value> {
+    let all = host.run(&["ip", "-j", "addr"]).and_then(|text| serde_json::from_str::<Value>(&text).ok());
+    let names = all.as_ref().and_then(Value::as_array).into_iter().flatten();
+    let mut found = Vec::new();
+    for interface in names.filter_map(|link| link["ifname"].as_str()) {
+        let (addresses, _) = addresses_of(all.as_ref(), interface);
+        let device = rails.iter().find(|rail| rail.interface == interface).map(|rail| rail.device.clone());
+        let folder = format!("/sys/class/net/{interface}");
+        let mtu: Option<u64> = host.value(&format!("{folder}/mtu")).and_then(|mtu| mtu.parse().ok());
+        let is_bridge = !host.list(&format!("{folder}/bridge")).is_empty();
+        for (address, prefix) in addresses {
+            found.push(json!({
+                "interface": interface, "subnet": subnet(&address, prefix), "address": address, "mtu": mtu,
+                "device": device, "is_bridge": is_bridge,
+            }));
+        }
+    }
+    found
 }
 
 /// What `ip -j addr` says of `interface`: its IPv4 addresses, and whether it has an IPv6 one.

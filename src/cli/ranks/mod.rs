@@ -1,6 +1,7 @@
 //! Flags about ranks: how many, where, and which one this process is. Starts the others where nobody else has; a process that
 //! is not rank 0 is told here to follow.
 
+mod copy;
 mod environment;
 mod processes;
 
@@ -47,10 +48,15 @@ pub(crate) struct RankArgs {
     /// started here: on the GPUs of this machine, on its CPU, or on --nodes.
     #[arg(long, visible_alias = "tp", value_name = "N")]
     tensor_parallel_size: Option<usize>,
-    /// Machines to start ranks on by ssh, this one first, by the names under which they reach each other. Program and model
-    /// must have the same paths there.
+    /// Machines to start ranks on by ssh, this one first, by the names under which they reach each other. Where this program is
+    /// missing or another one, it is copied to ~/.cache/spark-engine/bin. The model must be there under the same name, unless
+    /// --copy-model.
     #[arg(long, value_delimiter = ',', value_name = "HOST,...")]
     nodes: Vec<String>,
+    /// Send the other --nodes the files of the model that they lack or have differently, to the same folder or, where that
+    /// cannot be, to ~/.cache/spark-engine/models.
+    #[arg(long, requires = "nodes")]
+    copy_model: bool,
     /// Number of this rank, where ranks are started one by one; torchrun, mpirun, srun and a LeaderWorkerSet say it themselves.
     #[arg(long, env = "SPARK_RANK", value_name = "N")]
     rank: Option<usize>,
@@ -135,7 +141,7 @@ impl RankArgs {
     /// # Errors
     /// As for [`is_follower`](Self::is_follower); an address that is not this machine's.
     pub(crate) fn apply(&self, builder: EngineBuilder) -> anyhow::Result<EngineBuilder> {
-        let ranks = self.ranks()?;
+        let ranks = self.ranks(&builder)?;
         let default = if ranks.is_some() { STEP_TIMEOUT } else { 0 };
         let seconds = self.step_timeout.unwrap_or(default);
         let step_timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
@@ -151,8 +157,10 @@ impl RankArgs {
     /// # Errors
     /// What ends this rank before that. A lost group ends the process.
     pub(crate) fn follow(&self, builder: EngineBuilder, has_images: bool) -> anyhow::Result<()> {
-        if let Ok(parent) = std::env::var("SPARK_PARENT") {
-            end_with(&parent)?;
+        match std::env::var("SPARK_PARENT").as_deref() {
+            Ok(processes::PARENT_IS_INPUT) => end_with_input()?,
+            Ok(parent) => end_with(parent)?,
+            Err(_) => {}
         }
         let Err(error) = self.apply(builder)?.follow(has_images) else { return Ok(()) };
         let code = exit_code(&error);
@@ -162,7 +170,7 @@ impl RankArgs {
         std::process::exit(code)
     }
 
-    fn ranks(&self) -> anyhow::Result<Option<Ranks>> {
+    fn ranks(&self, builder: &EngineBuilder) -> anyhow::Result<Option<Ranks>> {
         let (rank, world, local_rank, local_world, role, token) = match self.place()? {
             Place::Alone => return Ok(None),
             Place::Start { world, others, host } => {
@@ -173,7 +181,11 @@ impl RankArgs {
                 let listener = Arc::new(Listener::bind(address)?);
                 let local_world = others.first().map_or(1, |other| other.local_world);
                 let token = self.token.clone().map_or_else(random_token, Ok)?;
-                let others = Processes::new(others, world, token.clone(), listener.stopper());
+                let mut names: Vec<String> = others.iter().filter_map(|other| other.node.clone()).collect();
+                names.dedup();
+                let model = self.copy_model.then(|| builder.model_folder()).transpose()?;
+                let nodes = copy::prepare(&names, model.as_deref(), address.ip())?;
+                let others = Processes::new(others, nodes, world, token.clone(), listener.stopper());
                 let others: Option<Arc<dyn StartRanks>> = Some(Arc::new(others));
                 (0, world, 0, local_world, self.lead(listener, others), token)
             }
@@ -286,7 +298,11 @@ fn resolve(host: &str) -> anyhow::Result<SocketAddr> {
     first.copied().with_context(|| format!("{host} has no address"))
 }
 
-fn random_token() -> anyhow::Result<String> {
+/// A secret for one group.
+///
+/// # Errors
+/// The system gives no random bytes.
+pub(crate) fn random_token() -> anyhow::Result<String> {
     let mut bytes = [0u8; 32];
     getrandom::fill(&mut bytes).map_err(|e| anyhow::anyhow!("asking the system for random bytes: {e}"))?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
@@ -298,6 +314,19 @@ fn end_with(parent: &str) -> anyhow::Result<()> {
     // It may have ended before that was set.
     let now = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string());
     ensure!(now.as_deref() == Some(parent), "rank 0 (process {parent}) has ended");
+    Ok(())
+}
+
+/// A rank that rank 0 has started over ssh ends with its connection: nothing else tells one that has not joined yet.
+fn end_with_input() -> anyhow::Result<()> {
+    let wait = || {
+        // Nothing comes: rank 0 only holds the other end.
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        thread::sleep(END_WITHIN);
+        tracing::error!("rank 0 is gone: this rank ends");
+        std::process::exit(PEER_LOST)
+    };
+    thread::Builder::new().name("input".into()).spawn(wait).context("starting a thread")?;
     Ok(())
 }
 

@@ -14,7 +14,8 @@ use std::{
 use anyhow::Context;
 use spark_engine::{StartRanks, comm::Stopper};
 
-use crate::cli::ssh;
+use super::copy::Node;
+use crate::cli::{model_name, ssh};
 
 /// What ranks may take to end by themselves, once rank 0 has told them or is gone.
 const END_WITHIN: Duration = Duration::from_secs(5);
@@ -23,6 +24,9 @@ const END_WITHIN: Duration = Duration::from_secs(5);
 /// becomes the rank.
 const REMOTE: &str =
     "IFS= read -r SPARK_TOKEN; export SPARK_TOKEN; cd \"$1\" 2>/dev/null; shift; exec \"$@\"";
+
+/// Value of SPARK_PARENT for a rank on another machine: it ends when its standard input does.
+pub(super) const PARENT_IS_INPUT: &str = "input";
 
 /// One of the other ranks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +41,8 @@ pub(super) struct Other {
 /// The other ranks of a group whose rank 0 is this process. They end with it.
 pub(super) struct Processes {
     others: Vec<Other>,
+    /// The other machines.
+    nodes: Vec<Node>,
     world: usize,
     token: String,
     /// Ends rank 0's waiting when a rank ends before it has joined.
@@ -60,13 +66,19 @@ struct Process {
 }
 
 impl Processes {
-    pub(super) fn new(others: Vec<Other>, world: usize, token: String, stopper: Stopper) -> Self {
+    pub(super) fn new(
+        others: Vec<Other>,
+        nodes: Vec<Node>,
+        world: usize,
+        token: String,
+        stopper: Stopper,
+    ) -> Self {
         let is_ours = |name: &str| {
             name.starts_with("NCCL_")
                 || ["HF_HOME", "HF_HUB_CACHE", "SPARK_KERNEL_DIR", "SPARK_NCCL"].contains(&name)
         };
         let passed_on = std::env::vars().filter(|(name, _)| is_ours(name)).collect();
-        Self { others, world, token, stopper, passed_on, running: Arc::default() }
+        Self { others, nodes, world, token, stopper, passed_on, running: Arc::default() }
     }
 
     /// Variables that tell a process which rank it is.
@@ -78,29 +90,38 @@ impl Processes {
             ("SPARK_LOCAL_WORLD".to_owned(), other.local_world.to_string()),
             ("SPARK_LEADER".to_owned(), leader.to_string()),
         ];
-        match other.node {
-            Some(_) => variables.extend(self.passed_on.iter().cloned()),
-            None => variables.push(("SPARK_PARENT".to_owned(), std::process::id().to_string())),
+        if other.node.is_some() {
+            variables.extend(self.passed_on.iter().cloned());
         }
+        let parent = other
+            .node
+            .as_ref()
+            .map_or_else(|| std::process::id().to_string(), |_| PARENT_IS_INPUT.to_owned());
+        variables.push(("SPARK_PARENT".to_owned(), parent));
         variables
     }
 
     /// The command that runs a rank, and what it reads.
     fn command(&self, other: &Other, leader: SocketAddr) -> anyhow::Result<(Command, Option<String>)> {
-        let program = std::env::current_exe().context("finding this program's own file")?;
-        let variables = self.variables(other, leader);
+        let mut variables = self.variables(other, leader);
         let Some(node) = &other.node else {
+            let program = std::env::current_exe().context("finding this program's own file")?;
             let mut command = Command::new(program);
             command.args(std::env::args_os().skip(1)).envs(variables).env("SPARK_TOKEN", &self.token);
             // Ctrl-C is for rank 0, which tells the others what to do.
             command.stdin(Stdio::null()).process_group(0);
             return Ok((command, None));
         };
+        let there = self.nodes.iter().find(|there| there.name == *node);
+        let there = there.with_context(|| format!("{node} was not looked at"))?;
+        if let Some(model) = &there.model {
+            variables.push((model_name::OF_RANK.to_owned(), model.clone()));
+        }
         let folder = std::env::current_dir().context("finding the current folder")?;
         let mut remote = ["sh", "-c", REMOTE, "sh"].map(str::to_owned).to_vec();
         remote.extend([utf8(folder.as_os_str())?, "env".into()]);
         remote.extend(variables.iter().map(|(name, value)| format!("{name}={value}")));
-        remote.push(utf8(program.as_os_str())?);
+        remote.push(there.program.clone());
         for argument in std::env::args_os().skip(1) {
             remote.push(utf8(&argument)?);
         }
@@ -162,7 +183,7 @@ fn labelled(rank: usize, line: &str) -> String {
 /// What a shell or ssh means by its exit code.
 fn hint(status: ExitStatus) -> &'static str {
     match status.code() {
-        Some(127) => ": the program is not there; it must have the same path on all machines",
+        Some(127) => ": the program is not there any more",
         Some(255) => ": ssh could not log in; it must not ask for a password",
         _ => "; its messages are above",
     }

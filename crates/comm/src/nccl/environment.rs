@@ -40,9 +40,11 @@ pub fn defaults(machine: &Machine) -> Vec<(&'static str, String)> {
     all
 }
 
-/// What is wrong with a value that somebody set; `None` if nothing is known against it.
-fn problem(machine: &Machine, name: &str, value: &str) -> Option<&'static str> {
-    let is_off = matches!(value, "0" | "" | "false");
+/// What is wrong with a value that somebody set, on a [GB10](Machine::is_gb10) or another machine; `None` if nothing is known against
+/// it. The only list of such settings: what is warned of at a start is what `doctor` finds.
+pub fn harm(is_gb10: bool, name: &str, value: &str) -> Option<&'static str> {
+    let value = value.trim();
+    let is_off = ["0", "", "false"].iter().any(|off| off.eq_ignore_ascii_case(value));
     match name {
         "NCCL_IB_DISABLE" if !is_off => {
             Some("turns RDMA off: ranks on two machines use TCP, which is many times slower")
@@ -53,11 +55,16 @@ fn problem(machine: &Machine, name: &str, value: &str) -> Option<&'static str> {
         "NCCL_IB_USE_INLINE" | "NCCL_IB_PREPOST_RECEIVE_WORK_REQUESTS" if !is_off => {
             Some("has stopped starts for ever on GB10 machines")
         }
+        "NCCL_NET" if value.eq_ignore_ascii_case("socket") => {
+            Some("turns RDMA off: ranks on two machines use TCP, which is many times slower")
+        }
+        "NCCL_P2P_DISABLE" if !is_off => Some("keeps GPUs of one machine from talking directly"),
+        "NCCL_SHM_DISABLE" if !is_off => Some("keeps ranks of one machine from talking through memory"),
         "NCCL_NVLS_ENABLE" if !is_off => Some("starts have hung with it"),
-        "NCCL_NET_GDR_LEVEL" if machine.is_gb10 && value != "LOC" => {
+        "NCCL_NET_GDR_LEVEL" if is_gb10 && value != "LOC" => {
             Some("a GB10's memory cannot be reached by its network cards")
         }
-        "NCCL_NET_GDR_C2C" | "NCCL_DMABUF_ENABLE" if machine.is_gb10 && !is_off => {
+        "NCCL_NET_GDR_C2C" | "NCCL_DMABUF_ENABLE" if is_gb10 && !is_off => {
             Some("a GB10's memory cannot be reached by its network cards")
         }
         _ => None,
@@ -93,7 +100,7 @@ impl Settings {
             }
         }
         let warning = |(name, value, place): &(String, String, String)| {
-            let problem = problem(machine, name, value)?;
+            let problem = harm(machine.is_gb10, name, value)?;
             Some(format!("{name}={value} in {place}: {problem}; remove it unless it was measured to help"))
         };
         let warnings = kept.iter().filter_map(warning).collect();
