@@ -2,7 +2,8 @@
 
 /// A constraint on the next token, kept on rank 0 and driven by the engine.
 ///
-/// A constrained sequence joins the next step only after its last token is known, so `mask` and `commit` alternate.
+/// A constrained sequence joins the next step only after its last token is known, so `mask` and `commit` alternate. Both are
+/// called on threads beside the engine's: one that takes long makes its own sequence sit out steps, and no other.
 pub trait TokenConstraint: Send {
     /// Clears in `allowed` (bit `i` of word `i / 32` is token `i`; all set on entry) every token that may not follow.
     ///

@@ -1,5 +1,7 @@
 //! The engine as its front ends see it: submit a request, read its events, drop the stream to cancel.
 
+use std::time::Duration;
+
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::{Event, Limits, Request};
@@ -95,6 +97,32 @@ pub struct EngineStats {
     pub mm_cache_hits: u64,
     /// Tokens per step.
     pub tokens_per_step: StepHistogram,
+    /// What steps took.
+    pub step_times: DurationHistogram,
+    /// Times that a lost group of ranks was made anew.
+    pub num_rebuilt: u64,
+}
+
+/// Durations by size: `counts[i]` took at most `2^i` units of [`UNIT`](Self::UNIT) (and more than the bucket before).
+#[derive(Debug, Clone, Default)]
+pub struct DurationHistogram {
+    /// Durations per bucket; the last bucket is open.
+    pub counts: [u64; 18],
+    /// All of them together.
+    pub sum: Duration,
+}
+
+impl DurationHistogram {
+    /// The bound of the first bucket; that of the last but one is 6.5 s.
+    pub const UNIT: Duration = Duration::from_micros(100);
+
+    /// Counts one.
+    pub fn observe(&mut self, duration: Duration) {
+        let units = duration.as_nanos().div_ceil(Self::UNIT.as_nanos());
+        let bucket = units.max(1).next_power_of_two().trailing_zeros() as usize;
+        self.counts[bucket.min(self.counts.len() - 1)] += 1;
+        self.sum += duration;
+    }
 }
 
 /// Steps by size: `counts[i]` steps had at most `2^i` tokens (and more than the bucket before).

@@ -14,7 +14,9 @@ mod request;
 mod sampling;
 
 pub use constraint::{ConstraintError, TokenConstraint};
-pub use engine::{Engine, EngineInfo, EngineStats, EventStream, Health, StepHistogram, SubmitError};
+pub use engine::{
+    DurationHistogram, Engine, EngineInfo, EngineStats, EventStream, Health, StepHistogram, SubmitError,
+};
 pub use event::{Event, FinishReason, Finished, RankedToken, RequestTimings, TokenEvent, TokenLogprobs};
 pub use limits::{Limits, MediaGeometry};
 pub use media::{GridThw, MediaHash, MediaItem};

@@ -3,7 +3,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
         atomic::Ordering,
@@ -13,16 +12,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use spark_api::{ConstraintError, EngineStats, Event, FinishReason, Health, TokenId};
+use spark_api::{EngineStats, Event, FinishReason, Health, TokenId};
 use spark_backend::SampledToken;
 use spark_scheduler::{Finish, SeqId, SeqUpdate};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::{
-    EngineHandle, EngineOptions, Failure, Rebuild, Result, Running,
+    EngineHandle, EngineOptions, Failure, FailureHook, FailureReport, Rebuild, Result, Running,
+    flight::FlightRecorder,
     group::Upload,
     handle::{Command, Shared, lock},
     link::Link,
+    masks::Masks,
     pipeline::Order,
     runner::{StepResult, StepWork},
     running::spawn,
@@ -54,9 +55,11 @@ impl EngineHandle {
             deferred: VecDeque::new(),
             shared: shared.clone(),
             eos_token_ids: info.limits.eos_token_ids.clone(),
-            mask_words: info.limits.vocab_size.div_ceil(32),
+            masks: Masks::new(commands.clone(), info.limits.vocab_size, options.max_num_seqs),
             depth: if options.async_scheduling { 2 } else { 1 },
             step_timeout: options.step_timeout,
+            flight: FlightRecorder::default(),
+            on_failure: options.on_failure.clone(),
             rebuild,
             draining: false,
         };
@@ -93,14 +96,15 @@ pub(crate) struct Engine {
     pub(crate) own_commands: Sender<Command>,
     pub(crate) commands: Receiver<Command>,
     /// Commands that came while only one kind was waited for.
-    deferred: VecDeque<Command>,
+    pub(crate) deferred: VecDeque<Command>,
     pub(crate) shared: Arc<Shared>,
     eos_token_ids: Vec<TokenId>,
-    /// Words of a grammar mask.
-    mask_words: usize,
+    pub(crate) masks: Masks,
     /// Steps that may be in flight at once: 2 when scheduling is asynchronous.
     depth: usize,
     step_timeout: Option<Duration>,
+    flight: FlightRecorder,
+    on_failure: FailureHook,
     pub(crate) rebuild: Option<Rebuild>,
     pub(crate) draining: bool,
 }
@@ -123,15 +127,19 @@ impl Engine {
 
     /// Runs steps until it is told to stop (`None`), or something fails.
     fn serve(&mut self) -> Option<Failure> {
+        // Every sequence waits for its mask.
+        let mut is_blocked = false;
         loop {
-            match self.take_commands() {
+            match self.take_commands(is_blocked) {
                 Next::Step => {}
                 Next::Stop => return None,
                 Next::Fail(failure) => return Some(failure),
             }
             self.drop_cancelled();
+            self.await_masks();
             while self.link.in_flight.len() < self.depth && self.schedule() {}
-            if self.link.in_flight.is_empty() && self.link.scheduler.has_work() {
+            is_blocked = self.link.in_flight.is_empty() && self.link.scheduler.has_work();
+            if is_blocked && !self.masks.any_at_work() {
                 // `add` refuses what can never fit, so this is a defect: stop loudly instead of spinning.
                 return Some(Failure::Defect("the scheduler has work but no plan".into()));
             }
@@ -142,15 +150,19 @@ impl Engine {
         }
     }
 
-    /// Takes what was sent here; sleeps if there is nothing else to do.
-    fn take_commands(&mut self) -> Next {
+    /// Takes what was sent here; sleeps if there is nothing else to do, or nothing before a command comes.
+    fn take_commands(&mut self, mut is_blocked: bool) -> Next {
         loop {
             let idle = self.link.is_idle();
             if idle && self.draining && self.uploading.is_empty() {
                 return Next::Stop;
             }
-            let command = match idle {
-                true => self.next_command(),
+            let command = match idle || std::mem::take(&mut is_blocked) {
+                true => {
+                    // A late mask may have ended a sequence since the last step.
+                    self.publish_stats();
+                    self.next_command()
+                }
                 false => match self.deferred.pop_front().map_or_else(|| self.commands.try_recv(), Ok) {
                     Ok(command) => Some(command),
                     Err(TryRecvError::Empty) => return Next::Step,
@@ -171,6 +183,7 @@ impl Engine {
                     let unknown = || Failure::Group("the group of ranks is lost".into());
                     return Next::Fail(self.link.loss().unwrap_or_else(unknown));
                 }
+                Some(Command::Masked(masked)) => self.masked(masked),
                 // Of a group that is gone.
                 Some(Command::Uploaded { .. } | Command::Lost { .. } | Command::Rebuilt { .. }) => {}
                 Some(Command::Drain) => self.draining = true,
@@ -213,7 +226,10 @@ impl Engine {
             return self.end(sequence, FinishReason::Cancelled);
         }
         match self.link.scheduler.add(sequence.to_schedule()) {
-            Ok(id) => drop(self.sequences.insert(id, sequence)),
+            Ok(id) => {
+                self.sequences.insert(id, sequence);
+                self.begin_mask(id);
+            }
             Err(error) => self.end(sequence, FinishReason::EngineFailed(error.to_string())),
         }
     }
@@ -229,31 +245,29 @@ impl Engine {
 
     /// Plans a step and hands it to the runner. `false` if nothing can run now.
     fn schedule(&mut self) -> bool {
-        let Some(plan) = self.link.scheduler.schedule() else { return false };
+        let plan = self.link.scheduler.schedule();
+        for id in self.link.scheduler.take_unsettled() {
+            self.order_mask(id, Vec::new());
+        }
+        let Some(plan) = plan else { return false };
         let mut admissions = Vec::new();
         let mut masks = Vec::new();
-        let mut failed = Vec::new();
         for planned in &plan.seqs {
             let Some(sequence) = self.sequences.get_mut(&planned.seq) else { continue };
             if planned.admit {
                 admissions.push(sequence.admission(planned));
             }
             sequence.send_progress(planned.start);
-            if let (true, Some(constraint)) = (planned.samples, &mut sequence.constraint) {
+            if planned.samples
+                && let Some(mask) = sequence.constraint.take_mask()
+            {
                 // A constraint that has begun cannot begin anew.
                 sequence.is_untouched = false;
-                let mut allowed = vec![u32::MAX; self.mask_words];
-                match guarded(|| constraint.mask(&mut allowed)) {
-                    Ok(()) => masks.push((planned.slot, allowed)),
-                    Err(error) => failed.push((planned.seq, error)),
-                }
+                masks.push((planned.slot, mask));
             }
         }
-        for (id, error) in failed {
-            self.link.scheduler.cancel(id);
-            self.remove(id, FinishReason::ConstraintFailed(error));
-        }
         self.link.in_flight.push_back(plan.id);
+        self.flight.planned(&plan);
         let forget = std::mem::take(&mut self.forget);
         self.link.runner.send(Order::Launch(StepWork { plan, admissions, masks, forget }));
         true
@@ -265,6 +279,8 @@ impl Engine {
         self.link.num_completed += 1;
         self.link.runner.send(Order::Await(self.link.num_completed));
         let result = self.receive()?;
+        self.masks.note_step();
+        self.flight.completed();
         debug_assert_eq!(result.id, step, "steps complete in the order of their plans");
         for (id, index, token, top) in &result.prompt_logprobs {
             if let Some(sequence) = self.sequences.get_mut(id) {
@@ -333,31 +349,22 @@ impl Engine {
         if let Some(num_cached_tokens) = update.prompt_done {
             sequence.send_prompt(num_cached_tokens);
         }
-        let mut reason = update.finish.map(|finish| match finish {
+        let reason = update.finish.map(|finish| match finish {
             Finish::Eos => FinishReason::Eos,
             Finish::StopToken(id) => FinishReason::StopToken(id),
             Finish::Length => FinishReason::Length,
         });
         for &token in &update.tokens {
             sequence.send_token(token, sampled.and_then(|s| s.logprobs.as_ref()));
-            let Some(constraint) = &mut sequence.constraint else { continue };
-            let ended = match guarded(|| constraint.commit(token)) {
-                Ok(false) => continue,
-                Ok(true) => FinishReason::ConstraintComplete,
-                Err(error) => FinishReason::ConstraintFailed(error),
-            };
-            if reason.is_none() {
-                self.link.scheduler.finish(update.seq);
-                reason = Some(ended);
-            }
-            break;
         }
-        if let Some(reason) = reason {
-            self.remove(update.seq, reason);
+        match reason {
+            Some(reason) => self.remove(update.seq, reason),
+            None if update.tokens.is_empty() => {}
+            None => self.order_mask(update.seq, update.tokens.clone()),
         }
     }
 
-    fn remove(&mut self, id: SeqId, reason: FinishReason) {
+    pub(crate) fn remove(&mut self, id: SeqId, reason: FinishReason) {
         if let Some(sequence) = self.sequences.remove(&id) {
             self.end(sequence, reason);
         }
@@ -368,6 +375,25 @@ impl Engine {
         // Counted down first: who sees the end of its stream finds the place free.
         self.shared.num_open.fetch_sub(1, Ordering::Relaxed);
         sequence.send_finished(reason);
+    }
+
+    /// Tells who wants to know how everything was.
+    pub(crate) fn report(&mut self, failure: &Failure, may_recover: bool) {
+        self.publish_stats();
+        self.flight.give_up();
+        self.on_failure.call(|| {
+            let mut sequences: Vec<_> =
+                self.sequences.values().chain(self.uploading.values()).map(Sequence::record).collect();
+            sequences.sort_by_key(|sequence| std::cmp::Reverse(sequence.age));
+            let stats = lock(&self.shared.stats).clone();
+            FailureReport {
+                failure: failure.clone(),
+                may_recover,
+                steps: self.flight.steps(),
+                sequences,
+                stats,
+            }
+        });
     }
 
     /// Only says it; the streams get their ends when the engine is dropped.
@@ -397,6 +423,8 @@ impl Engine {
             mm_cache_queries: s.mm_cache_queries,
             mm_cache_hits: s.mm_cache_hits,
             tokens_per_step: s.tokens_per_step,
+            step_times: self.flight.times().clone(),
+            num_rebuilt: self.link.generation,
         };
     }
 }
@@ -405,7 +433,9 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.fail(Failure::Defect("the engine thread has panicked".into()));
+            let failure = Failure::Defect("the engine thread has panicked".into());
+            self.report(&failure, false);
+            self.fail(failure);
         }
         let reason = match &*lock(&self.shared.health) {
             Health::Failed(message) => FinishReason::EngineFailed(message.clone()),
@@ -425,12 +455,4 @@ impl Drop for Engine {
         let mut stats = lock(&self.shared.stats);
         (stats.num_running, stats.num_waiting, stats.kv_cache_usage) = (0, 0, 0.0);
     }
-}
-
-/// Calls into a constraint, which is code of the embedding program: a panic there ends one request, not the engine.
-fn guarded<T>(
-    call: impl FnOnce() -> std::result::Result<T, ConstraintError>,
-) -> std::result::Result<T, ConstraintError> {
-    catch_unwind(AssertUnwindSafe(call))
-        .unwrap_or_else(|_| Err(ConstraintError("the constraint has panicked".into())))
 }

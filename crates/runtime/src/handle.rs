@@ -13,6 +13,7 @@ use std::{
 use spark_api::{Engine, EngineInfo, EngineStats, Event, EventStream, Health, Request, SubmitError};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
+use crate::masks::Masked;
 use crate::running::{Rebuild, Running};
 
 /// What a handle asks of the engine thread.
@@ -31,6 +32,8 @@ pub(crate) enum Command {
         generation: u64,
         id: u64,
     },
+    /// A mask was computed.
+    Masked(Masked),
     /// A rank is gone.
     Lost {
         generation: u64,

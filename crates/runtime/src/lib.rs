@@ -7,16 +7,21 @@
 //! With several ranks, rank 0 is such an engine with a [`LeaderGroup`]: its runner sends every step to the other ranks
 //! before it runs it. Each of those is a process in [`follow`]: the same runner without an engine.
 #![forbid(unsafe_code)]
+#![allow(unexpected_cfgs, reason = "`cargo xtask fuzz` sets `fuzzing`, as other fuzzers do")]
 
 mod admission;
 mod digest;
 mod encode;
 mod engine;
 mod error;
+mod flight;
 mod follower;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod group;
 mod handle;
 mod link;
+mod masks;
 mod memory;
 mod options;
 mod pipeline;
@@ -27,6 +32,7 @@ mod sequence;
 mod wire;
 
 pub use error::{Error, Result};
+pub use flight::{FailureHook, FailureReport, SequenceRecord, StepRecord};
 pub use follower::follow;
 pub use group::LeaderGroup;
 pub use handle::{EngineHandle, Failure};

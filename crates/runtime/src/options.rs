@@ -6,7 +6,7 @@ use spark_backend::{Dtype, KvDtype};
 use spark_models::ModelConfig;
 use spark_scheduler::Policy;
 
-use crate::{Error, Result};
+use crate::{Error, FailureHook, Result};
 
 /// Most prompt tokens in a step whose logits are computed: at a vocabulary of 152k each takes 0.6 MB.
 pub(crate) const MAX_PROMPT_LOGPROB_TOKENS: usize = 128;
@@ -53,6 +53,8 @@ pub struct EngineOptions {
     pub block_size: usize,
     /// Longest that a step may take before the device counts as hung; `None` waits for ever.
     pub step_timeout: Option<Duration>,
+    /// Told of every failure of the engine.
+    pub on_failure: FailureHook,
 }
 
 impl Default for EngineOptions {
@@ -77,6 +79,7 @@ impl Default for EngineOptions {
             image_mean_std: ([0.5; 3], [0.5; 3]),
             block_size: 32,
             step_timeout: None,
+            on_failure: FailureHook::default(),
         }
     }
 }

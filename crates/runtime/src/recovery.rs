@@ -20,6 +20,8 @@ const RUNNER_ENDS_WITHIN: Duration = Duration::from_secs(20);
 impl Engine {
     /// Brings the engine back after `failure`; `false` if that cannot be, or if it was told to stop meanwhile.
     pub(crate) fn recover(&mut self, failure: Failure) -> bool {
+        let may_recover = matches!(failure, Failure::Group(_)) && self.rebuild.is_some();
+        self.report(&failure, may_recover);
         let rebuild = match failure {
             Failure::Group(_) => self.rebuild.take(),
             Failure::Device(_) | Failure::Defect(_) => None,
@@ -60,6 +62,7 @@ impl Engine {
                 self.end(sequence, FinishReason::EngineFailed(reason.to_owned()));
             }
         }
+        self.masks.forget_names();
         // The ranks that had pixels are gone.
         self.forget.clear();
     }
@@ -95,6 +98,7 @@ impl Engine {
                     self.rebuild = Some(rebuild);
                     return Some(outcome);
                 }
+                Command::Masked(masked) => self.masked(masked),
                 Command::Drain => self.draining = true,
                 Command::Abort => return None,
                 // Of the group that is gone.

@@ -7,16 +7,18 @@ use std::{
 
 use spark_api::{
     Event, FinishReason, Finished, MediaItem, RankedToken, Request, RequestTimings, SamplingParams,
-    TokenConstraint, TokenEvent, TokenId, TokenLogprobs,
+    TokenEvent, TokenId, TokenLogprobs,
 };
 use spark_backend::{SlotParams, TokenLogprob};
 use spark_scheduler::{MediaSpan, NewSequence, PlannedSeq};
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::{admission::Admission, wire::Pixels};
+use crate::{SequenceRecord, admission::Admission, masks::Constraint, wire::Pixels};
 
 /// A live sequence.
 pub(crate) struct Sequence {
+    /// Its request's, for people.
+    name: String,
     events: UnboundedSender<Event>,
     sampling: SamplingParams,
     stop_token_ids: Vec<TokenId>,
@@ -24,7 +26,7 @@ pub(crate) struct Sequence {
     media: Arc<[MediaItem]>,
     priority: i32,
     cache_salt: Option<String>,
-    pub(crate) constraint: Option<Box<dyn TokenConstraint>>,
+    pub(crate) constraint: Constraint,
     progress: Option<UnboundedSender<usize>>,
     /// Under which number the other ranks have its pixels.
     pub(crate) upload: Option<u64>,
@@ -46,13 +48,15 @@ impl Sequence {
         eos_token_ids: &[TokenId],
         arrived: Instant,
     ) -> Self {
-        let Request { prompt, media, sampling, priority, cache_salt, constraint, progress, .. } = request;
+        let Request { name, prompt, media, sampling, priority, cache_salt, constraint, progress, .. } =
+            request;
         let mut stop_token_ids = sampling.stop_token_ids.clone();
         if !sampling.ignore_eos {
             stop_token_ids.extend(eos_token_ids);
         }
         let prompt_logprobs = vec![None; if sampling.prompt_logprobs.is_some() { prompt.len() } else { 0 }];
         Self {
+            name,
             events,
             stop_token_ids,
             prompt: prompt.into(),
@@ -60,7 +64,7 @@ impl Sequence {
             sampling,
             priority,
             cache_salt,
-            constraint,
+            constraint: Constraint::new(constraint),
             progress,
             upload: None,
             is_untouched: true,
@@ -87,6 +91,19 @@ impl Sequence {
             cache_salt: self.cache_salt.clone(),
             constrained: self.constraint.is_some(),
             prompt_logprobs: self.sampling.prompt_logprobs.is_some(),
+        }
+    }
+
+    /// What a report says of it.
+    pub(crate) fn record(&self) -> SequenceRecord {
+        SequenceRecord {
+            name: self.name.clone(),
+            age: self.arrived.elapsed(),
+            is_scheduled: self.first_scheduled.is_some(),
+            num_prompt_tokens: self.prompt.len(),
+            num_output_tokens: self.output.len(),
+            num_media: self.media.len(),
+            num_preemptions: self.num_preemptions,
         }
     }
 

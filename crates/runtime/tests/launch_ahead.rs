@@ -3,10 +3,13 @@
 
 mod support;
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::Duration,
+};
 
 use spark_api::{Engine, FinishReason, Health};
-use spark_runtime::Failure;
+use spark_runtime::{Failure, FailureHook, FailureReport};
 use spark_testing::Random;
 use support::{
     answers, engine,
@@ -118,4 +121,34 @@ fn a_step_that_hangs_ends_the_engine() {
     engine.join();
     assert!(matches!(engine.failure(), Some(Failure::Device(_))), "only a new process can go on");
     seen.hangs.store(false, Ordering::Relaxed);
+}
+
+#[test]
+fn a_failure_is_reported_with_the_last_steps_and_the_requests() {
+    let kept = Arc::new(Mutex::new(Vec::<FailureReport>::new()));
+    let reports = kept.clone();
+    let engine = engine(Fake::new(2, true, Some(9)), |options| {
+        options.max_num_seqs = 2;
+        options.on_failure = FailureHook::new(move |report| kept.lock().unwrap().push(report.clone()));
+    });
+    let prompts = prompts(3, engine.info().limits.vocab_size);
+    for answer in answers(&engine, &prompts, 30) {
+        assert!(matches!(answer.reason, FinishReason::EngineFailed(_)), "{:?}", answer.reason);
+    }
+    engine.join();
+    let reports = reports.lock().unwrap();
+    let [report] = &reports[..] else { panic!("{} reports", reports.len()) };
+    assert_eq!((Some(&report.failure), report.may_recover), (engine.failure().as_ref(), false));
+    let steps = &report.steps;
+    assert!(steps.len() >= 9 && steps[0].num_prefills > 0 && steps[0].took.is_some(), "{steps:?}");
+    assert!(steps.last().unwrap().took.is_none(), "the step that failed has no result: {steps:?}");
+    assert!(steps.windows(2).all(|pair| pair[0].step < pair[1].step), "{steps:?}");
+    let sequences = &report.sequences;
+    assert_eq!(sequences.iter().filter(|sequence| sequence.is_scheduled).count(), 2, "{sequences:?}");
+    assert_eq!(sequences.len(), 3, "{sequences:?}");
+    assert!(sequences[0].num_output_tokens > 0 && sequences[2].num_output_tokens == 0, "{sequences:?}");
+    assert_eq!(
+        report.stats.step_times.counts.iter().sum::<u64>(),
+        steps.iter().filter(|step| step.took.is_some()).count() as u64
+    );
 }

@@ -21,7 +21,8 @@ pub struct NewSequence {
     pub priority: i32,
     /// Blocks are shared only between equal salts.
     pub cache_salt: Option<String>,
-    /// The next token depends on the last one on the host: not planned while a token is pending.
+    /// What the next token may be depends on the last one, and somebody has to work it out: the sequence samples nothing
+    /// before [`Scheduler::allow_sample`](crate::Scheduler::allow_sample), once for each token.
     pub constrained: bool,
     /// Every prompt row is needed: the prefix cache is not looked up.
     pub prompt_logprobs: bool,

@@ -11,6 +11,13 @@ pub struct SeqId(pub(crate) u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct StepId(pub(crate) u64);
 
+impl StepId {
+    /// Its place in the order of execution, from 0.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// One step, to be executed after every step planned before it.
 ///
 /// The executor drops `evict_media`, encodes `encode`, then runs the rows of `seqs`. Serialisable, because every rank of a

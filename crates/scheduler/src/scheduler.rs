@@ -24,6 +24,8 @@ pub struct Scheduler {
     blocks: BlockManager,
     encoder: EncoderCache,
     free_slots: BTreeSet<usize>,
+    /// Constrained sequences that were admitted before their next token may be sampled.
+    unsettled: Vec<SeqId>,
     /// Oldest first.
     in_flight: VecDeque<InFlightStep>,
     next_seq: u64,
@@ -60,6 +62,7 @@ impl Scheduler {
             blocks: BlockManager::new(config.num_blocks, config.block_size),
             encoder: EncoderCache::new(config.encoder_cache_tokens),
             free_slots: (0..config.max_num_seqs).collect(),
+            unsettled: Vec::new(),
             in_flight: VecDeque::new(),
             next_seq: 0,
             next_step: 0,
@@ -99,6 +102,19 @@ impl Scheduler {
     /// [`cancel`](Self::cancel). The tokens it has so far are what it generated.
     pub fn finish(&mut self, id: SeqId) {
         self.cancel(id);
+    }
+
+    /// Lets the next token of a constrained sequence be sampled: what it may be is known. Until then the sequence sits out
+    /// (only what is known of its prompt is computed), and the others go on. An id that has ended is ignored.
+    pub fn allow_sample(&mut self, id: SeqId) {
+        if let Some(seq) = self.seqs.get_mut(&id) {
+            seq.may_sample = true;
+        }
+    }
+
+    /// Constrained sequences that have been admitted since the last call, and whose next token may not be sampled yet.
+    pub fn take_unsettled(&mut self) -> Vec<SeqId> {
+        std::mem::take(&mut self.unsettled)
     }
 
     /// Whether any sequence has not ended, or any step is in flight.

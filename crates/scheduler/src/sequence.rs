@@ -72,6 +72,8 @@ pub(crate) struct Sequence {
     pub(crate) out_of_step: bool,
     pub(crate) rules: StopRules,
     pub(crate) constrained: bool,
+    /// The next token of a constrained sequence may be sampled.
+    pub(crate) may_sample: bool,
 
     pub(crate) slot: Option<usize>,
     /// `[>= ceil(num_computed / block_size)]`.
@@ -128,6 +130,7 @@ impl Sequence {
             out_of_step: false,
             rules,
             constrained: new.constrained,
+            may_sample: false,
             slot: None,
             block_table: Vec::new(),
             hashes: Vec::new(),
@@ -161,6 +164,11 @@ impl Sequence {
         self.len() - self.num_computed
     }
 
+    /// Rows that may be planned: not the one that is sampled, as long as it is not known what may be sampled.
+    pub(crate) fn num_plannable(&self) -> usize {
+        self.num_uncomputed().saturating_sub(usize::from(self.constrained && !self.may_sample))
+    }
+
     /// Tokens whose KV is ever needed: the last output token's is not.
     pub(crate) fn max_kv_tokens(&self) -> usize {
         self.num_prompt_tokens + self.rules.max_tokens - 1
@@ -170,7 +178,8 @@ impl Sequence {
     pub(crate) fn is_ready(&self) -> bool {
         let waits_for_token = self.num_pending > 0 && self.constrained;
         let reaches_its_end = self.num_pending > 0 && self.num_output_tokens() >= self.rules.max_tokens;
-        self.phase == Phase::Running && !self.out_of_step && !waits_for_token && !reaches_its_end
+        let runs = self.phase == Phase::Running && !self.out_of_step;
+        runs && !waits_for_token && !reaches_its_end && self.num_plannable() > 0
     }
 
     /// Names all full blocks of known tokens.

@@ -53,6 +53,13 @@ pub(crate) fn next_token(tokens: &[u32], vocab_size: u32) -> u32 {
     (hasher.finish() % u64::from(vocab_size)) as u32
 }
 
+/// `token`, or the first after it that `mask` allows; the vocabulary is a circle.
+pub(crate) fn first_allowed(token: u32, mask: &[u32], vocab_size: u32) -> u32 {
+    let is_allowed = |id: &u32| mask[*id as usize / 32] >> (id % 32) & 1 == 1;
+    let mut circle = (0..vocab_size).map(|i| (token + i) % vocab_size);
+    circle.find(is_allowed).expect("a mask allows something")
+}
+
 impl Fake {
     pub(crate) fn new(max_in_flight: usize, hashes: bool, fails_at: Option<usize>) -> Self {
         Self {
@@ -84,6 +91,8 @@ impl Fake {
         for (slot, row) in inputs.sample_slots.iter().zip(&inputs.logit_rows) {
             let Some(slot) = *slot else { continue };
             let token = if self.hashes { self.token_after(inputs, *row as usize) } else { 1 };
+            let mask = inputs.masks.iter().find(|(of, _)| *of == slot);
+            let token = mask.map_or(token, |(_, mask)| first_allowed(token, mask, self.vocab_size));
             self.last[slot] = token;
             output.sampled.push(SampledToken { slot, token, logprobs: None });
         }

@@ -73,7 +73,7 @@ impl Scheduler {
     fn plan_decode(&mut self, rank: Rank, draft: &mut Draft) {
         loop {
             let Some(seq) = self.seqs.get_mut(&rank.id).filter(|seq| seq.is_ready()) else { return };
-            let num_rows = seq.num_uncomputed().min(draft.budget);
+            let num_rows = seq.num_plannable().min(draft.budget);
             let num_blocks = self.blocks.blocks_for(seq.num_computed + num_rows);
             if self.blocks.grow(&mut seq.block_table, num_blocks) {
                 break;
@@ -109,7 +109,7 @@ impl Scheduler {
             return;
         }
         let start = seq.num_computed;
-        let mut end = start + seq.num_uncomputed().min(max_rows);
+        let mut end = start + seq.num_plannable().min(max_rows);
         while let Some(span) = seq.media.get(seq.media_acquired).filter(|span| span.offset < end) {
             let Some(acquired) = self.encoder.acquire(span.hash, span.num_tokens, &mut draft.encode_budget)
             else {
@@ -198,6 +198,9 @@ impl Scheduler {
         seq.first_cached_tokens.get_or_insert(num_cached_tokens);
         seq.admit = true;
         seq.phase = Phase::Running;
+        if seq.constrained && !seq.may_sample {
+            self.unsettled.push(rank.id);
+        }
         if !seq.skip_prefix_lookup {
             self.counters.prefix_cache_queries += seq.tokens.len() as u64;
             self.counters.prefix_cache_hits += num_cached_tokens as u64;
@@ -256,6 +259,7 @@ fn take_rows(seq: &mut Sequence, end: usize, num_blocks: usize) -> PlannedSeq {
     seq.num_computed = end;
     seq.num_in_flight += 1;
     seq.num_pending += usize::from(samples);
+    seq.may_sample &= !samples;
     seq.decoding |= samples;
     planned
 }

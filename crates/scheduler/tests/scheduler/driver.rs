@@ -92,6 +92,10 @@ pub(crate) struct Driver {
     in_flight: VecDeque<StepPlan>,
     /// Decodes that the last plan left out: they must have been preempted.
     left_out: BTreeSet<SeqId>,
+    /// Constrained sequences whose next token may not be sampled yet.
+    unsettled: BTreeSet<SeqId>,
+    /// The test says when they may; else at once.
+    pub(crate) settles_late: bool,
     /// Some sequence was given other than one token: a step may then lack budget for all decodes.
     irregular: bool,
 }
@@ -107,6 +111,8 @@ impl Driver {
             seen: Seen::default(),
             in_flight: VecDeque::new(),
             left_out: BTreeSet::new(),
+            unsettled: BTreeSet::new(),
+            settles_late: false,
             irregular: false,
         }
     }
@@ -125,8 +131,27 @@ impl Driver {
             decoding: false,
         };
         self.seqs.insert(id, tracked);
+        self.unsettle(id);
         self.check();
         Ok(id)
+    }
+
+    /// A token of the sequence is known, or it is new.
+    fn unsettle(&mut self, id: SeqId) {
+        if self.seqs[&id].new.constrained {
+            self.unsettled.insert(id);
+            if !self.settles_late {
+                self.settle(0);
+            }
+        }
+    }
+
+    /// Lets the sequence sample that has waited for it `n`-th.
+    pub(crate) fn settle(&mut self, n: usize) {
+        if let Some(&id) = self.unsettled.iter().nth(n) {
+            self.unsettled.remove(&id);
+            self.scheduler.allow_sample(id);
+        }
     }
 
     pub(crate) fn cancel(&mut self, id: SeqId) {
@@ -142,7 +167,11 @@ impl Driver {
         self.check();
         let Some(plan) = plan else {
             let is_stuck = self.in_flight.is_empty() && self.scheduler.has_work();
-            assert!(!is_stuck, "nothing is in flight and nothing can run: {:?}", self.scheduler.stats());
+            assert!(
+                !is_stuck || !self.unsettled.is_empty(),
+                "nothing is in flight and nothing can run: {:?}",
+                self.scheduler.stats()
+            );
             return None;
         };
         self.check_plan(&plan);
@@ -197,6 +226,7 @@ impl Driver {
             if tokens.is_empty() {
                 seq.next_start = seq.known_len() - 1;
             }
+            self.unsettle(*id);
         }
         self.check();
     }
@@ -213,6 +243,7 @@ impl Driver {
             }
             let planned = self.in_flight.len() <= depth && self.schedule().is_some();
             if !planned {
+                self.settle(0);
                 self.complete(Sampling::One);
             }
         }
@@ -306,6 +337,7 @@ impl Driver {
             !seq.new.constrained || num_samples_in_flight == 0,
             "a constrained sequence with a token in flight"
         );
+        assert!(!rows.samples || !self.unsettled.contains(&rows.seq), "samples before it may");
         assert!(rows.tokens.len() <= self.config.max_chunk_tokens.unwrap_or(usize::MAX));
         for (i, token) in rows.tokens.iter().enumerate() {
             let is_known = rows.start + i < seq.known_len();
@@ -333,7 +365,8 @@ impl Driver {
         }
         let decodes = self.seqs.iter().filter(|(_, seq)| seq.decoding && seq.finish.is_none());
         let planned: BTreeSet<SeqId> = plan.seqs.iter().map(|rows| rows.seq).collect();
-        self.left_out = decodes.map(|(&id, _)| id).filter(|id| !planned.contains(id)).collect();
+        let left_out = decodes.map(|(&id, _)| id).filter(|id| !planned.contains(id));
+        self.left_out = left_out.filter(|id| !self.unsettled.contains(id)).collect();
     }
 
     fn check_end(&self) {

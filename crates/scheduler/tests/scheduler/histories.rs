@@ -24,6 +24,8 @@ enum Op {
     Cancel(usize),
     Schedule,
     Complete(Sampling),
+    /// A constrained sequence may sample; in a history with such operations only then.
+    Settle(usize),
 }
 
 #[derive(Debug, Clone)]
@@ -135,8 +137,10 @@ fn play(shape: &Shape, policy: Policy, ops: Vec<Op>) -> Driver {
         max_chunk_tokens: shape.max_chunk_tokens,
         max_prompt_logprob_tokens: 5,
     });
+    driver.settles_late = ops.iter().any(|op| matches!(op, Op::Settle(_)));
     for op in ops {
         match op {
+            Op::Settle(n) => driver.settle(n),
             Op::Add(new) => {
                 let num_tokens = (new.prompt.len() + new.max_tokens).min(30);
                 let fits = new.prompt.len() < 30 && num_tokens <= driver.scheduler.max_tokens_that_fit();
@@ -225,5 +229,16 @@ fn priorities() {
 #[test]
 fn none_or_two_tokens_a_sample() {
     let reached = check(3003, 0..2, Policy::Priority, op(true, false));
+    assert!(reached.preemptions > 1000 && reached.pending_tokens > 1000, "{reached:?}");
+}
+
+#[test]
+fn constrained_sequences_that_may_sample_late() {
+    let constrain = |op| match op {
+        Op::Add(new) if new.prompt.len() % 2 == 0 => Op::Add(NewSequence { constrained: true, ..new }),
+        op => op,
+    };
+    let ops = prop_oneof![3 => op(true, true).prop_map(constrain), 1 => (0..3_usize).prop_map(Op::Settle)];
+    let reached = check(3004, 0..2, Policy::Priority, ops);
     assert!(reached.preemptions > 1000 && reached.pending_tokens > 1000, "{reached:?}");
 }

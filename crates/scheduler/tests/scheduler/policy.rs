@@ -105,6 +105,32 @@ fn a_constrained_sequence_waits_for_its_token_and_the_others_do_not() {
 }
 
 #[test]
+fn a_sequence_that_may_not_sample_yet_sits_out_and_the_others_do_not() {
+    let constrained = |prompt| NewSequence { constrained: true, ..text(prompt, 3) };
+    let mut driver = Driver::new(config());
+    driver.settles_late = true;
+    let seqs = [constrained(prompt(1, 5)), text(prompt(2, 5), 5), constrained(prompt(3, 1))];
+    let ids: Vec<_> = seqs.into_iter().map(|seq| driver.add(seq).unwrap()).collect();
+    let plan = |driver: &mut Driver| {
+        let plan = driver.schedule().map(|plan| plan.seqs).unwrap_or_default();
+        driver.complete(Sampling::One);
+        plan.iter().map(|rows| (rows.seq, rows.context_len, rows.samples)).collect::<Vec<_>>()
+    };
+    // All but the last token of a prompt can be computed: of a prompt of one token nothing.
+    assert_eq!(plan(&mut driver), [(ids[0], 4, false), (ids[1], 5, true)]);
+    assert_eq!(driver.scheduler.take_unsettled(), [ids[0], ids[2]], "both hold a slot and wait");
+    assert_eq!(plan(&mut driver), [(ids[1], 6, true)]);
+    driver.settle(1);
+    assert_eq!(plan(&mut driver), [(ids[1], 7, true), (ids[2], 1, true)]);
+    driver.settle(0);
+    assert_eq!(plan(&mut driver), [(ids[1], 8, true), (ids[0], 5, true)]);
+    assert_eq!(plan(&mut driver), [(ids[1], 9, true)]);
+    assert_eq!(plan(&mut driver), [], "two sequences wait for what they may sample");
+    assert!(driver.scheduler.has_work() && driver.scheduler.take_unsettled().is_empty());
+    driver.drain(0);
+}
+
+#[test]
 fn nothing_is_planned_over_two_steps_in_flight() {
     let mut driver = check(config(), 2, vec![text(prompt(1, 3), 9)], &["a+[0..3]*", "a[3..4]~"]);
     assert_eq!(driver.scheduler.num_in_flight(), 2);

@@ -1,7 +1,6 @@
 //! From a [`Grammar`] to a matcher, under limits on size and work. One compiler per tokenizer, shared by all requests.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
@@ -15,7 +14,6 @@ use super::constraint::{GrammarConstraint, GrammarStart, Setup};
 use super::environment::environment;
 use super::lark::{Parts, literal};
 use super::marker::Marker;
-use super::pool::MaskPool;
 use super::{Grammar, ebnf, refuse, schema, tags, tools};
 use crate::answer::{CALL_OPEN, THINK_CLOSE, THINK_OPEN};
 use crate::{Result, TextError, Tokenizer};
@@ -96,8 +94,6 @@ impl GrammarCompiler {
             newlines: (0..tokenizer.vocab_size() as u32).filter(is_newline).collect(),
             eos,
             tokenizer: tokenizer.clone(),
-            pool: MaskPool::new(),
-            num_alive: AtomicUsize::new(0),
         };
         let call_open = Arc::new(Marker::new(CALL_OPEN, tokenizer));
         Ok(Self { factory: Arc::new(factory), setup: Arc::new(setup), call_open })

@@ -1,16 +1,13 @@
 //! A compiled grammar applied to one sequence, token by token, with the thinking before it left free.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use llguidance::Matcher;
 use llguidance::api::StopReason;
-use llguidance::toktrie::SimpleVob;
 use spark_api::{ConstraintError, TokenConstraint};
 
 use super::compiler::clean;
 use super::marker::Marker;
-use super::pool::{MaskPool, lock};
 use crate::Tokenizer;
 
 /// Most newline tokens between a thinking block and what the grammar governs: a template's, and no part of the answer.
@@ -25,9 +22,6 @@ pub(super) struct Setup {
     /// Tokens of one or two newlines.
     pub(super) newlines: Vec<u32>,
     pub(super) eos: Vec<u32>,
-    pub(super) pool: MaskPool,
-    /// Constraints alive. A single one gains nothing from other threads.
-    pub(super) num_alive: AtomicUsize,
 }
 
 /// Where the output of a sequence begins.
@@ -46,14 +40,8 @@ pub enum GrammarStart {
 /// - Inside a thinking block every token may follow, except those that end the sequence, so that the answer is reached,
 ///   and those that run past `</think>`. Up to two newline tokens behind the block belong to it.
 /// - A grammar for tool calls in free text begins behind `<tool_call>`; outside of calls every token may follow.
-pub struct GrammarConstraint {
-    sequence: Arc<Mutex<Sequence>>,
-    setup: Arc<Setup>,
-}
-
-/// Where a sequence is in its grammar.
 #[derive(Clone)]
-pub(super) struct Sequence {
+pub struct GrammarConstraint {
     matcher: Matcher,
     /// The matcher at the grammar's start, for its next use in free text.
     fresh: Option<Matcher>,
@@ -62,8 +50,6 @@ pub(super) struct Sequence {
     phase: Phase,
     /// The end of free text, as far as it may begin a marker.
     tail: Vec<u8>,
-    /// The grammar's next mask, if it was computed ahead.
-    ready: Option<Result<SimpleVob, ConstraintError>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,54 +77,7 @@ impl GrammarConstraint {
             (GrammarStart::MayThink, None) if setup.think_open.is_some() => Phase::MayThink,
             (GrammarStart::MayThink | GrammarStart::Answer, None) => Phase::Grammar,
         };
-        let (tail, ready) = (Vec::new(), None);
-        Self::of(Sequence { matcher, fresh, setup, trigger, phase, tail, ready })
-    }
-
-    fn of(sequence: Sequence) -> Self {
-        let setup = sequence.setup.clone();
-        setup.num_alive.fetch_add(1, Ordering::Relaxed);
-        Self { sequence: Arc::new(Mutex::new(sequence)), setup }
-    }
-}
-
-impl Clone for GrammarConstraint {
-    fn clone(&self) -> Self {
-        Self::of(lock(&self.sequence).clone())
-    }
-}
-
-impl Drop for GrammarConstraint {
-    fn drop(&mut self) {
-        self.setup.num_alive.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl TokenConstraint for GrammarConstraint {
-    fn mask(&mut self, allowed: &mut [u32]) -> Result<(), ConstraintError> {
-        lock(&self.sequence).mask(allowed)
-    }
-
-    fn commit(&mut self, token: u32) -> Result<bool, ConstraintError> {
-        let is_complete = lock(&self.sequence).commit(token)?;
-        if !is_complete && self.setup.num_alive.load(Ordering::Relaxed) > 1 {
-            self.setup.pool.prepare(&self.sequence);
-        }
-        Ok(is_complete)
-    }
-}
-
-impl Sequence {
-    /// Computes the next mask, if that is the grammar's to say and was not done.
-    pub(super) fn prepare(&mut self) {
-        let is_grammar = matches!(self.phase, Phase::Grammar | Phase::Newlines(_));
-        if is_grammar && self.ready.is_none() && !self.matcher.is_stopped() {
-            self.ready = Some(self.compute());
-        }
-    }
-
-    fn compute(&mut self) -> Result<SimpleVob, ConstraintError> {
-        self.matcher.compute_mask().map_err(|error| failed(&error.to_string()))
+        Self { matcher, fresh, setup, trigger, phase, tail: Vec::new() }
     }
 
     fn after_thinking(&self) -> Phase {
@@ -147,10 +86,7 @@ impl Sequence {
 
     /// Clears what the grammar does not allow.
     fn grammar_mask(&mut self, allowed: &mut [u32]) -> Result<(), ConstraintError> {
-        let mask = match self.ready.take() {
-            Some(ready) => ready?,
-            None => self.compute()?,
-        };
+        let mask = self.matcher.compute_mask().map_err(|error| failed(&error.to_string()))?;
         let words = mask.as_slice();
         for (i, word) in allowed.iter_mut().enumerate() {
             // A model may have more rows than its tokenizer has tokens.
@@ -160,7 +96,6 @@ impl Sequence {
     }
 
     fn commit_to_grammar(&mut self, token: u32) -> Result<bool, ConstraintError> {
-        self.ready = None;
         self.matcher.consume_token(token).map_err(|error| failed(&error.to_string()))?;
         match self.matcher.stop_reason() {
             StopReason::NotStopped => Ok(false),
@@ -185,7 +120,9 @@ impl Sequence {
             _ => self.setup.think_close.push(&mut self.tail, bytes),
         }
     }
+}
 
+impl TokenConstraint for GrammarConstraint {
     fn mask(&mut self, allowed: &mut [u32]) -> Result<(), ConstraintError> {
         match self.phase {
             Phase::Grammar => self.grammar_mask(allowed),

@@ -7,8 +7,8 @@
 //!
 //! - `schema` looks a JSON schema over before it is compiled; `ebnf` turns GBNF into Lark; `tags` and `tools` write
 //!   Lark for structural tags and tool calls; `lark` has what they share.
-//! - `compiler` compiles, `constraint` masks, `pool` does so ahead on other cores, `marker` finds the ends of thinking and
-//!   of free text, `environment` shows our tokenizer to `llguidance`.
+//! - `compiler` compiles, `constraint` masks, `marker` finds the ends of thinking and of free text, `environment` shows our
+//!   tokenizer to `llguidance`.
 
 mod compiler;
 mod constraint;
@@ -16,7 +16,6 @@ mod ebnf;
 mod environment;
 mod lark;
 mod marker;
-mod pool;
 mod schema;
 mod tags;
 mod tools;

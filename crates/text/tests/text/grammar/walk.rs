@@ -1,6 +1,6 @@
 //! Random walks under a mask: every allowed token is as likely as any other, until it is time to come to an end.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use serde_json::Value;
 use spark_api::{ConstraintError, TokenConstraint};
@@ -9,22 +9,25 @@ use spark_text::{
     Tokenizer,
 };
 
-/// End-of-sequence tokens of the demo model.
-pub(crate) const EOS: [u32; 2] = [1298, 1296];
+/// End-of-sequence tokens.
+pub(crate) static EOS: LazyLock<[u32; 2]> = LazyLock::new(|| {
+    ["<|im_end|>", "<|endoftext|>"].map(|text| tokenizer().token_to_id(text).expect("a vocabulary of Qwen"))
+});
 /// Words of a mask: some more than the vocabulary needs, as in a model with padded rows.
-const MASK_WORDS: usize = 48;
+static MASK_WORDS: LazyLock<usize> = LazyLock::new(|| tokenizer().vocab_size() / 32 + 7);
 /// Tokens after which a walk gives up.
 const MAX_TOKENS: usize = 1_000;
 
 pub(crate) fn tokenizer() -> Arc<Tokenizer> {
     static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
-    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/spark-tiny-vl/awq");
+    let demo = || std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/spark-tiny-vl/awq");
+    let dir = std::env::var_os("SPARK_TOKENIZER").map_or_else(demo, Into::into);
     TOKENIZER.get_or_init(|| Arc::new(Tokenizer::from_dir(&dir).unwrap())).clone()
 }
 
 pub(crate) fn compile(grammar: &Grammar) -> Result<CompiledGrammar, TextError> {
     static COMPILER: OnceLock<GrammarCompiler> = OnceLock::new();
-    COMPILER.get_or_init(|| GrammarCompiler::new(&tokenizer(), &EOS).unwrap()).compile(grammar)
+    COMPILER.get_or_init(|| GrammarCompiler::new(&tokenizer(), &*EOS).unwrap()).compile(grammar)
 }
 
 pub(crate) fn schema(schema: Value) -> Grammar {
@@ -55,10 +58,10 @@ impl Walk {
     }
 
     fn try_allowed(&mut self) -> Result<Vec<u32>, ConstraintError> {
-        let mut mask = vec![u32::MAX; MASK_WORDS];
+        let mut mask = vec![u32::MAX; *MASK_WORDS];
         self.constraint.mask(&mut mask)?;
         let is_set = |id: &u32| mask[*id as usize / 32] >> (id % 32) & 1 == 1;
-        let ids: Vec<u32> = (0..MASK_WORDS as u32 * 32).filter(is_set).collect();
+        let ids: Vec<u32> = (0..*MASK_WORDS as u32 * 32).filter(is_set).collect();
         assert!(!ids.is_empty(), "nothing may follow {:?}", String::from_utf8_lossy(&self.text));
         Ok(ids)
     }
