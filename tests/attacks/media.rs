@@ -1,10 +1,15 @@
 //! Groups 17 to 21: pictures, their number, their spelling, their addresses and their identity. The decoder's own tests are in
 //! `crates/vision`; here pictures come through the door.
 
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+};
+
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 
-use super::{chat, post, refused, survives};
+use super::{answered, chat, post, refused, survives};
 use crate::server::CHAT;
 
 fn part(url: &str) -> Value {
@@ -91,9 +96,23 @@ fn group_18_more_pictures_than_there_is_room_for() {
         refused(server, CHAT, "1,000 pictures", &body(vec![picture.clone(); 1000]));
         refused(server, CHAT, "100,000 pictures that are none", &body(vec![part("data:,"); 100_000]));
         let frames = format!("data:video/jpeg;base64,{}", vec!["AAAA"; 10_000].join(","));
+        let playlist = url("video/mp4", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n");
+        let concat =
+            url("video/mp4", b"ffconcat version 1.0\nfile 'subfile,,start,0,end,99,,:/etc/passwd'\n");
+        // A file of a known kind with a list of others in it, and one whose header claims all there is.
+        let track =
+            url("video/mp4", b"\0\0\0\x18ftypmp42\0\0\0\0isommp42\xff\xff\xff\xffmoov\xff\xff\xff\xfftrak");
+        let endless = url("video/webm", &[b"\x1a\x45\xdf\xa3".as_slice(), &[0xff; 4096]].concat());
+        let sound = url("video/ogg", &[b"OggS\0\x02".as_slice(), &[0; 600]].concat());
         for (kind, value) in [
             ("video_url", frames.as_str()),
             ("video_url", "data:video/mp4;base64,AAAA"),
+            ("video_url", "data:video/jpeg;base64,"),
+            ("video_url", &playlist),
+            ("video_url", &concat),
+            ("video_url", &track),
+            ("video_url", &endless),
+            ("video_url", &sound),
             ("audio_url", "data:audio/wav;base64,AAAA"),
         ] {
             refused(server, CHAT, kind, &body(vec![json!({"type": kind, kind: {"url": value}})]));
@@ -158,6 +177,88 @@ fn group_20_addresses_are_not_fetched() {
         }
     });
     assert!(listener.accept().is_err(), "the server has called somebody");
+}
+
+/// With fetching on: inside stays closed, and a host that may be asked gets nothing more than its time.
+#[test]
+fn group_20_what_may_be_fetched_leads_nowhere_else() {
+    // One host may be asked; another address of this machine, on the same port, may not.
+    let open = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = open.local_addr().unwrap().port();
+    let closed = TcpListener::bind(("127.0.0.2", port)).unwrap();
+    closed.set_nonblocking(true).unwrap();
+    std::thread::spawn(move || open.incoming().flatten().for_each(|stream| misbehave(stream, port)));
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("x.png"), small(28, 28)).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", folder.path().join("link.png")).unwrap();
+    let local = folder.path().display().to_string();
+    let arguments =
+        ["--fetch-media", "--allowed-media-networks", "127.0.0.1", "--media-fetch-timeout", "0.5"];
+    survives(
+        &[&arguments[..], &["--max-media-file-size", "1", "--allowed-local-media-path", &local]].concat(),
+        |server| {
+            for path in [
+                "inside", "loop", "slow", "silent", "endless", "claim", "gzip", "html", "nothing", "torn",
+                "file",
+            ] {
+                refused(server, CHAT, path, &body(vec![part(&format!("http://127.0.0.1:{port}/{path}"))]));
+            }
+            for host in [
+                "127.0.0.2",
+                "0x7f.2",
+                "2130706434",
+                "0177.0.0.2",
+                "[::ffff:127.0.0.2]",
+                "[::1]",
+                "localhost",
+            ] {
+                refused(server, CHAT, host, &body(vec![part(&format!("http://{host}:{port}/x.png"))]));
+            }
+            for path in ["link.png", "../x", "", "%2e%2e/x", "absent"] {
+                refused(server, CHAT, path, &body(vec![part(&format!("file://{local}/{path}"))]));
+            }
+            let many = vec![part(&format!("http://127.0.0.1:{port}/silent")); 60];
+            refused(server, CHAT, "60 at once", &body(many));
+            answered(server, CHAT, "a picture", &body(vec![part(&format!("file://{local}/x.png"))]));
+        },
+    );
+    assert!(closed.accept().is_err(), "the server has called somebody");
+}
+
+/// Answers one request as its path says, and ends.
+fn misbehave(mut stream: TcpStream, port: u16) {
+    std::thread::spawn(move || {
+        let mut request = [0; 4096];
+        let len = stream.read(&mut request).unwrap_or(0);
+        let text = String::from_utf8_lossy(&request[..len]).into_owned();
+        let path = text.split(' ').nth(1).unwrap_or_default();
+        let head = |more: &str| format!("HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n{more}\r\n");
+        let to = |url: String| format!("HTTP/1.1 302 Found\r\nLocation: {url}\r\n\r\n");
+        let answer = match path {
+            "/inside" => to(format!("http://127.0.0.2:{port}/x.png")),
+            "/file" => to("file:///etc/passwd".into()),
+            "/loop" => to("/loop".into()),
+            "/claim" => head("Content-Length: 99999999999\r\n"),
+            "/gzip" => head("Content-Encoding: gzip\r\n"),
+            "/html" => "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>".into(),
+            "/nothing" => head("Content-Length: 0\r\n"),
+            "/torn" => head("Content-Length: 1000\r\n") + "x",
+            "/silent" => String::new(),
+            _ => head(""),
+        };
+        let mut is_open = stream.write_all(answer.as_bytes()).is_ok();
+        // Until the client has had enough, which shows at the next byte.
+        while is_open && matches!(path, "/endless" | "/slow") {
+            let piece: &[u8] = if path == "/slow" { b"x" } else { &[0; 1 << 16] };
+            is_open = stream.write_all(piece).is_ok();
+            if path == "/slow" {
+                is_open &= matches!(stream.read(&mut request), Ok(len) if len > 0);
+            }
+        }
+        if path == "/silent" {
+            drop(stream.read(&mut request));
+        }
+    });
 }
 
 /// The same bytes with other settings, and other bytes with the same look, are other pictures.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
+use spark_api::TokenId;
 use spark_text::Tokenizer;
 
 use crate::Delta;
@@ -48,6 +49,11 @@ impl Shape {
     /// The prompt of a choice.
     pub(crate) fn prompt(&self, choice: usize) -> &PromptInfo {
         &self.prompts[choice / self.n]
+    }
+
+    /// The ids of a prompt, where they were asked for.
+    fn prompt_ids<'a>(&self, prompt: &'a PromptInfo) -> Option<&'a [TokenId]> {
+        self.output.return_token_ids.then_some(&prompt.tokens[..])
     }
 
     pub(crate) fn names(&self) -> TokenNames<'_> {
@@ -194,19 +200,15 @@ impl Answer {
                 "logprobs": shape.output.logprobs.map(|count| names.chat(&choice.logprobs, count)),
             });
             put_finish(&mut json, choice.finish.as_ref());
-            if shape.output.return_token_ids {
-                json["token_ids"] = json!(choice.tokens);
-            }
+            json["token_ids"] = json!(shape.output.return_token_ids.then_some(&choice.tokens));
             json
         });
         body.insert("choices".into(), Value::Array(choices.collect()));
         body.insert("usage".into(), usage);
-        if let Some(logprobs) = prompt_logprobs {
-            body.insert("prompt_logprobs".into(), logprobs);
-        }
-        if let (true, Some(prompt)) = (shape.output.return_token_ids, shape.prompts.first()) {
-            body.insert("prompt_token_ids".into(), json!(&prompt.tokens[..]));
-        }
+        // Null where they were not asked for, as in vLLM: its clients read them without asking whether they are there.
+        body.insert("prompt_logprobs".into(), json!(prompt_logprobs));
+        let prompt_ids = shape.prompts.first().and_then(|prompt| shape.prompt_ids(prompt));
+        body.insert("prompt_token_ids".into(), json!(prompt_ids));
         body
     }
 
@@ -226,13 +228,9 @@ impl Answer {
                 "logprobs": logprobs,
             });
             put_finish(&mut json, choice.finish.as_ref());
-            if let Some(logprobs) = prompt_logprobs(shape, choice) {
-                json["prompt_logprobs"] = logprobs;
-            }
-            if shape.output.return_token_ids {
-                json["token_ids"] = json!(choice.tokens);
-                json["prompt_token_ids"] = json!(&prompt.tokens[..]);
-            }
+            json["prompt_logprobs"] = json!(prompt_logprobs(shape, choice));
+            json["token_ids"] = json!(shape.output.return_token_ids.then_some(&choice.tokens));
+            json["prompt_token_ids"] = json!(shape.prompt_ids(prompt));
             json
         });
         body.insert("choices".into(), Value::Array(choices.collect()));

@@ -1,20 +1,22 @@
-//! The conversation of a chat request: messages, images, tools, template arguments. What templates do is `spark-text`'s.
+//! The conversation of a chat request: messages, media, tools, template arguments. What templates do is `spark-text`'s.
 
 use serde_json::{Map, Value};
 use spark_text::{
     ChatTemplate, Conversation, GrammarStart, MediaKind, MediaPart, ReasoningStart, RenderInput, Segment,
     THINK_CLOSE, THINK_OPEN, THINKING_SWITCH, prepare_messages,
 };
+use spark_vision::SampleRate;
 
 use crate::ApiError;
 use crate::body::{Body, kind};
+use crate::media::{Kind, MediaUrl, VideoOptions};
 use crate::parts::AnswerPlan;
 use crate::prompts::refuse_text;
 use crate::structured::Wanted;
 use crate::thinking;
 use crate::tools::{AnswerForm, Formats};
 
-/// A conversation that can be rendered once its images are known.
+/// A conversation that can be rendered once its media are known.
 pub(crate) struct ChatPrompt {
     messages: Value,
     kwargs: Map<String, Value>,
@@ -22,7 +24,7 @@ pub(crate) struct ChatPrompt {
     add_generation_prompt: bool,
     continue_final_message: bool,
     /// In the order of their placeholders.
-    pub(crate) image_urls: Vec<String>,
+    pub(crate) media: Vec<MediaUrl>,
 }
 
 /// Reads `messages`, the fields about their rendering, and those about the form of the answer.
@@ -48,20 +50,22 @@ pub(crate) fn read_chat(
     let conversation =
         prepare_messages(messages, accepts_parts).map_err(|error| refuse_text("messages", &error))?;
     let Conversation { messages, media } = conversation;
-    let image_urls = media.into_iter().map(image_url).collect::<Result<_, _>>()?;
-    Ok(ChatPrompt { messages, kwargs, form, add_generation_prompt, continue_final_message, image_urls })
+    let video = video_options(body)?;
+    let media = media.into_iter().map(|part| media_url(part, video)).collect::<Result<_, _>>()?;
+    Ok(ChatPrompt { messages, kwargs, form, add_generation_prompt, continue_final_message, media })
 }
 
-/// The URL of an image part. Other media are refused by the name of their field.
-fn image_url(medium: MediaPart) -> Result<String, ApiError> {
+/// The address of a medium. Other media are refused by the name of their field.
+fn media_url(medium: MediaPart, video: VideoOptions) -> Result<MediaUrl, ApiError> {
     let MediaPart { kind: media_kind, mut part, place } = medium;
-    if media_kind != MediaKind::Image {
-        return Err(ApiError::field("video_url", format!("messages{place}: videos are not supported")));
-    }
-    let refuse = |rule: String| Err(ApiError::field("image_url", format!("messages{place}: {rule}")));
-    let names = ["image_url", "image", "url"];
+    let (media_kind, names) = match media_kind {
+        MediaKind::Image => (Kind::Image, ["image_url", "image", "url"]),
+        MediaKind::Video => (Kind::Video, ["video_url", "video", "url"]),
+    };
+    let param = media_kind.param();
+    let refuse = |rule: String| Err(ApiError::field(param, format!("messages{place}: {rule}")));
     let Some(name) = names.into_iter().find(|name| part.get(name).is_some()) else {
-        return refuse("image_url is missing".into());
+        return refuse(format!("{param} is missing"));
     };
     if let Some(detail) = part[name].get("detail").or_else(|| part.get("detail"))
         && !(detail.is_null() || detail == "auto" || detail == "high")
@@ -73,9 +77,42 @@ fn image_url(medium: MediaPart) -> Result<String, ApiError> {
         other => other,
     };
     match url {
-        Value::String(url) => Ok(url),
-        other => refuse(format!("the URL of an image must be a string, not {}", kind(&other))),
+        Value::String(url) => Ok(MediaUrl { kind: media_kind, url, video }),
+        other => refuse(format!("{param} must be a URL in a string, not {}", kind(&other))),
     }
+}
+
+/// `media_io_kwargs`, as far as vLLM's clients set it: `{"video": {"fps": F}}` or `{"video": {"num_frames": N}}`.
+fn video_options(body: &mut Body) -> Result<VideoOptions, ApiError> {
+    const FIELD: &str = "media_io_kwargs";
+    let refuse = |rule: String| Err(ApiError::field(FIELD, format!("{FIELD}{rule}")));
+    let mut rate = SampleRate::Default;
+    for (kind, settings) in body.object(FIELD)?.unwrap_or_default() {
+        let Value::Object(settings) = settings else { return refuse(format!(".{kind} must be an object")) };
+        if kind != "video" && !settings.is_empty() {
+            return refuse(format!(".{kind} has no settings here; video has fps and num_frames"));
+        }
+        for (name, value) in settings.into_iter().filter(|(_, value)| !value.is_null()) {
+            let wanted = match (&*name, value.as_f64(), value.as_u64()) {
+                ("fps", Some(fps), _) if fps > 0.0 && fps <= 1000.0 => SampleRate::PerSecond(fps),
+                ("num_frames", _, Some(count)) if count > 0 => {
+                    SampleRate::Frames(usize::try_from(count).unwrap_or(usize::MAX))
+                }
+                // vLLM's word for "as many as there are".
+                ("num_frames", ..) if value == -1 => continue,
+                ("fps", ..) => return refuse(".video.fps must be above 0 and at most 1000".into()),
+                ("num_frames", ..) => {
+                    return refuse(".video.num_frames must be a number from 1, or -1".into());
+                }
+                _ => return refuse(format!(".video.{name} is not supported; fps and num_frames are")),
+            };
+            if rate != SampleRate::Default {
+                return refuse(".video has both fps and num_frames: choose one".into());
+            }
+            rate = wanted;
+        }
+    }
+    Ok(VideoOptions { rate })
 }
 
 impl ChatPrompt {
@@ -225,8 +262,7 @@ mod tests {
     }
 
     fn image(part: &Value) -> Result<String, ApiError> {
-        read(json!({"messages": [{"role": "user", "content": [part]}]}))
-            .map(|chat| chat.image_urls[0].clone())
+        read(json!({"messages": [{"role": "user", "content": [part]}]})).map(|chat| chat.media[0].url.clone())
     }
 
     #[test]
@@ -246,14 +282,39 @@ mod tests {
         for (part, param, rule) in [
             (json!({"type": "image_url"}), "image_url", "missing"),
             (json!({"type": "image_url", "image_url": 7}), "image_url", "not a number"),
+            (json!({"type": "video_url"}), "video_url", "missing"),
             (json!({"type": "image_url", "image_url": {}}), "image_url", "not null"),
             (json!({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}), "image_url", "detail"),
-            (json!({"type": "video_url", "video_url": {"url": "x"}}), "video_url", "videos"),
+            (json!({"type": "video_url", "video_url": {"url": ["x"]}}), "video_url", "not a list"),
             (json!({"type": "input_audio", "input_audio": {}}), "messages", "input_audio"),
         ] {
             let error = image(&part).unwrap_err();
             assert!(error.to_string().contains(rule), "{error}");
             assert_eq!(error.to_json()["error"]["param"], param);
+        }
+    }
+
+    #[test]
+    fn settings_of_videos_are_read_or_refused() {
+        let read = |kwargs: Value| video_options(&mut Body::new(json!({"media_io_kwargs": kwargs}))?);
+        let rate = |kwargs: Value| read(kwargs).unwrap().rate;
+        assert_eq!(rate(json!({})), SampleRate::Default);
+        assert_eq!(rate(json!({"video": {"num_frames": -1}, "image": {}})), SampleRate::Default);
+        assert_eq!(rate(json!({"video": {"fps": 0.5}})), SampleRate::PerSecond(0.5));
+        assert_eq!(rate(json!({"video": {"num_frames": 8, "fps": null}})), SampleRate::Frames(8));
+        for wrong in [
+            json!({"video": {"fps": 0}}),
+            json!({"video": {"fps": "2"}}),
+            json!({"video": {"fps": 1e9}}),
+            json!({"video": {"num_frames": 0}}),
+            json!({"video": {"num_frames": 2.5}}),
+            json!({"video": {"fps": 1, "num_frames": 2}}),
+            json!({"video": {"backend": "opencv"}}),
+            json!({"audio": {"rate": 1}}),
+            json!({"video": 1}),
+        ] {
+            let error = read(wrong.clone()).err().unwrap_or_else(|| panic!("{wrong} was taken"));
+            assert_eq!(error.to_json()["error"]["param"], "media_io_kwargs");
         }
     }
 

@@ -14,7 +14,7 @@ use spark_text::{Detokenizer, StopMatcher, StopOutput, Tokenizer};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::ApiError;
-use crate::images::HeldImage;
+use crate::media::HeldMedium;
 use crate::metrics::{Counts, Metrics, Outcome};
 use crate::params::OutputParams;
 use crate::parts::{AnswerPlan, Parts, ToolCallDelta};
@@ -81,7 +81,7 @@ pub(crate) struct ChoiceSetup {
     /// Asked for its health if the events break off.
     pub(crate) engine: Arc<dyn Engine>,
     /// Images of the prompt, kept until the sequence has ended.
-    pub(crate) images: Arc<[Arc<HeldImage>]>,
+    pub(crate) images: Arc<[Arc<HeldMedium>]>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) summary: Arc<Summary>,
@@ -248,7 +248,7 @@ impl Choice {
             num_output_tokens: self.num_tokens,
         };
         self.setup.metrics.finished(outcome, counts, finished);
-        self.setup.summary.ended(outcome.label(), self.num_tokens);
+        self.setup.summary.ended(outcome, self.num_tokens, finished);
     }
 }
 

@@ -133,7 +133,9 @@ impl Written {
         if !std::mem::replace(&mut self.started, true) {
             let choice = json!({"index": delta.choice, "delta": {"role": "assistant", "content": ""},
                 "logprobs": null, "finish_reason": null});
-            let mut chunk = self.chunk(shape, delta.choice, choice);
+            // It says who speaks, before the first token: its usage counts none, as vLLM's.
+            let silent = Self { num_tokens: 0, num_reasoning_tokens: 0, ..self.clone() };
+            let mut chunk = silent.chunk(shape, delta.choice, choice);
             if shape.output.return_token_ids {
                 chunk.insert("prompt_token_ids".into(), json!(&shape.prompt(delta.choice).tokens[..]));
             }

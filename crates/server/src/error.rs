@@ -64,6 +64,22 @@ pub enum ApiError {
         /// Most bytes, over all requests.
         limit: usize,
     },
+    /// A medium cannot be had (422): its address is allowed, but leads to nothing that could be used.
+    #[error("{message}")]
+    Unprocessable {
+        /// The field.
+        param: &'static str,
+        /// Why, without addresses and without what a server said.
+        message: String,
+    },
+    /// Media that were fetched and are not decoded yet hold too much memory (503).
+    #[error(
+        "media that are being fetched hold {limit} bytes, which is the limit of all together; try again in a moment"
+    )]
+    MediaFull {
+        /// Most bytes, over all requests.
+        limit: usize,
+    },
     /// The prompts at work hold too many tokens (503).
     #[error(
         "the prompts at work hold {limit} tokens, which is the limit of all together; try again in a moment"
@@ -144,7 +160,12 @@ impl ApiError {
             Self::BodyTooSlow => 408,
             Self::BodyTooLarge { .. } => 413,
             Self::NotJson => 415,
-            Self::Submit(_) | Self::Cancelled | Self::IntakeFull { .. } | Self::TokensFull { .. } => 503,
+            Self::Unprocessable { .. } => 422,
+            Self::Submit(_)
+            | Self::Cancelled
+            | Self::IntakeFull { .. }
+            | Self::MediaFull { .. }
+            | Self::TokensFull { .. } => 503,
             Self::EngineFailed(_) | Self::Internal => 500,
         }
     }
@@ -153,7 +174,7 @@ impl ApiError {
     pub fn retry_after(&self) -> Option<u32> {
         let is_full = match self {
             Self::Submit(error) => matches!(error, SubmitError::QueueFull { .. }),
-            Self::IntakeFull { .. } | Self::TokensFull { .. } => true,
+            Self::IntakeFull { .. } | Self::MediaFull { .. } | Self::TokensFull { .. } => true,
             _ => false,
         };
         is_full.then_some(1)
@@ -170,11 +191,13 @@ impl ApiError {
             405 => "MethodNotAllowedError",
             413 => "RequestTooLargeError",
             415 => "UnsupportedMediaTypeError",
+            422 => "UnprocessableEntityError",
             503 => "ServiceUnavailableError",
             _ => "InternalServerError",
         };
         let param = match self {
             Self::Invalid { param, .. } => param.as_deref(),
+            Self::Unprocessable { param, .. } => Some(*param),
             Self::ModelNotFound { .. } => Some("model"),
             _ => None,
         };

@@ -7,7 +7,7 @@ use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 use spark_api::{Engine, Health, SubmitError};
 use spark_text::{ChatTemplate, GrammarStart, Tokenizer};
-use spark_vision::ImageProcessor;
+use spark_vision::{ImageProcessor, VideoProcessor};
 
 use crate::body::Body;
 use crate::completion_request::read_prompts;
@@ -16,7 +16,7 @@ use crate::dialect::responses::ResponseStore;
 use crate::fields::{self, Endpoint, UnknownFields};
 use crate::grammars::Grammars;
 use crate::ids::{Seeds, unix_seconds};
-use crate::images::Images;
+use crate::media::Media;
 use crate::metrics::Metrics;
 use crate::params::{Params, read_model};
 use crate::pool::CpuPool;
@@ -32,7 +32,7 @@ pub struct FrontEnd {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) template: Option<Arc<ChatTemplate>>,
     pub(crate) formats: Option<Formats>,
-    pub(crate) images: Option<Images>,
+    pub(crate) media: Option<Media>,
     pub(crate) options: Options,
     pub(crate) metrics: Arc<Metrics>,
     unknown: UnknownFields,
@@ -59,8 +59,7 @@ impl FrontEnd {
         options: Options,
     ) -> Self {
         let limits = &engine.info().limits;
-        let images =
-            image_processor.map(|processor| Images::new(processor, &options, limits.max_media_tokens));
+        let media = image_processor.map(|processor| Media::new(processor, &options, limits.max_media_tokens));
         let grammars = Grammars::new(tokenizer.clone(), &limits.eos_token_ids);
         Self {
             metrics: Arc::new(Metrics::new(limits.max_model_len)),
@@ -69,7 +68,7 @@ impl FrontEnd {
             engine,
             tokenizer,
             template,
-            images,
+            media,
             unknown: UnknownFields::default(),
             pool: CpuPool::new(),
             grammars,
@@ -79,6 +78,13 @@ impl FrontEnd {
             options,
             created: unix_seconds(),
         }
+    }
+
+    /// The same, taking videos too. Nothing changes where images are not taken.
+    #[must_use]
+    pub fn with_videos(mut self, processor: Arc<VideoProcessor>) -> Self {
+        self.media = self.media.map(|media| media.with_videos(processor));
+        self
     }
 
     /// Queues a chat completion (the body of `POST /v1/chat/completions`).
@@ -150,6 +156,22 @@ impl FrontEnd {
     /// How many answers are at work: queued, running, or held up by slow readers.
     pub fn load(&self) -> usize {
         Arc::strong_count(&self.load) - 1
+    }
+
+    /// The body of `GET /server_info`.
+    pub fn server_info(&self) -> Value {
+        let info = self.engine.info();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "served_model_name": self.options.served_names,
+            "model": self.options.model_root,
+            "architecture": info.architecture,
+            "max_model_len": info.limits.max_model_len,
+            "num_kv_tokens": info.num_kv_tokens,
+            "block_size": info.block_size,
+            "started": self.created,
+            "settings": self.options.settings,
+        })
     }
 
     /// The body of `GET /v1/models`.

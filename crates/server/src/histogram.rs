@@ -23,6 +23,9 @@ pub(crate) const CHOICES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
 pub(crate) const STEP_TOKENS: &[f64] =
     &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 
+/// Times that a sequence is preempted.
+pub(crate) const PREEMPTIONS: &[f64] = &[0.0, 1.0, 2.0, 5.0, 10.0, 20.0];
+
 /// The series 1, 2, 5, 10 ... up to `max`, which is how vLLM cuts token counts.
 pub(crate) fn one_two_five(max: usize) -> Vec<f64> {
     let powers = std::iter::successors(Some(1.0), |power| Some(power * 10.0));
@@ -86,14 +89,14 @@ impl Exposition {
         Self { labels: format!("engine=\"0\",model_name=\"{escaped}\""), text: String::new() }
     }
 
-    /// Starts a metric; its samples follow.
+    /// Starts a metric of vLLM's; its samples follow.
     pub(crate) fn metric(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = write!(self.text, "# HELP vllm:{name} {help}\n# TYPE vllm:{name} {kind}\n");
+        self.head(&format!("vllm:{name}"), kind, help);
     }
 
     /// One sample; `extra` is empty or `,name="value"`.
     pub(crate) fn sample(&mut self, name: &str, extra: &str, value: impl std::fmt::Display) {
-        let _ = writeln!(self.text, "vllm:{name}{{{}{extra}}} {value}", self.labels);
+        self.value(&format!("vllm:{name}"), extra, value);
     }
 
     /// A metric with a single sample.
@@ -104,16 +107,40 @@ impl Exposition {
 
     /// A histogram. `counts` has one entry more than `bounds`.
     pub(crate) fn histogram(&mut self, name: &str, help: &str, bounds: &[f64], counts: &[u64], sum: f64) {
-        self.metric(name, "histogram", help);
+        self.buckets(&format!("vllm:{name}"), help, bounds, counts, sum);
+    }
+
+    /// A metric of our own with a single sample.
+    pub(crate) fn own_single(&mut self, name: &str, kind: &str, help: &str, value: impl std::fmt::Display) {
+        let name = format!("spark_{name}");
+        self.head(&name, kind, help);
+        self.value(&name, "", value);
+    }
+
+    /// A histogram of our own.
+    pub(crate) fn own_histogram(&mut self, name: &str, help: &str, bounds: &[f64], counts: &[u64], sum: f64) {
+        self.buckets(&format!("spark_{name}"), help, bounds, counts, sum);
+    }
+
+    fn head(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = write!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    }
+
+    fn value(&mut self, name: &str, extra: &str, value: impl std::fmt::Display) {
+        let _ = writeln!(self.text, "{name}{{{}{extra}}} {value}", self.labels);
+    }
+
+    fn buckets(&mut self, name: &str, help: &str, bounds: &[f64], counts: &[u64], sum: f64) {
+        self.head(name, "histogram", help);
         let mut total = 0;
         for (bound, count) in bounds.iter().zip(counts) {
             total += count;
-            self.sample(&format!("{name}_bucket"), &format!(",le=\"{bound:?}\""), total);
+            self.value(&format!("{name}_bucket"), &format!(",le=\"{bound:?}\""), total);
         }
         total = counts.iter().sum();
-        self.sample(&format!("{name}_bucket"), ",le=\"+Inf\"", total);
-        self.sample(&format!("{name}_sum"), "", sum);
-        self.sample(&format!("{name}_count"), "", total);
+        self.value(&format!("{name}_bucket"), ",le=\"+Inf\"", total);
+        self.value(&format!("{name}_sum"), "", sum);
+        self.value(&format!("{name}_count"), "", total);
     }
 
     /// The page.

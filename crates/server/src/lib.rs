@@ -22,10 +22,11 @@ mod grammars;
 mod histogram;
 mod http;
 mod ids;
-mod images;
 mod logprobs;
 mod lru;
+mod media;
 mod metrics;
+mod observe;
 mod openapi;
 mod options;
 mod params;
@@ -46,6 +47,8 @@ pub use generation::Generation;
 pub use http::{
     ApiKeys, Cors, CorsError, DEFAULT_MAX_BODY_BYTES, HttpState, ServeOptions, Tls, TlsError, router, serve,
 };
+pub use media::{FetchPolicy, LocalMedia, Network, NetworkError, VideoDecoder};
+pub use observe::{Observer, Observers, Phases, RequestReport, TraceParent};
 pub use openapi::openapi;
 pub use options::{Options, ReasoningParser, SamplingDefaults, ToolCallParser};
 pub use parts::{ToolCallDelta, ToolCallStart};

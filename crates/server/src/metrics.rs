@@ -3,10 +3,12 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use spark_api::{EngineInfo, EngineStats, Finished, StepHistogram};
+use spark_api::{DurationHistogram, EngineInfo, EngineStats, Finished, StepHistogram};
 
+use crate::RequestReport;
 use crate::histogram::{
-    CHOICES, Exposition, Histogram, LATENCY_SECONDS, STEP_TOKENS, TOKEN_SECONDS, TTFT_SECONDS, one_two_five,
+    CHOICES, Exposition, Histogram, LATENCY_SECONDS, PREEMPTIONS, STEP_TOKENS, TOKEN_SECONDS, TTFT_SECONDS,
+    one_two_five,
 };
 
 /// How a request ended, as a label.
@@ -74,6 +76,9 @@ pub(crate) struct Metrics {
     params_n: Histogram,
     params_max_tokens: Histogram,
     prefill_computed: Histogram,
+    /// Of requests, not of sequences: of their choices the longest.
+    longest_generation: Histogram,
+    preemptions: Histogram,
 }
 
 impl Metrics {
@@ -99,6 +104,8 @@ impl Metrics {
             params_n: Histogram::new(CHOICES),
             params_max_tokens: Histogram::new(&tokens),
             prefill_computed: Histogram::new(&tokens),
+            longest_generation: Histogram::new(&tokens),
+            preemptions: Histogram::new(PREEMPTIONS),
         }
     }
 
@@ -143,8 +150,16 @@ impl Metrics {
         self.prefill_time.observe(seconds(timings.prefill));
         self.decode_time.observe(seconds(timings.decode));
         self.inference_time.observe(seconds(timings.prefill + timings.decode));
+        self.preemptions.observe_count(timings.num_preemptions);
         if let Ok(later_tokens @ 1..) = u32::try_from(counts.num_output_tokens.saturating_sub(1)) {
             self.time_per_output_token.observe(seconds(timings.decode) / f64::from(later_tokens));
+        }
+    }
+
+    /// A request ended, all of its sequences. Its longest had `longest` tokens.
+    pub(crate) fn request(&self, longest: usize, report: &RequestReport) {
+        if !report.ends.iter().any(|end| matches!(*end, "abort" | "error")) {
+            self.longest_generation.observe_count(longest);
         }
     }
 
@@ -189,7 +204,7 @@ impl Metrics {
         page.finish()
     }
 
-    fn histograms(&self) -> [(&'static str, &'static str, &Histogram); 13] {
+    fn histograms(&self) -> [(&'static str, &'static str, &Histogram); 15] {
         [
             ("time_to_first_token_seconds", "From arrival to the first token.", &self.time_to_first_token),
             ("inter_token_latency_seconds", "Between two tokens of a sequence.", &self.inter_token_latency),
@@ -212,6 +227,12 @@ impl Metrics {
                 "Prompt tokens of a sequence that were not in the prefix cache.",
                 &self.prefill_computed,
             ),
+            (
+                "request_max_num_generation_tokens",
+                "Generated tokens of a request's longest choice.",
+                &self.longest_generation,
+            ),
+            ("request_num_preemptions", "Times that a sequence was preempted.", &self.preemptions),
         ]
     }
 }
@@ -236,6 +257,10 @@ fn engine_metrics(page: &mut Exposition, info: &EngineInfo, stats: &EngineStats)
     // Nothing here waits for anything but room in the running set and in the cache.
     page.sample("num_requests_waiting_by_reason", ",reason=\"capacity\"", stats.num_waiting);
     page.single("kv_cache_usage_perc", gauge, "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage);
+    page.metric("engine_sleep_state", gauge, "1 for the state that the engine is in; it never sleeps.");
+    for (state, value) in [("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)] {
+        page.sample("engine_sleep_state", &format!(",sleep_state=\"{state}\""), value);
+    }
     page.metric("cache_config_info", gauge, "Configuration of the KV cache.");
     let num_blocks = info.num_kv_tokens / info.block_size.max(1);
     let labels = format!(",block_size=\"{}\",num_gpu_blocks=\"{num_blocks}\"", info.block_size);
@@ -257,6 +282,38 @@ fn engine_metrics(page: &mut Exposition, info: &EngineInfo, stats: &EngineStats)
     }
     let (counts, sum) = step_tokens(&stats.tokens_per_step);
     page.histogram("iteration_tokens_total", "Tokens of a step.", STEP_TOKENS, &counts, sum);
+    own_metrics(page, stats);
+}
+
+/// What vLLM has no name for.
+fn own_metrics(page: &mut Exposition, stats: &EngineStats) {
+    page.own_single(
+        "engine_rebuilt_total",
+        "counter",
+        "Groups of ranks made anew after a loss.",
+        stats.num_rebuilt,
+    );
+    page.own_single("steps_total", "counter", "Steps run.", stats.num_steps);
+    let times = &stats.step_times;
+    let unit = DurationHistogram::UNIT.as_secs_f64();
+    let bounds: Vec<f64> = (0..times.counts.len() - 1).map(|i| unit * f64::from(1u32 << i)).collect();
+    page.own_histogram(
+        "step_seconds",
+        "What a step took on rank 0.",
+        &bounds,
+        &times.counts,
+        seconds(times.sum),
+    );
+    if let Some(bytes) = resident_bytes() {
+        page.own_single("process_resident_memory_bytes", "gauge", "Memory of the server's process.", bytes);
+    }
+}
+
+/// Memory of this process that is in use, the CPU backend's weights included.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
 /// The engine counts steps by powers of two; vLLM's buckets are the powers 0, 3, 4 ... 14 and the rest.

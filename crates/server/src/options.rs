@@ -1,9 +1,12 @@
 //! What the operator chose: served names, defaults of sampling, limits, keys. Read from flags by the program.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use spark_api::SamplingParams;
 use spark_text::ToolFormat;
+
+use crate::{FetchPolicy, LocalMedia, Observers, VideoDecoder};
 
 /// Options of a [`FrontEnd`](crate::FrontEnd).
 #[derive(Debug, Clone)]
@@ -23,6 +26,20 @@ pub struct Options {
     /// Most bytes of image patches that requests hold until their sequences end, over all requests; an image that several
     /// hold counts once, and what the cache holds does not count. Requests over it wait.
     pub max_media_bytes: usize,
+    /// `--limit-mm-per-prompt`: most images of a prompt, within what the engine takes.
+    pub max_images: usize,
+    /// Most videos of a prompt, likewise; to the engine each temporal patch of a video is a medium.
+    pub max_videos: usize,
+    /// `--fetch-media`, `--allowed-media-domains`: what may be fetched by http and https. `None`: nothing.
+    pub fetch: Option<FetchPolicy>,
+    /// `--allowed-local-media-path`: whose files may be named by `file:`. `None`: none.
+    pub local_media: Option<Arc<LocalMedia>>,
+    /// `--max-media-file-size`: most bytes of one file that is fetched or read.
+    pub max_media_file_bytes: usize,
+    /// Most bytes of such files that are held until they are decoded, over all requests.
+    pub max_fetched_bytes: usize,
+    /// What decodes video files. `None`: videos come as frames.
+    pub video_decoder: Option<VideoDecoder>,
     /// Most bytes of stored responses (`store` of `/v1/responses`); the oldest are forgotten. 0 stores none.
     pub max_response_bytes: usize,
     /// `--max-num-queued-tokens`: most prompt tokens of all sequences at work. A sequence counts as 256 at least. One request
@@ -30,6 +47,10 @@ pub struct Options {
     pub max_num_queued_tokens: usize,
     /// Whether each request is a line in the log: what it took, not what it said.
     pub log_requests: bool,
+    /// What the server says of its settings at `/server_info`: no secrets.
+    pub settings: serde_json::Value,
+    /// Who is told of requests that have ended.
+    pub observers: Observers,
     /// Silence on a stream after which a comment keeps proxies from closing the connection.
     pub keep_alive: Duration,
     /// `--tool-call-parser`: how tool calls are found in an output.
@@ -54,10 +75,20 @@ impl Options {
             max_decoding_bytes: 715_827_880,
             // Twice the images that fill a context of 262,144 tokens, at 3 KiB a token.
             max_media_bytes: 2 << 30,
+            max_images: usize::MAX,
+            max_videos: usize::MAX,
+            fetch: None,
+            local_media: None,
+            // vLLM's.
+            max_media_file_bytes: 256 << 20,
+            max_fetched_bytes: 1 << 30,
+            video_decoder: None,
             max_response_bytes: 256 << 20,
             // 256 MiB of prompts, or 262,144 sequences.
             max_num_queued_tokens: 1 << 26,
             log_requests: false,
+            settings: serde_json::Value::Null,
+            observers: Observers::default(),
             keep_alive: Duration::from_secs(15),
             tool_call_parser: ToolCallParser::Auto,
             reasoning_parser: ReasoningParser::Auto,

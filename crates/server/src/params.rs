@@ -18,6 +18,8 @@ use crate::structured::{self, Wanted};
 const MAX_N: usize = 128;
 /// Most entries of `logit_bias` and of `stop_token_ids`: they are copied to every rank at admission.
 const MAX_TOKEN_ENTRIES: usize = 1024;
+/// Most wrong keys of `logit_bias` that a refusal names.
+const MAX_SHOWN: usize = 8;
 /// Most bytes of `cache_salt`, `request_id` and of a model name.
 const MAX_LABEL_BYTES: usize = 1024;
 /// Temperatures below this are greedy, as in vLLM: the division would only add rounding.
@@ -169,9 +171,10 @@ fn read_stream(body: &mut Body) -> Result<StreamParams, ApiError> {
             Err(wrong_type("stream_options", &format!("an object whose {name} is a boolean"), other))
         }
     };
-    let continuous_usage = flag("continuous_usage_stats")?;
-    // Usage in every chunk without a final one would be an odd wish; vLLM needs both flags, we need the wider one.
-    Ok(StreamParams { stream, include_usage: flag("include_usage")?, continuous_usage, progress })
+    let include_usage = flag("include_usage")?;
+    // Without the first the second asks for nothing, as in vLLM.
+    let continuous_usage = flag("continuous_usage_stats")? && include_usage;
+    Ok(StreamParams { stream, include_usage, continuous_usage, progress })
 }
 
 /// Chat: a boolean and a count beside it. Completions: the count alone.
@@ -249,12 +252,16 @@ fn read_logit_bias(body: &mut Body) -> Result<Vec<(TokenId, f32)>, ApiError> {
         let message = format!("logit_bias has {} entries; the limit is {MAX_TOKEN_ENTRIES}", map.len());
         return Err(ApiError::field("logit_bias", message));
     }
+    let wrong: Vec<&String> = map.keys().filter(|key| key.parse::<TokenId>().is_err()).collect();
+    if !wrong.is_empty() {
+        let shown: Vec<String> =
+            wrong.iter().take(MAX_SHOWN).map(|key| key.chars().take(32).collect()).collect();
+        let message = format!("logit_bias has the keys {shown:?}; keys must be token ids");
+        return Err(ApiError::field("logit_bias", message));
+    }
+    // All keys are ids by the check above.
     let entry = |(key, value): (&String, &Value)| {
-        let shown: String = key.chars().take(32).collect();
-        let id = key.parse::<TokenId>().map_err(|_| {
-            ApiError::field("logit_bias", format!("logit_bias has the key {shown:?}; keys must be token ids"))
-        })?;
-        Ok((id, as_float("logit_bias", value)?))
+        Ok((key.parse::<TokenId>().unwrap_or_default(), as_float("logit_bias", value)?))
     };
     map.iter().map(entry).collect()
 }

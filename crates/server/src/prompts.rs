@@ -1,25 +1,25 @@
-//! From messages or a text to a prompt: rendered, tokenised, with its images. Reads no other fields and queues nothing.
+//! From messages or a text to a prompt: rendered, tokenised, with its media. Reads no other fields and queues nothing.
 
 use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 use spark_api::{MediaItem, TokenId};
-use spark_text::{GrammarStart, TextError, expand_placeholders};
+use spark_text::{GrammarStart, PlaceholderRun, TextError, expand_media, expand_videos};
 
 use crate::body::Body;
 use crate::chat_request::{read_chat, segment_text};
 use crate::completion_request::PromptInput;
 use crate::grammars::AnswerGrammar;
-use crate::images::{HeldImage, ImageFile, media_item};
+use crate::media::{HeldMedium, Kind, MediaFile, MediaUrl, media_items};
 use crate::parts::AnswerPlan;
 use crate::structured::Wanted;
 use crate::{ApiError, FrontEnd};
 
-/// The tokens of a conversation, with room for its images, which are still to be decoded.
+/// The tokens of a conversation, with room for its media, which are still to be decoded.
 pub(crate) struct ChatTokens {
     pub(crate) tokens: Vec<TokenId>,
-    files: Vec<ImageFile>,
-    /// Of the first placeholder of each image.
+    files: Vec<MediaFile>,
+    /// Of the first placeholder of each part of each medium.
     offsets: Vec<usize>,
     answer: Option<AnswerPlan>,
     /// What the answer is held to, and where in the output that begins.
@@ -31,7 +31,7 @@ pub(crate) struct Prompt {
     pub(crate) tokens: Vec<TokenId>,
     pub(crate) media: Vec<MediaItem>,
     /// What `media` are part of. Kept until all sequences have ended, for the bound on their memory.
-    pub(crate) images: Arc<[Arc<HeldImage>]>,
+    pub(crate) images: Arc<[Arc<HeldMedium>]>,
     /// What `echo` shows.
     pub(crate) echo: String,
     /// How outputs are taken apart; `None`: not at all.
@@ -41,7 +41,7 @@ pub(crate) struct Prompt {
 }
 
 impl FrontEnd {
-    /// The prompt of a chat. Its images are decoded last: a small file can hold many pixels, which are not worth their
+    /// The prompt of a chat. Its media are decoded last: a small file can hold many pixels, which are not worth their
     /// time and memory if the prompt is refused.
     pub(crate) async fn chat_prompt(
         &self,
@@ -62,15 +62,15 @@ impl FrontEnd {
             Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
             None => None,
         };
-        let images: Arc<[_]> = match &self.images {
-            Some(images) if !files.is_empty() => images.load(&self.pool, files).await?.into(),
+        let images: Arc<[_]> = match &self.media {
+            Some(media) if !files.is_empty() => media.load(&self.pool, files).await?.into(),
             _ => Arc::default(),
         };
-        let media = images.iter().zip(offsets).map(|(image, offset)| media_item(image, offset)).collect();
+        let media = media_items(&images, &offsets);
         Ok(Prompt { tokens, media, images, echo: String::new(), answer, grammar })
     }
 
-    /// Renders a conversation, tokenises it and makes room for its images. `structured`: what its answer has to be where
+    /// Renders a conversation, tokenises it and makes room for its media. `structured`: what its answer has to be where
     /// it calls no tools.
     pub(crate) async fn chat_tokens(
         &self,
@@ -81,9 +81,11 @@ impl FrontEnd {
             return Err(ApiError::field("messages", "this model has no chat template; use /v1/completions"));
         };
         let mut chat = read_chat(body, template.accepts_parts(), formats)?;
-        let files = self.inspect_images(std::mem::take(&mut chat.image_urls)).await?;
+        let files = self.inspect_media(std::mem::take(&mut chat.media)).await?;
         let (tokenizer, max_bytes) = (self.tokenizer.clone(), self.max_text_bytes());
-        let (mut tokens, answer, wanted) = self
+        let videos = files.iter().filter(|file| file.kind == Kind::Video);
+        let times: Vec<Vec<f64>> = videos.map(|file| file.times.clone()).collect();
+        let (tokens, answer, wanted) = self
             .pool
             .run(move || {
                 let segments = chat.render(&template)?;
@@ -92,7 +94,9 @@ impl FrontEnd {
                     max_bytes,
                     "messages",
                 )?;
-                let tokens = tokenizer.encode(&segments).map_err(|error| refuse_text("messages", &error))?;
+                let refuse = |error: TextError| refuse_text("messages", &error);
+                let shown = expand_videos(segments.clone(), &times).map_err(refuse)?;
+                let tokens = tokenizer.encode(&shown).map_err(refuse)?;
                 let wanted = match chat.grammar(structured) {
                     Some(wanted) => Some((wanted, chat.grammar_start(&template, &segments)?)),
                     None => None,
@@ -100,35 +104,66 @@ impl FrontEnd {
                 Ok((tokens, chat.answer_plan(&segments), wanted))
             })
             .await?;
-        let mut offsets = Vec::new();
-        if let Some(placeholder) = self.engine.info().limits.image_token_id {
-            let counts: Vec<usize> = files.iter().map(|file| file.num_tokens).collect();
-            let expanded = expand_placeholders(&tokens, placeholder, &counts);
-            (tokens, offsets) = expanded.map_err(|error| refuse_text("messages", &error))?;
-        }
+        let (tokens, offsets) = self.expand(tokens, &files)?;
         Ok(ChatTokens { tokens, files, offsets, answer, wanted })
     }
 
-    /// Judges images by their headers, one by one and together.
-    async fn inspect_images(&self, urls: Vec<String>) -> Result<Vec<ImageFile>, ApiError> {
+    /// Makes each placeholder as long as the part of a medium that it stands for. Returns the index of the first of each.
+    fn expand(
+        &self,
+        tokens: Vec<TokenId>,
+        files: &[MediaFile],
+    ) -> Result<(Vec<TokenId>, Vec<usize>), ApiError> {
+        let limits = &self.engine.info().limits;
+        let Some(image) = limits.image_token_id else { return Ok((tokens, Vec::new())) };
+        let video = limits.video_token_id.unwrap_or(image);
+        let runs = files.iter().flat_map(|file| {
+            let id = if file.kind == Kind::Video { video } else { image };
+            std::iter::repeat_n(PlaceholderRun { id, count: file.tokens_per_part }, file.num_parts())
+        });
+        let runs: Vec<_> = runs.collect();
+        expand_media(&tokens, &[image, video], &runs).map_err(|error| refuse_text("messages", &error))
+    }
+
+    /// Judges media by their headers, one by one and together.
+    async fn inspect_media(&self, urls: Vec<MediaUrl>) -> Result<Vec<MediaFile>, ApiError> {
         if urls.is_empty() {
             return Ok(Vec::new());
         }
         let limits = &self.engine.info().limits;
-        let Some(images) = self.images.as_ref().filter(|_| limits.image_token_id.is_some()) else {
+        let Some(media) = self.media.as_ref().filter(|_| limits.image_token_id.is_some()) else {
             return Err(ApiError::field("messages", "this model does not take images"));
         };
-        if urls.len() > limits.max_media {
-            let message = format!("{} images in one prompt; the limit is {}", urls.len(), limits.max_media);
-            return Err(ApiError::field("messages", message));
+        let num_videos = urls.iter().filter(|url| url.kind == Kind::Video).count();
+        if num_videos > 0 && !(media.takes_videos() && limits.video_token_id.is_some()) {
+            return Err(ApiError::field("video_url", "this model does not take videos"));
         }
-        let files = try_join_all(urls.into_iter().map(|url| images.inspect(&self.pool, url))).await?;
-        let num_tokens = files.iter().map(|file| file.num_tokens).fold(0, usize::saturating_add);
+        let (max_images, max_videos) = (self.options.max_images, self.options.max_videos);
+        for (found, limit, what) in [
+            (urls.len() - num_videos, max_images.min(limits.max_media), "images"),
+            (num_videos, max_videos.min(limits.max_media), "videos"),
+        ] {
+            if found > limit {
+                let message = format!("{found} {what} in one prompt; the limit is {limit}");
+                return Err(ApiError::field("messages", message));
+            }
+        }
+        let files = try_join_all(urls.into_iter().map(|url| media.inspect(&self.pool, url))).await?;
+        let num_tokens = files.iter().map(MediaFile::num_tokens).fold(0, usize::saturating_add);
         if num_tokens >= limits.max_model_len {
+            let what = if num_videos > 0 { "videos and images" } else { "images" };
             let message = format!(
-                "the images need {num_tokens} tokens together; with at least one output token that is over max_model_len \
+                "the {what} need {num_tokens} tokens together; with at least one output token that is over max_model_len \
                  ({}): send fewer or smaller ones",
                 limits.max_model_len
+            );
+            return Err(ApiError::field("messages", message));
+        }
+        let num_parts: usize = files.iter().map(MediaFile::num_parts).sum();
+        if num_parts > limits.max_media {
+            let message = format!(
+                "the images and every two frames of the videos are {num_parts} media together; the limit is {}: send fewer",
+                limits.max_media
             );
             return Err(ApiError::field("messages", message));
         }

@@ -15,10 +15,11 @@ use crate::grammars::AnswerGrammar;
 use crate::http::settle;
 use crate::ids::{random_id, unix_seconds};
 use crate::metrics::Rejection;
+use crate::observe::current_trace;
 use crate::params::Params;
 use crate::parts::AnswerPlan;
 use crate::prompts::Prompt;
-use crate::summary::Summary;
+use crate::summary::{About, Readers, Summary};
 use crate::thinking::ThinkingBudget;
 use crate::{ApiError, FrontEnd, Generation};
 
@@ -59,7 +60,7 @@ impl FrontEnd {
         let request_id = params.request_id.clone().unwrap_or_else(random_id);
         let id = form.id(&request_id);
         let is_chat = form.is_chat();
-        let summary = Arc::new(Summary::new(&id, params.arrived, self.options.log_requests));
+        let summary = Arc::new(self.summary(&id, &model, is_chat, (&params, &prompts)));
         let ending_tokens = self.ending_tokens(&params.sampling);
         let echo_alone = params.output.echo && params.max_tokens == Some(0);
         let first_seed = params.seed.unwrap_or_else(|| self.seeds.next());
@@ -116,6 +117,34 @@ impl FrontEnd {
             tokenizer: self.tokenizer.clone(),
         };
         Ok(Generation { shape, choices: choices.into_iter().collect(), load: self.load.clone(), held })
+    }
+
+    /// Of a request that is about to be queued.
+    fn summary(
+        &self,
+        id: &str,
+        model: &str,
+        is_chat: bool,
+        (params, prompts): (&Params, &[Prompt]),
+    ) -> Summary {
+        let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
+        let about = About {
+            id: id.to_owned(),
+            model: model.to_owned(),
+            arrived: params.arrived,
+            n: params.n,
+            max_tokens: self.max_tokens(is_chat, params, longest),
+            temperature: params.sampling.temperature,
+            top_p: params.sampling.top_p,
+            num_images: prompts.iter().map(|prompt| prompt.images.len()).sum(),
+            trace: current_trace(),
+        };
+        let readers = Readers {
+            is_logged: self.options.log_requests,
+            observers: self.options.observers.clone(),
+            metrics: self.metrics.clone(),
+        };
+        Summary::new(about, readers)
     }
 
     fn queue(&self, request: Request) -> Result<EventStream, ApiError> {

@@ -172,7 +172,7 @@ impl ImageProcessorConfig {
     }
 }
 
-fn require(
+pub(crate) fn require(
     holds: bool,
     field: &'static str,
     value: &dyn std::fmt::Display,
@@ -182,7 +182,7 @@ fn require(
 }
 
 /// `None` if there is no such file.
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, VisionError> {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, VisionError> {
     let text = match std::fs::read(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),

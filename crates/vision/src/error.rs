@@ -56,6 +56,23 @@ pub enum VisionError {
         /// Largest ratio allowed.
         max_ratio: u64,
     },
+    /// A frame of a video that is not as large as the first.
+    #[error(
+        "a frame of the video is {width} x {height} pixels, the first {first_width} x {first_height}: all must have one size"
+    )]
+    FrameSize {
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+        /// Width of the first frame.
+        first_width: usize,
+        /// Height of the first frame.
+        first_height: usize,
+    },
+    /// A video without a frame.
+    #[error("the video has no frame that can be decoded")]
+    NoFrames,
     /// Neither file that describes the image processor is there.
     #[error(
         "no processor_config.json with an image_processor and no preprocessor_config.json in {}: copy it from the original model",

@@ -129,7 +129,7 @@ impl ImageProcessor {
         let (height, width) = self.resized(image.height(), image.width())?;
         let resized = resize_bicubic(image, height, width);
         let patch = self.config.patch_size;
-        Ok((to_patches(&resized, patch, self.config.merge_size), [1, height / patch, width / patch]))
+        Ok((to_patches(&[&resized], patch, self.config.merge_size), [1, height / patch, width / patch]))
     }
 
     fn bytes_per_token(&self) -> usize {

@@ -50,6 +50,18 @@ pub(crate) const COMMON: &[(&str, Support)] = &[
     ("guided_decoding_backend", Refused(Neutral::Null)),
     ("guided_whitespace_pattern", Refused(Neutral::Null)),
     ("structural_tag", Refused(Neutral::Null)),
+    // llama-server's and SGLang's. A client of theirs that asks for a form must not get an answer without it.
+    ("grammar", Refused(Neutral::Empty)),
+    ("json_schema", Refused(Neutral::Null)),
+    ("regex", Refused(Neutral::Empty)),
+    ("ebnf", Refused(Neutral::Empty)),
+    ("n_predict", Refused(Neutral::Number(-1.0))),
+    ("typical_p", Refused(Neutral::Number(1.0))),
+    ("mirostat", Refused(Neutral::Number(0.0))),
+    ("dry_multiplier", Refused(Neutral::Number(0.0))),
+    ("xtc_probability", Refused(Neutral::Number(0.0))),
+    ("dynatemp_range", Refused(Neutral::Number(0.0))),
+    ("top_n_sigma", Refused(Neutral::Number(-1.0))),
     ("best_of", Refused(Neutral::Number(1.0))),
     ("use_beam_search", Refused(Neutral::Bool(false))),
     ("length_penalty", Refused(Neutral::Number(1.0))),
@@ -89,7 +101,7 @@ pub(crate) const CHAT: &[(&str, Support)] = &[
     ("web_search_options", Refused(Neutral::Null)),
     ("documents", Refused(Neutral::Empty)),
     ("chat_template", Refused(Neutral::Null)),
-    ("media_io_kwargs", Refused(Neutral::Empty)),
+    ("media_io_kwargs", Works),
     ("echo", Refused(Neutral::Bool(false))),
 ];
 
@@ -98,7 +110,7 @@ pub(crate) const COMPLETIONS: &[(&str, Support)] = &[
     ("prompt", Works),
     ("echo", Works),
     ("suffix", Refused(Neutral::Empty)),
-    ("prompt_embeds", Refused(Neutral::Null)),
+    ("prompt_embeds", Refused(Neutral::Empty)),
 ];
 
 /// Fields of Anthropic's messages.

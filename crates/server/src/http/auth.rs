@@ -16,7 +16,7 @@ const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const OPEN_ROUTES: &[&str] = &["/health", "/live", "/ready", "/ping"];
 
 /// Routes that tell about everybody's requests: with an admin key, only that opens them.
-const ADMIN_ROUTES: &[&str] = &["/metrics", "/load"];
+const ADMIN_ROUTES: &[&str] = &["/metrics", "/load", "/server_info"];
 
 /// The keys that open a server.
 #[derive(Clone, Default)]

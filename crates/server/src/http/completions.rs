@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, Stream, StreamExt};
 use serde_json::Value;
 
 use super::HttpState;
@@ -51,7 +51,10 @@ pub(super) fn with_request_id(mut body: Value, headers: &HeaderMap) -> Value {
 pub(super) async fn respond(state: &HttpState, generation: Generation) -> Result<Response, ApiError> {
     let request_id = HeaderValue::from_str(generation.request_id()).ok();
     let mut response = match generation.is_streamed() {
-        true => stream(state, generation),
+        true => {
+            let is_named = generation.has_named_events();
+            stream(state, generation.into_chunks(), is_named)
+        }
         false => Json(generation.into_response().await?).into_response(),
     };
     if let Some(request_id) = request_id {
@@ -60,10 +63,13 @@ pub(super) async fn respond(state: &HttpState, generation: Generation) -> Result
     Ok(response)
 }
 
-/// Events with a type are named by it; those without end with a word of their own.
-fn stream(state: &HttpState, generation: Generation) -> Response {
-    let is_named = generation.has_named_events();
-    let events = generation.into_chunks().map(move |chunk| {
+/// Server-sent events. Those with a type are named by it; those without end with a word of their own.
+pub(super) fn stream(
+    state: &HttpState,
+    chunks: impl Stream<Item = Value> + Send + 'static,
+    is_named: bool,
+) -> Response {
+    let events = chunks.map(move |chunk| {
         let name = chunk.get("type").and_then(Value::as_str).filter(|_| is_named);
         let event = name.map_or_else(Event::default, |name| Event::default().event(name));
         event.data(chunk.to_string())

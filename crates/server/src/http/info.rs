@@ -43,6 +43,11 @@ pub(super) async fn health(State(state): State<HttpState>) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": status, "reason": reason}))).into_response()
 }
 
+/// GET /server_info: what is served, and with which settings.
+pub(super) async fn server_info(State(state): State<HttpState>) -> Json<Value> {
+    Json(state.front_end.server_info())
+}
+
 /// GET /version
 pub(super) async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))

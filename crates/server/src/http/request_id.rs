@@ -2,13 +2,14 @@
 
 use axum::Json;
 use axum::extract::Request;
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-use crate::ApiError;
 use crate::dialect::messages;
 use crate::ids::random_id;
+use crate::observe::within_trace;
+use crate::{ApiError, TraceParent};
 
 /// The name of a request, in both directions.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -26,11 +27,18 @@ pub(super) async fn name(mut request: Request, next: Next) -> Response {
     if let Some(id) = &id {
         request.headers_mut().insert(REQUEST_ID, id.clone());
     }
-    let mut response = next.run(request).await;
+    let trace = trace_parent(request.headers());
+    let mut response = within_trace(trace, next.run(request)).await;
     if let Some(id) = id {
         response.headers_mut().entry(REQUEST_ID).or_insert(id);
     }
     if is_anthropic { in_anthropic(response) } else { response }
+}
+
+/// The trace that a request belongs to.
+fn trace_parent(headers: &HeaderMap) -> Option<TraceParent> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    TraceParent::parse(text("traceparent")?, text("tracestate"))
 }
 
 fn in_anthropic(mut response: Response) -> Response {

@@ -6,16 +6,23 @@ use axum::response::{IntoResponse, Response};
 use serde_json::Value;
 
 use super::HttpState;
-use super::completions::respond;
+use super::completions::{respond, stream};
 use super::reply::JsonBody;
 use crate::ApiError;
+use crate::dialect::responses::Page;
 
 /// POST /v1/responses
 pub(super) async fn create(
     State(state): State<HttpState>,
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
-    match state.front_end.response(body).await?.into_background() {
+    let generation = state.front_end.response(body).await?;
+    let is_streamed = generation.is_streamed();
+    match generation.into_background() {
+        Ok(response) if is_streamed => {
+            let id = response["id"].as_str().unwrap_or_default();
+            Ok(stream(&state, state.front_end.response_events(id, None)?, true))
+        }
         Ok(response) => Ok(Json(response).into_response()),
         Err(generation) => respond(&state, *generation).await,
     }
@@ -29,29 +36,53 @@ pub(super) async fn count_tokens(
     state.front_end.count_response_tokens(body).await.map(Json)
 }
 
-/// Parameters of a GET that OpenAI has and this server has not, each with the value that asks for nothing.
-const REFUSED: [(&str, Option<&str>); 5] = [
-    ("stream", Some("false")),
-    ("starting_after", None),
-    ("include", None),
-    ("include[]", None),
-    ("include_obfuscation", None),
-];
+/// What the parameters of a GET ask for: `None` is the response as it is, else its events after a number.
+fn read_query(query: &[(String, String)]) -> Result<Option<Option<usize>>, ApiError> {
+    let (mut is_streamed, mut after) = (false, None);
+    for (name, value) in query {
+        match (name.as_str(), value.as_str()) {
+            ("stream", "true" | "false") => is_streamed = value == "true",
+            ("stream", _) => return Err(ApiError::field("stream", "stream must be true or false")),
+            ("starting_after", number) => {
+                let rule =
+                    || ApiError::field("starting_after", "starting_after must be the number of an event");
+                after = Some(number.parse().map_err(|_| rule())?);
+            }
+            // Events are never padded.
+            ("include_obfuscation", "false") => {}
+            _ => {
+                let name: String = name.chars().take(100).collect();
+                let message =
+                    format!("{name}={value:.100} is not supported here: only stream and starting_after are");
+                return Err(ApiError::field(name, message));
+            }
+        }
+    }
+    match (is_streamed, after) {
+        (false, Some(_)) => Err(ApiError::field("starting_after", "starting_after needs stream=true")),
+        (is_streamed, after) => Ok(is_streamed.then_some(after)),
+    }
+}
 
 /// GET /v1/responses/{id}
 pub(super) async fn get(
     State(state): State<HttpState>,
     Path(id): Path<String>,
     Query(query): Query<Vec<(String, String)>>,
-) -> Result<Json<Value>, ApiError> {
-    let is_refused = |(name, value): &&(String, String)| {
-        REFUSED.iter().any(|(refused, neutral)| refused == name && *neutral != Some(value.as_str()))
-    };
-    if let Some((name, _)) = query.iter().find(is_refused) {
-        let message = format!("{name} is not supported here: a stored response is given as it is");
-        return Err(ApiError::field(name.clone(), message));
+) -> Result<Response, ApiError> {
+    match read_query(&query)? {
+        None => Ok(Json(state.front_end.stored_response(&id)?).into_response()),
+        Some(after) => Ok(stream(&state, state.front_end.response_events(&id, after)?, true)),
     }
-    state.front_end.stored_response(&id).map(Json)
+}
+
+/// GET /v1/responses/{id}/input_items
+pub(super) async fn input_items(
+    State(state): State<HttpState>,
+    Path(id): Path<String>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Result<Json<Value>, ApiError> {
+    state.front_end.response_input_items(&id, &Page::read(&query)?).map(Json)
 }
 
 /// DELETE /v1/responses/{id}

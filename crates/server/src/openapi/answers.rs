@@ -64,7 +64,7 @@ fn openai() -> Vec<(&'static str, Node)> {
             ("logprobs", logprobs.clone()),
             ("finish_reason", finish()),
         ],
-        vec![stop_reason(), ("token_ids", list(count()))],
+        vec![stop_reason(), ("token_ids", or_null(list(count())))],
     );
     let chunk_choice = object(
         vec![("index", count()), ("delta", map(any())), ("logprobs", logprobs), ("finish_reason", finish())],
@@ -81,16 +81,17 @@ fn openai() -> Vec<(&'static str, Node)> {
         ],
         vec![
             stop_reason(),
-            ("token_ids", list(count())),
-            ("prompt_token_ids", list(count())),
-            ("prompt_logprobs", list(any())),
+            ("token_ids", or_null(list(count()))),
+            ("prompt_token_ids", or_null(list(count()))),
+            ("prompt_logprobs", or_null(list(any()))),
         ],
     );
     let with_usage = |mut head: Vec<(&'static str, Node)>| {
         head.push(("usage", named("Usage")));
         head
     };
-    let prompt = || vec![("prompt_token_ids", list(count())), ("prompt_logprobs", list(any()))];
+    let prompt =
+        || vec![("prompt_token_ids", or_null(list(count()))), ("prompt_logprobs", or_null(list(any())))];
     let progress =
         ["total", "cache", "processed", "time_ms"].into_iter().map(|name| (name, count())).collect();
     let of_chunk = vec![
@@ -199,10 +200,18 @@ fn responses() -> Vec<(&'static str, Node)> {
         Vec::new(),
     );
     let deleted = vec![("id", text()), ("object", word(&["response"])), ("deleted", boolean())];
+    let page = vec![
+        ("object", word(&["list"])),
+        ("data", list(map(any()))),
+        ("first_id", or_null(text())),
+        ("last_id", or_null(text())),
+        ("has_more", boolean()),
+    ];
     let tokens = vec![("object", word(&["response.input_tokens"])), ("input_tokens", count())];
     vec![
         ("Response", response),
         ("ResponseEvent", object(vec![("type", text()), ("sequence_number", count())], Vec::new())),
+        ("ResponseItems", object(page, Vec::new())),
         ("ResponseDeleted", object(deleted, Vec::new())),
         ("ResponseTokens", object(tokens, Vec::new())),
     ]
@@ -230,6 +239,7 @@ fn others() -> Vec<(&'static str, Node)> {
         ("Tokens", object(tokens, Vec::new())),
         ("Text", object(vec![("prompt", text())], Vec::new())),
         ("Version", object(vec![("version", text())], Vec::new())),
+        ("ServerInfo", object(vec![("version", text()), ("max_model_len", count())], Vec::new())),
         ("Load", object(vec![("server_load", count())], Vec::new())),
         ("Unhealthy", object(vec![("status", text()), ("reason", text())], Vec::new())),
     ]

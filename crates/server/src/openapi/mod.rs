@@ -77,7 +77,16 @@ const ROUTES: &[Route] = &[
         "ResponseRequest",
         Answer::Json("ResponseTokens"),
     ),
-    get("/v1/responses/{id}", "A stored response.", Answer::Json("Response")),
+    get(
+        "/v1/responses/{id}",
+        "A stored response; with `stream`, the events of one that was streamed in the background.",
+        Answer::Streamed("Response", "ResponseEvent"),
+    ),
+    get(
+        "/v1/responses/{id}/input_items",
+        "The items that a stored response was asked with, a page of them.",
+        Answer::Json("ResponseItems"),
+    ),
     Route {
         method: HttpMethod::Delete,
         path: "/v1/responses/{id}",
@@ -113,6 +122,7 @@ const ROUTES: &[Route] = &[
     get("/ping", "As /health.", Answer::Health),
     get("/live", "Whether the process answers.", Answer::Health),
     get("/load", "How many requests are at work.", Answer::Json("Load")),
+    get("/server_info", "What is served, and with which settings; no secrets.", Answer::Json("ServerInfo")),
     get("/version", "The server's version.", Answer::Json("Version")),
     get("/metrics", "Metrics in the Prometheus text format.", Answer::Text(TEXT)),
     get("/openapi.json", "This document.", Answer::Json("Document")),
@@ -170,6 +180,10 @@ fn operation(route: &Route) -> Operation {
         let parameter = ParameterBuilder::new().name(name).parameter_in(ParameterIn::Path);
         operation = operation.parameter(parameter.required(Required::True).schema(Some(text())));
     }
+    for (name, schema) in query_parameters(route) {
+        let parameter = ParameterBuilder::new().name(name).parameter_in(ParameterIn::Query);
+        operation = operation.parameter(parameter.required(Required::False).schema(Some(schema)));
+    }
     if let Answer::Health = route.answer {
         return operation.response("503", json("The engine cannot serve.", "Unhealthy")).build();
     }
@@ -182,6 +196,7 @@ fn operation(route: &Route) -> Operation {
             ("404", "No such model."),
             ("413", "The body is too large."),
             ("415", "The body is not declared as JSON."),
+            ("422", "A medium cannot be fetched or read."),
             ("503", "The engine is full, stopping or has failed; with Retry-After if it makes sense to come back."),
         ]);
     } else if route.path.contains('{') {
@@ -189,6 +204,19 @@ fn operation(route: &Route) -> Operation {
     }
     errors.sort_unstable();
     errors.into_iter().fold(operation, |op, (status, rule)| op.response(status, json(rule, error))).build()
+}
+
+/// What may stand after the `?` of a route.
+fn query_parameters(route: &Route) -> Vec<(&'static str, Node)> {
+    match (&route.method, route.path) {
+        (HttpMethod::Get, "/v1/responses/{id}") => {
+            vec![("stream", schema::boolean()), ("starting_after", schema::count())]
+        }
+        (HttpMethod::Get, "/v1/responses/{id}/input_items") => {
+            vec![("limit", schema::count()), ("order", schema::word(&["asc", "desc"])), ("after", text())]
+        }
+        _ => Vec::new(),
+    }
 }
 
 fn operation_id(route: &Route) -> String {

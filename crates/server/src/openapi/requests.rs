@@ -101,6 +101,7 @@ fn other(name: &str) -> Option<Node> {
         "model" | "cache_salt" | "request_id" | "previous_response_id" | "instructions" => text(),
         "priority" => integer_in(i64::from(i32::MIN), i64::from(i32::MAX)),
         "chat_template_kwargs" | "thinking" | "reasoning" => map(any()),
+        "media_io_kwargs" => map(map(any())),
         "metadata" => map(text()),
         "reasoning_effort" => word(&["none", "minimal", "low", "medium", "high", "xhigh", "max"]),
         _ => return None,

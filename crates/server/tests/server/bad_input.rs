@@ -86,6 +86,9 @@ async fn values_out_of_range_are_named() {
     ] {
         refusing.check(json!({"prompt": "x", field: value}), field).await;
     }
+    let wrong = json!({"prompt": "x", "logit_bias": {"1": 1, "x": 1, "y": 1}});
+    let (_, error) = complete(&refusing.server, wrong).await;
+    assert!(error["error"]["message"].as_str().unwrap().contains(r#"["x", "y"]"#), "{error}");
     refusing.check(json!({"prompt": "x", "stream": true, "prompt_logprobs": 1}), "prompt_logprobs").await;
     let messages = json!([{"role": "user", "content": "x"}]);
     refusing.check(json!({"messages": messages, "logprobs": true, "top_logprobs": 21}), "top_logprobs").await;

@@ -37,7 +37,10 @@ async fn an_answer_has_the_documented_shape() {
             "logprobs": null,
             "finish_reason": "stop",
             "stop_reason": null,
+            "token_ids": null,
         }],
+        "prompt_logprobs": null,
+        "prompt_token_ids": null,
         "usage": {
             "prompt_tokens": 25,
             "completion_tokens": 5,
@@ -79,9 +82,13 @@ async fn usage_can_come_with_every_chunk_or_not_at_all() {
     let options = json!({"include_usage": true, "continuous_usage_stats": true});
     let got = chunks(&server(&engine), PATH, hello(json!({"stream": true, "stream_options": options}))).await;
     let counts: Vec<_> = got.iter().map(|chunk| chunk["usage"]["completion_tokens"].clone()).collect();
-    assert_eq!(counts, [1, 1, 2, 3, 4, 4]);
-    let plain = chunks(&server(&engine), PATH, hello(json!({"stream": true}))).await;
-    assert!(plain.iter().all(|chunk| chunk.get("usage").is_none()));
+    // The role comes before the first token.
+    assert_eq!(counts, [0, 1, 2, 3, 4, 4]);
+    for options in [Value::Null, json!({"continuous_usage_stats": true})] {
+        let body = hello(json!({"stream": true, "stream_options": options}));
+        let plain = chunks(&server(&engine), PATH, body).await;
+        assert!(plain.iter().all(|chunk| chunk.get("usage").is_none()));
+    }
 }
 
 #[tokio::test]

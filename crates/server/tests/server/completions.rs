@@ -22,7 +22,8 @@ async fn an_answer_has_the_documented_shape() {
         "created": null,
         "model": "tiny",
         "system_fingerprint": null,
-        "choices": [{"index": 0, "text": "ok", "logprobs": null, "finish_reason": "stop", "stop_reason": null}],
+        "choices": [{"index": 0, "text": "ok", "logprobs": null, "finish_reason": "stop", "stop_reason": null,
+            "prompt_logprobs": null, "token_ids": null, "prompt_token_ids": null}],
         "usage": {
             "prompt_tokens": 3,
             "completion_tokens": 3,

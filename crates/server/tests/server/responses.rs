@@ -372,7 +372,6 @@ async fn what_is_wrong_is_named() {
         (json!({"reasoning": {"effort": "low"}}), "reasoning", "does not think"),
         (json!({"reasoning": {"summary": "detailed"}}), "reasoning", "summary"),
         (json!({"background": true, "store": false}), "background", "store"),
-        (json!({"background": true, "stream": true}), "background", "stream"),
         (json!({"truncation": "auto"}), "truncation", "not supported"),
         (json!({"conversation": "c"}), "conversation", "not supported"),
         (json!({"metadata": {"a": 1}}), "metadata", "strings"),

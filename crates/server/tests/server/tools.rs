@@ -145,6 +145,7 @@ async fn a_call_has_the_documented_shape() {
         "logprobs": null,
         "finish_reason": "tool_calls",
         "stop_reason": null,
+        "token_ids": null,
     });
     assert_eq!(choice, expected);
     let prompt = tokenizer().decode(&engine.last(|request| request.prompt.clone()), false);

@@ -47,7 +47,10 @@ impl DecodeOptions {
     }
 
     /// Refuses a size that the limits forbid. Every decoder calls this before it takes memory.
-    fn check(&self, size: ImageSize) -> Result<(), VisionError> {
+    ///
+    /// # Errors
+    /// [`VisionError::Empty`] and [`VisionError::TooLarge`].
+    pub fn check(&self, size: ImageSize) -> Result<(), VisionError> {
         let (width, height) = (size.width as u64, size.height as u64);
         if width == 0 || height == 0 {
             return Err(VisionError::Empty { width, height });

@@ -6,3 +6,4 @@ mod config;
 mod golden;
 mod hostile;
 mod support;
+mod video;

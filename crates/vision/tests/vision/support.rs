@@ -4,9 +4,14 @@ use std::path::PathBuf;
 
 use image::{DynamicImage, ImageFormat};
 
+/// The folder of all fixtures.
+pub(crate) fn fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
+}
+
 /// A file of the fixtures that were made with transformers, Pillow and torchvision.
 pub(crate) fn fixture(name: &str) -> Vec<u8> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/vision").join(name);
+    let path = fixtures().join("vision").join(name);
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 

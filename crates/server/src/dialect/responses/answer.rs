@@ -76,7 +76,7 @@ impl ResponseWriter {
         let mut response = response_json(shape, head, "failed", &self.items("incomplete"));
         response["error"] = failure_json(error);
         if let Some((store, _)) = &head.keep {
-            store.put(&shape.id, response.clone(), None);
+            store.put(&shape.id, response.clone(), head.input.clone(), None);
         }
         response
     }
@@ -146,7 +146,7 @@ impl ResponseWriter {
         if let Some((store, history)) = &head.keep {
             let mut conversation = history.clone();
             conversation.push(self.turn());
-            store.put(&shape.id, response.clone(), Some(conversation));
+            store.put(&shape.id, response.clone(), head.input.clone(), Some(conversation));
         }
     }
 

@@ -1,16 +1,21 @@
 //! OpenAI's responses: the way in and out of `/v1/responses`. What bodies and events look like is in the files beside.
 
 mod answer;
+mod events;
 mod input;
+mod input_items;
 mod object;
 mod request;
 mod store;
 
 use std::sync::Arc;
 
+use futures_util::{Stream, StreamExt};
 use serde_json::{Value, json};
 
 pub(crate) use self::answer::ResponseWriter;
+use self::events::EventLog;
+pub(crate) use self::input_items::Page;
 pub(crate) use self::object::ResponseHead;
 use self::object::response_json;
 use self::request::{Asked, to_chat};
@@ -40,13 +45,15 @@ impl FrontEnd {
     pub async fn response(&self, body: Value) -> Result<Generation, ApiError> {
         let mut body = self.open(Endpoint::Responses, body)?;
         let own_names = |error: ApiError| error.renamed(&NAMES);
-        let Asked { chat, echo, history, is_stored, is_background } = to_chat(&mut body, &self.responses)?;
+        let Asked { chat, echo, history, items, is_stored, is_background } =
+            to_chat(&mut body, &self.responses)?;
         let mut chat = Body::new(Value::Object(chat))?;
         let model = read_model(&mut chat, &self.options)?;
         let params = self.read_params(Endpoint::Chat, &mut chat).map_err(own_names)?;
         let head = ResponseHead {
             echo: with_sampling(echo, &params),
             keep: is_stored.then(|| (self.responses.clone(), history)),
+            input: Arc::new(items),
             is_background,
         };
         let prompt = self.chat_prompt(&mut chat, params.structured.clone()).await.map_err(own_names)?;
@@ -71,6 +78,28 @@ impl FrontEnd {
     /// When there is none of this id.
     pub fn stored_response(&self, id: &str) -> Result<Value, ApiError> {
         self.responses.get(id)
+    }
+
+    /// The events of a response that was streamed in the background, after number `after` (from the beginning without one): those
+    /// that have been, then those that come (`GET /v1/responses/{id}?stream=true`).
+    ///
+    /// # Errors
+    /// When there is none of this id, or it was not streamed in the background.
+    pub fn response_events(
+        &self,
+        id: &str,
+        after: Option<usize>,
+    ) -> Result<impl Stream<Item = Value> + Send + use<>, ApiError> {
+        let first = after.map_or(0, |after| after.saturating_add(1));
+        Ok(self.responses.events(id)?.read(first))
+    }
+
+    /// A page of the items that a response was asked with (`GET /v1/responses/{id}/input_items`).
+    ///
+    /// # Errors
+    /// When there is no such response, or no such page.
+    pub(crate) fn response_input_items(&self, id: &str, page: &Page) -> Result<Value, ApiError> {
+        page.of(&self.responses.input(id)?)
     }
 
     /// Cancels a response in the background (`POST /v1/responses/{id}/cancel`); one that has ended stays as it is.
@@ -102,10 +131,19 @@ impl Generation {
             return Err(Box::new(self));
         };
         let response = response_json(&self.shape, head, "in_progress", &[]);
-        let (store, id) = (store.clone(), self.shape.id.clone());
+        let (store, id, input) = (store.clone(), self.shape.id.clone(), head.input.clone());
         // Inside, the answer stores itself, or its failure; so there is nothing to do with the result.
-        let work = async move { drop(self.into_response().await) };
-        Arc::clone(&store).start(id, response.clone(), work);
+        if self.is_streamed() {
+            let (log, writer) = EventLog::new();
+            let work = self.into_chunks().for_each(move |event| {
+                writer.push(event);
+                std::future::ready(())
+            });
+            store.start(id, (response.clone(), input, Some(log)), work);
+        } else {
+            let work = async move { drop(self.into_response().await) };
+            store.start(id, (response.clone(), input, None), work);
+        }
         Ok(response)
     }
 }

@@ -15,6 +15,8 @@ pub(crate) struct ResponseHead {
     pub(crate) echo: Map<String, Value>,
     /// The store, and the conversation up to the answer, without instructions.
     pub(crate) keep: Option<(Arc<ResponseStore>, Vec<Value>)>,
+    /// What it was asked, as items; empty if it is not kept.
+    pub(crate) input: Arc<Vec<Value>>,
     pub(crate) is_background: bool,
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::input::read_input;
+use super::input_items::shown;
 use super::store::ResponseStore;
 use crate::ApiError;
 use crate::body::{Body, kind};
@@ -24,6 +25,8 @@ pub(super) struct Asked {
     pub(super) echo: Map<String, Value>,
     /// The conversation up to the answer, without instructions.
     pub(super) history: Vec<Value>,
+    /// The same as items, to be shown again.
+    pub(super) items: Vec<Value>,
     pub(super) is_stored: bool,
     pub(super) is_background: bool,
 }
@@ -52,9 +55,6 @@ pub(super) fn to_chat(body: &mut Body, store: &Arc<ResponseStore>) -> Result<Ask
     if is_background && !is_stored {
         return Err(ApiError::field("background", "background needs store: true, to be asked for later"));
     }
-    if is_background && chat.get("stream") == Some(&json!(true)) {
-        return Err(ApiError::field("background", "background cannot be combined with stream: true"));
-    }
     echo.insert("store".into(), json!(is_stored));
     echo.insert("metadata".into(), read_metadata(body)?);
     read_include(body, &mut chat, &mut echo)?;
@@ -69,12 +69,20 @@ pub(super) fn to_chat(body: &mut Body, store: &Arc<ResponseStore>) -> Result<Ask
     };
     echo.insert("previous_response_id".into(), json!(previous));
     let input = body.take("input").ok_or_else(|| ApiError::field("input", "input is missing"))?;
+    // What will be shown again, if anybody may ask.
+    let items = match is_stored {
+        true => {
+            let before = previous.as_deref().map(|id| store.items_after(id)).unwrap_or_default();
+            before.into_iter().chain(shown(&input)).collect()
+        }
+        false => Vec::new(),
+    };
     read_input(input, &mut history)?;
     let instructions = body.string("instructions", usize::MAX)?;
     let messages = with_instructions(&history, instructions.as_deref());
     echo.insert("instructions".into(), json!(instructions));
     chat.insert("messages".into(), Value::Array(messages));
-    Ok(Asked { chat, echo, history, is_stored, is_background })
+    Ok(Asked { chat, echo, history, items, is_stored, is_background })
 }
 
 /// Instructions go before all; templates know one system message, so one that is already there joins them.

@@ -11,12 +11,17 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::task::AbortHandle;
 
+use super::events::EventLog;
 use crate::ApiError;
 use crate::lru::ByteLru;
 
 /// A response that has ended.
 struct Ended {
     response: Value,
+    /// What it was asked, as items.
+    input: Arc<Vec<Value>>,
+    /// Of one that was streamed in the background.
+    events: Option<Arc<EventLog>>,
     /// The messages of the conversation, the answer included; `None` if it failed.
     conversation: Option<Arc<Vec<Value>>>,
 }
@@ -24,6 +29,8 @@ struct Ended {
 /// A response that is at work in the background.
 struct Running {
     response: Value,
+    input: Arc<Vec<Value>>,
+    events: Option<Arc<EventLog>>,
     task: AbortHandle,
 }
 
@@ -51,11 +58,19 @@ impl ResponseStore {
     }
 
     /// Keeps a response that has ended.
-    pub(crate) fn put(&self, id: &str, response: Value, conversation: Option<Vec<Value>>) {
-        let num_bytes = json_bytes(&response) + conversation.iter().flatten().map(json_bytes).sum::<usize>();
-        let ended = Arc::new(Ended { response, conversation: conversation.map(Arc::new) });
+    pub(crate) fn put(
+        &self,
+        id: &str,
+        response: Value,
+        input: Arc<Vec<Value>>,
+        conversation: Option<Vec<Value>>,
+    ) {
+        let all = conversation.iter().flatten().chain(input.iter()).chain([&response]);
+        let num_bytes: usize = all.map(json_bytes).sum();
         let mut state = self.0.lock();
-        state.running.remove(id);
+        let events = state.running.remove(id).and_then(|running| running.events);
+        let num_bytes = num_bytes + events.as_ref().map_or(0, |events| events.num_bytes());
+        let ended = Arc::new(Ended { response, input, events, conversation: conversation.map(Arc::new) });
         state.ended.insert(key(id), ended, num_bytes);
     }
 
@@ -63,7 +78,7 @@ impl ResponseStore {
     pub(crate) fn start(
         self: Arc<Self>,
         id: String,
-        response: Value,
+        (response, input, events): (Value, Arc<Vec<Value>>, Option<Arc<EventLog>>),
         work: impl Future<Output = ()> + Send + 'static,
     ) {
         // Held over the start, so that the work cannot end before it is known.
@@ -74,7 +89,7 @@ impl ResponseStore {
             // An answer that is too large to keep has not replaced this.
             store.0.lock().running.remove(&own_id);
         });
-        state.running.insert(id, Running { response, task: task.abort_handle() });
+        state.running.insert(id, Running { response, input, events, task: task.abort_handle() });
     }
 
     /// A response, whatever its state.
@@ -86,6 +101,38 @@ impl ResponseStore {
                 state.ended.get(&key(id)).map(|ended| ended.response.clone()).ok_or_else(|| not_found(id))
             }
         }
+    }
+
+    /// The items that a response was asked with, those of the conversation before it included.
+    pub(crate) fn input(&self, id: &str) -> Result<Arc<Vec<Value>>, ApiError> {
+        let mut state = self.0.lock();
+        match state.running.get(id) {
+            Some(running) => Ok(running.input.clone()),
+            None => state.ended.get(&key(id)).map(|ended| ended.input.clone()).ok_or_else(|| not_found(id)),
+        }
+    }
+
+    /// The events of a response that was streamed in the background.
+    pub(crate) fn events(&self, id: &str) -> Result<Arc<EventLog>, ApiError> {
+        let mut state = self.0.lock();
+        let events = match state.running.get(id) {
+            Some(running) => running.events.clone(),
+            None => {
+                state.ended.get(&key(id)).map(|ended| ended.events.clone()).ok_or_else(|| not_found(id))?
+            }
+        };
+        events.ok_or_else(|| {
+            let rule =
+                "stream: only a response made with background: true and stream: true can be streamed again";
+            ApiError::field("stream", rule)
+        })
+    }
+
+    /// The items of a conversation that ended with a response, its output included; none if it is not stored.
+    pub(crate) fn items_after(&self, id: &str) -> Vec<Value> {
+        let Some(ended) = self.0.lock().ended.get(&key(id)) else { return Vec::new() };
+        let output = ended.response["output"].as_array().cloned().unwrap_or_default();
+        ended.input.iter().cloned().chain(output).collect()
     }
 
     /// The conversation that ended with a response.
@@ -108,7 +155,7 @@ impl ResponseStore {
     /// Ends work in the background.
     pub(crate) fn cancel(&self, id: &str) -> Result<Value, ApiError> {
         let running = self.0.lock().running.remove(id);
-        let Some(Running { mut response, task }) = running else {
+        let Some(Running { mut response, input, task, .. }) = running else {
             let response = self.get(id)?;
             return match response["background"] == true {
                 true => Ok(response),
@@ -117,7 +164,7 @@ impl ResponseStore {
         };
         task.abort();
         response["status"] = json!("cancelled");
-        self.put(id, response.clone(), None);
+        self.put(id, response.clone(), input, None);
         Ok(response)
     }
 
@@ -133,7 +180,7 @@ impl ResponseStore {
 }
 
 /// About what a value takes as JSON.
-fn json_bytes(value: &Value) -> usize {
+pub(super) fn json_bytes(value: &Value) -> usize {
     match value {
         Value::Null | Value::Bool(_) | Value::Number(_) => 16,
         Value::String(text) => 32 + text.len(),

@@ -1,0 +1,211 @@
+//! Media of requests: from addresses to patches, once per content, within bounds of memory. What is behind an address is
+//! found by `source.rs`, what a file becomes by `file.rs`.
+
+mod address;
+mod clip;
+mod fetch;
+mod file;
+mod local;
+mod source;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+
+use futures_util::future::try_join_all;
+use parking_lot::Mutex;
+use spark_api::{GridThw, MediaHash, MediaItem};
+use spark_vision::{ImageProcessor, VideoProcessor};
+use tokio::sync::OwnedSemaphorePermit;
+
+pub use self::address::{Network, NetworkError};
+pub use self::clip::VideoDecoder;
+pub use self::fetch::FetchPolicy;
+pub(crate) use self::file::MediaFile;
+pub use self::local::LocalMedia;
+use self::source::Sources;
+pub(crate) use self::source::{Kind, MediaUrl, VideoOptions};
+use crate::byte_bound::ByteBound;
+use crate::lru::ByteLru;
+use crate::pool::CpuPool;
+use crate::{ApiError, Options};
+
+/// The processors with their cache (`--mm-processor-cache-gb`) and their bounds.
+pub(crate) struct Media {
+    processors: Arc<Processors>,
+    sources: Sources,
+    /// Where videos are read: they take seconds, in which everything else goes on beside them.
+    video_pool: CpuPool,
+    cache: Mutex<ByteLru<MediaHash, Arc<Processed>>>,
+    /// What requests hold now: those with the same medium share its patches and its memory.
+    held: Mutex<HashMap<MediaHash, Weak<HeldMedium>>>,
+    /// Memory of media while they are decoded, over all requests.
+    decoding: ByteBound,
+    /// Memory of the patches that requests hold, over all of them. What the cache holds is not counted here.
+    holding: ByteBound,
+}
+
+/// What turns files into patches.
+pub(crate) struct Processors {
+    images: Arc<ImageProcessor>,
+    /// `None`: the checkpoint takes no videos.
+    videos: Option<Arc<VideoProcessor>>,
+    /// What decodes video files.
+    decoder: Option<VideoDecoder>,
+    /// Most placeholder tokens of one image or one temporal patch: what the engine's encoder was planned for.
+    max_tokens: usize,
+}
+
+/// A medium, decoded: one part for an image, one for each temporal patch of a video.
+pub(crate) struct Processed {
+    parts: Vec<Part>,
+}
+
+/// What the engine takes for a medium.
+struct Part {
+    hash: MediaHash,
+    patches: Arc<[u8]>,
+    grid: [usize; 3],
+    num_tokens: usize,
+}
+
+impl Processed {
+    fn num_bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.patches.len()).sum()
+    }
+}
+
+/// A medium of requests whose sequences have not ended, with its share of the memory for that.
+pub(crate) struct HeldMedium {
+    medium: Arc<Processed>,
+    _memory: OwnedSemaphorePermit,
+}
+
+impl Media {
+    /// Media with the bounds of `options`, in parts of at most `max_tokens` each.
+    pub(crate) fn new(images: Arc<ImageProcessor>, options: &Options, max_tokens: usize) -> Self {
+        let decoder = options.video_decoder.clone();
+        let processors = Processors { images, videos: None, decoder, max_tokens };
+        Self {
+            processors: Arc::new(processors),
+            sources: Sources::new(options),
+            video_pool: CpuPool::of(std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2))),
+            cache: Mutex::new(ByteLru::new(options.mm_processor_cache_bytes)),
+            held: Mutex::default(),
+            decoding: ByteBound::new(options.max_decoding_bytes),
+            holding: ByteBound::new(options.max_media_bytes),
+        }
+    }
+
+    /// The same, for videos too.
+    pub(crate) fn with_videos(self, videos: Arc<VideoProcessor>) -> Self {
+        let Processors { images, decoder, max_tokens, .. } = &*self.processors;
+        let (images, decoder, max_tokens) = (images.clone(), decoder.clone(), *max_tokens);
+        Self {
+            processors: Arc::new(Processors { images, videos: Some(videos), decoder, max_tokens }),
+            ..self
+        }
+    }
+
+    /// Whether videos are taken.
+    pub(crate) fn takes_videos(&self) -> bool {
+        self.processors.videos.is_some()
+    }
+
+    /// The file at an address, judged by its header: no pixel is decoded.
+    ///
+    /// # Errors
+    /// When the address or the header is refused, the file cannot be had, or it needs more tokens than the engine has
+    /// room for.
+    pub(crate) async fn inspect(&self, pool: &CpuPool, url: MediaUrl) -> Result<MediaFile, ApiError> {
+        let max_frames = self.processors.videos.as_ref().map_or(0, |videos| videos.config().max_frames);
+        let (kind, video) = (url.kind, url.video);
+        let found = self.sources.read(pool, url, max_frames).await?;
+        let processors = self.processors.clone();
+        self.pool_for(kind, pool).run(move || MediaFile::inspect(&processors, kind, video, found)).await
+    }
+
+    /// All media of one request. Waits while the media of other requests leave no room.
+    ///
+    /// # Errors
+    /// When one cannot be decoded.
+    pub(crate) async fn load(
+        &self,
+        pool: &CpuPool,
+        files: Vec<MediaFile>,
+    ) -> Result<Vec<Arc<HeldMedium>>, ApiError> {
+        // For all at once, while nothing is held: two requests with half of theirs would wait for each other. What
+        // turns out to be held already gives its share back.
+        let mut memory = self.holding.acquire(files.iter().map(|file| file.num_patch_bytes)).await?;
+        let mut loads = Vec::with_capacity(files.len());
+        for file in files {
+            // A request over the whole bound has it alone; its last media get what is left.
+            let num_units = ByteBound::units(file.num_patch_bytes).min(memory.num_permits());
+            let share = memory.split(num_units);
+            let share = share.ok_or_else(|| ApiError::internal(&"no memory left to split"))?;
+            loads.push(self.load_one(pool, file, share));
+        }
+        try_join_all(loads).await
+    }
+
+    fn pool_for<'a>(&'a self, kind: Kind, pool: &'a CpuPool) -> &'a CpuPool {
+        match kind {
+            Kind::Image => pool,
+            Kind::Video => &self.video_pool,
+        }
+    }
+
+    async fn load_one(
+        &self,
+        pool: &CpuPool,
+        file: MediaFile,
+        memory: OwnedSemaphorePermit,
+    ) -> Result<Arc<HeldMedium>, ApiError> {
+        if let Some(held) = self.held.lock().get(&file.hash).and_then(Weak::upgrade) {
+            return Ok(held);
+        }
+        let hash = file.hash;
+        let cached = self.cache.lock().get(&hash);
+        let medium = match cached {
+            Some(medium) => medium,
+            None => self.decode(pool, file).await?,
+        };
+        let mut held = self.held.lock();
+        // Another request may have been faster.
+        if let Some(other) = held.get(&hash).and_then(Weak::upgrade) {
+            return Ok(other);
+        }
+        held.retain(|_, medium| medium.strong_count() > 0);
+        let medium = Arc::new(HeldMedium { medium, _memory: memory });
+        held.insert(hash, Arc::downgrade(&medium));
+        Ok(medium)
+    }
+
+    async fn decode(&self, pool: &CpuPool, file: MediaFile) -> Result<Arc<Processed>, ApiError> {
+        let memory = self.decoding.acquire([file.num_decoding_bytes]).await?;
+        let (processors, hash, kind) = (self.processors.clone(), file.hash, file.kind);
+        let work = move || {
+            // Held by the work, not by the caller: an abandoned medium is still decoded.
+            let _memory = memory;
+            file.decode(&processors).map(Arc::new)
+        };
+        let medium = self.pool_for(kind, pool).run(work).await?;
+        self.cache.lock().insert(hash, medium.clone(), medium.num_bytes());
+        Ok(medium)
+    }
+}
+
+/// The engine's view of media, whose placeholder runs begin at `offsets`: one for each part of each of them.
+pub(crate) fn media_items(held: &[Arc<HeldMedium>], offsets: &[usize]) -> Vec<MediaItem> {
+    let parts = held.iter().flat_map(|held| &held.medium.parts);
+    let item = |(part, &offset): (&Part, &usize)| {
+        let [t, h, w] = part.grid;
+        MediaItem {
+            hash: part.hash,
+            patches: part.patches.clone(),
+            grid: GridThw { t, h, w },
+            offset,
+            num_tokens: part.num_tokens,
+        }
+    };
+    parts.zip(offsets).map(item).collect()
+}
