@@ -7,18 +7,20 @@ use std::{
     time::Duration,
 };
 
-use spark_backend::Dtype;
+use spark_backend::{Dtype, ExpertTally};
 use spark_cuda::Profile;
-use spark_models::VisionConfig;
+use spark_models::{HeadDtype, VisionConfig};
 use spark_runtime::EngineOptions;
 use spark_server::{FrontEnd, Options, SamplingDefaults};
 use spark_text::{ChatTemplate, TextError, Tokenizer};
-use spark_vision::{Alpha, DecodeOptions, ImageProcessor, ImageProcessorOverrides};
+use spark_vision::{
+    Alpha, DecodeOptions, ImageProcessor, ImageProcessorOverrides, VideoProcessor, VideoProcessorConfig,
+};
 use spark_weights::{LoadStrategy, ProgressFn};
 
 use crate::{
-    Device, EncoderTimes, Error, LoadFormat, ModelFiles, Pictures, Quantization, Ranks, Result, SparkEngine,
-    Started,
+    Device, EncoderTimes, Error, LoadFormat, ModelFiles, NativeFp4, Pictures, PrefillActivations,
+    Quantization, Ranks, Result, SparkEngine, Started,
     encoder::EncodePictures,
     generation_defaults,
     start::{Reopen, Settings},
@@ -64,6 +66,15 @@ impl EngineBuilder {
         self
     }
 
+    /// Where the files of the model are.
+    ///
+    /// # Errors
+    /// There is no such model, or its files contradict each other.
+    pub fn model_folder(&self) -> Result<PathBuf> {
+        let files = ModelFiles::open(&self.model, self.revision.clone())?;
+        Ok(files.checkpoint.dir().to_owned())
+    }
+
     /// Compute dtype; by default the checkpoint's, with half precision computed in bfloat16.
     pub fn dtype(mut self, dtype: Dtype) -> Self {
         self.settings.dtype = Some(dtype);
@@ -94,6 +105,12 @@ impl EngineBuilder {
         self
     }
 
+    /// Counts the distinct experts of decode steps while `tally` is on; such steps are slower on a GPU. No effect in a group of ranks.
+    pub fn expert_tally(mut self, tally: ExpertTally) -> Self {
+        self.settings.expert_tally = Some(tally);
+        self
+    }
+
     /// Format of dummy weights; by default what the configuration says.
     pub fn quantization(mut self, quantization: Quantization) -> Self {
         self.quantization = Some(quantization);
@@ -109,6 +126,24 @@ impl EngineBuilder {
     /// How files are read.
     pub fn load_strategy(mut self, strategy: LoadStrategy) -> Self {
         self.settings.load_strategy = strategy;
+        self
+    }
+
+    /// How the output head is kept; by default as the checkpoint has it.
+    pub fn lm_head_dtype(mut self, dtype: HeadDtype) -> Self {
+        self.settings.lm_head_dtype = dtype;
+        self
+    }
+
+    /// What activations are in products of many rows with NVFP4 weights; bfloat16 unless said.
+    pub fn native_fp4(mut self, native_fp4: NativeFp4) -> Self {
+        self.settings.native_fp4 = native_fp4;
+        self
+    }
+
+    /// What activations are in products of many rows with 4-bit integer weights; bfloat16 unless said.
+    pub fn prefill_activations(mut self, activations: PrefillActivations) -> Self {
+        self.settings.prefill_activations = activations;
         self
     }
 
@@ -194,9 +229,14 @@ impl EngineBuilder {
         let dir = self.tokenizer.clone().unwrap_or_else(|| files.checkpoint.dir().to_owned());
         let tokenizer = Arc::new(Tokenizer::from_dir(&dir)?);
         let template = self.open_template(&dir, &tokenizer)?;
-        let processor = match files.config.vision {
-            Some(ref vision) => Some(self.open_processor(&dir, vision)?),
-            None => None,
+        let (processor, videos) = match files.config.vision {
+            Some(ref vision) => {
+                let processor = self.open_processor(&dir, vision)?;
+                let config = VideoProcessorConfig::from_folder(&dir, processor.config())?;
+                let videos = VideoProcessor::new(config, processor.config(), hash_key()?);
+                (Some(processor), Some(Arc::new(videos)))
+            }
+            None => (None, None),
         };
         let mut options = Options::new(&self.model);
         if self.use_generation_config {
@@ -214,6 +254,10 @@ impl EngineBuilder {
         let handle = self.settings.start(files, tokenizer.vocab_size(), self.reopen())?.engine;
         let front_end =
             FrontEnd::new(Arc::new(handle.clone()), tokenizer.clone(), template, processor, options);
+        let front_end = match videos {
+            Some(videos) => front_end.with_videos(videos),
+            None => front_end,
+        };
         Ok(SparkEngine::new(handle, Arc::new(front_end), tokenizer))
     }
 
@@ -301,11 +345,8 @@ impl EngineBuilder {
     }
 
     fn open_processor(&mut self, dir: &Path, vision: &VisionConfig) -> Result<Arc<ImageProcessor>> {
-        let mut hash_key = [0; 32];
-        getrandom::fill(&mut hash_key)
-            .map_err(|e| Error::option("random numbers", format!("the system gave none: {e}")))?;
         let decode = DecodeOptions::new(Alpha::OverWhite);
-        let processor = ImageProcessor::from_folder(dir, &self.processor, decode, hash_key)?;
+        let processor = ImageProcessor::from_folder(dir, &self.processor, decode, hash_key()?)?;
         let config = processor.config();
         for (name, ours, models) in [
             ("patch_size", config.patch_size, vision.patch_size),
@@ -321,4 +362,12 @@ impl EngineBuilder {
         self.settings.options.image_mean_std = (processor.config().image_mean, processor.config().image_std);
         Ok(Arc::new(processor))
     }
+}
+
+/// A key for hashes that nobody outside can guess.
+fn hash_key() -> Result<[u8; 32]> {
+    let mut key = [0; 32];
+    getrandom::fill(&mut key)
+        .map_err(|e| Error::option("random numbers", format!("the system gave none: {e}")))?;
+    Ok(key)
 }

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::FileExt,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// Bytes that are read at the beginning, in the middle and at the end of a large file.
@@ -19,22 +19,54 @@ const SMALL: u64 = 4 << 20;
 /// # Errors
 /// A file cannot be read.
 pub fn model(folder: &Path) -> io::Result<[u8; 32]> {
+    let mut hasher = blake3::Hasher::new();
+    for (name, path, len) in list(folder)? {
+        hasher.update(&(name.len() as u64).to_le_bytes());
+        hasher.update(name.as_bytes());
+        hasher.update(&len.to_le_bytes());
+        add_contents(&mut hasher, &path, len)?;
+    }
+    Ok(hasher.finalize().into())
+}
+
+/// A file of a checkpoint, and what tells it from another one of the same name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileMark {
+    /// Its name in the folder.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Hash of its contents, or of samples if it is large.
+    pub hash: [u8; 32],
+}
+
+/// The files that [`model`] looks at, by name.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn files(folder: &Path) -> io::Result<Vec<FileMark>> {
+    let mark = |(name, path, bytes): (String, PathBuf, u64)| {
+        let mut hasher = blake3::Hasher::new();
+        add_contents(&mut hasher, &path, bytes)?;
+        Ok(FileMark { name, bytes, hash: hasher.finalize().into() })
+    };
+    list(folder)?.into_iter().map(mark).collect()
+}
+
+/// Name, path and size of each file that is not hidden.
+fn list(folder: &Path) -> io::Result<Vec<(String, PathBuf, u64)>> {
     let mut paths = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
     paths.sort();
-    let mut hasher = blake3::Hasher::new();
+    let mut files = Vec::new();
     for path in paths {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         // The target's: checkpoints of the hub's cache are links.
         let metadata = fs::metadata(&path)?;
-        if name.starts_with('.') || !metadata.is_file() {
-            continue;
+        if !name.starts_with('.') && metadata.is_file() {
+            files.push((name, path, metadata.len()));
         }
-        hasher.update(&(name.len() as u64).to_le_bytes());
-        hasher.update(name.as_bytes());
-        hasher.update(&metadata.len().to_le_bytes());
-        add_contents(&mut hasher, &path, metadata.len())?;
     }
-    Ok(hasher.finalize().into())
+    Ok(files)
 }
 
 fn add_contents(hasher: &mut blake3::Hasher, path: &Path, len: u64) -> io::Result<()> {

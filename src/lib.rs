@@ -55,13 +55,17 @@ pub use error::{Error, Result};
 pub use facade::{SparkEngine, image_data_url};
 pub use model_files::{DTYPES, ModelFiles, Quantization, generation_defaults};
 pub use ranks::{OnJoined, Ranks, Role, StartRanks};
-pub use start::{Device, LoadFormat, StartTimes, Started};
+pub use start::{Device, LoadFormat, NativeFp4, PrefillActivations, StartTimes, Started};
 
 pub use spark_api as api;
-pub use spark_backend::{Dtype, Memory, Rank};
+pub use spark_backend::{Dtype, ExpertTally, Memory, Rank};
 pub use spark_comm as comm;
 pub use spark_cuda::Profile;
-pub use spark_runtime::{EngineHandle, EngineOptions, Failure, KvCacheDtype, MemoryPlan, MemoryUse, Policy};
+pub use spark_models::HeadDtype;
+pub use spark_runtime::{
+    EngineHandle, EngineOptions, Failure, FailureHook, FailureReport, KvCacheDtype, MemoryPlan, MemoryUse,
+    Policy, SequenceRecord, StepRecord,
+};
 pub use spark_server as server;
 pub use spark_server::{ApiError, Generation};
 pub use spark_text::Tokenizer;

@@ -6,10 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use spark_backend::{Backend, Dtype, Memory, Rank};
+use spark_backend::{Backend, Dtype, ExpertTally, Memory, Rank};
 use spark_cpu::CpuBackend;
-use spark_cuda::{CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, Profile};
-use spark_models::Qwen3Vl;
+use spark_cuda::{Arch, CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, Profile};
+use spark_models::{Head, HeadDtype, Qwen3Vl};
 use spark_runtime::{EngineHandle, EngineOptions, LeaderGroup, MemoryPlan, MemoryUse, Rebuild, Running};
 use spark_weights::{LoadOptions, LoadStrategy, Params, ProgressFn};
 
@@ -39,6 +39,28 @@ pub enum LoadFormat {
     Auto,
     /// Random weights of the right shapes and schemes: for measuring speed, not for answers.
     Dummy,
+}
+
+/// What activations are in products of many rows with NVFP4 weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NativeFp4 {
+    /// As everywhere else: bfloat16.
+    #[default]
+    Off,
+    /// NVFP4 where a GPU has the instructions and passes a test of them at the start.
+    Auto,
+    /// On the CPU, rounded to NVFP4 in every product, as such a GPU has them in those of many rows: to measure the error.
+    Emulated,
+}
+
+/// What the decoder's activations are in products of many rows, so mostly of prompts, with 4-bit integer weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PrefillActivations {
+    /// bfloat16, as everywhere.
+    #[default]
+    Bf16,
+    /// FP8 (E4M3) with a scale for each row, on a GPU: faster where tensor cores have instructions for it (GB10), less exact.
+    Fp8,
 }
 
 /// A running engine of token ids, and how it started.
@@ -76,8 +98,12 @@ pub(crate) struct Settings {
     pub(crate) kernel_dir: Option<PathBuf>,
     pub(crate) enforce_eager: bool,
     pub(crate) profile: Option<Profile>,
+    pub(crate) expert_tally: Option<ExpertTally>,
     pub(crate) load_format: LoadFormat,
     pub(crate) load_strategy: LoadStrategy,
+    pub(crate) lm_head_dtype: HeadDtype,
+    pub(crate) prefill_activations: PrefillActivations,
+    pub(crate) native_fp4: NativeFp4,
     pub(crate) weight_cache: Option<PathBuf>,
     pub(crate) threads: Option<usize>,
     pub(crate) options: EngineOptions,
@@ -103,8 +129,12 @@ impl Default for Settings {
             kernel_dir: None,
             enforce_eager: false,
             profile: None,
+            expert_tally: None,
             load_format: LoadFormat::Auto,
             load_strategy: LoadStrategy::default(),
+            lm_head_dtype: HeadDtype::default(),
+            prefill_activations: PrefillActivations::default(),
+            native_fp4: NativeFp4::default(),
             weight_cache: None,
             threads: None,
             options: EngineOptions::default(),
@@ -196,7 +226,8 @@ impl Settings {
             ..self.options.clone()
         };
         let (load_format, seed, eager) = (self.load_format, self.seed, self.enforce_eager);
-        let settings = format!("{device} {dtype:?} {load_format:?} {seed} {eager} {options:?}");
+        let formats = (self.lm_head_dtype, self.prefill_activations);
+        let settings = format!("{device} {dtype:?} {formats:?} {load_format:?} {seed} {eager} {options:?}");
         ranks.gather(joining.model, &settings, joining.timeout).map(Some)
     }
 
@@ -224,11 +255,24 @@ impl Settings {
         let name = gpu.properties().name.clone();
         let kernels = KernelOptions { kernel_dir: self.kernel_dir.clone(), ..KernelOptions::default() };
         let (enforce_eager, profile) = (self.enforce_eager, self.profile.clone());
+        if self.native_fp4 == NativeFp4::Emulated {
+            tracing::warn!("no effect: --native-fp4 emulate: it is for --device cpu");
+        }
+        let fp8_activations = self.prefill_activations == PrefillActivations::Fp8;
+        if fp8_activations && gpu.arch() == Arch::Sm90 {
+            tracing::warn!(
+                "--prefill-activations fp8 costs speed on {name}: its tensor cores have no FP8 instructions of the kind that this \
+                 engine uses, and the compiler puts others in their place"
+            );
+        }
         let options = CudaOptions {
             ordinal: self.ordinal(),
+            fp8_activations,
+            native_fp4: self.native_fp4 == NativeFp4::Auto,
             kernels,
             enforce_eager,
             profile,
+            expert_tally: self.tally_alone(),
             group,
             ..CudaOptions::default()
         };
@@ -242,18 +286,32 @@ impl Settings {
         if self.enforce_eager {
             tracing::warn!("no effect: --enforce-eager: there are no graphs on the CPU");
         }
+        if self.native_fp4 == NativeFp4::Auto {
+            tracing::warn!("no effect: --native-fp4 auto: the CPU has no FP4 products");
+        }
+        if self.prefill_activations == PrefillActivations::Fp8 {
+            tracing::warn!("no effect: --prefill-activations fp8: activations are quantised on a GPU only");
+        }
         if self.profile.is_some() {
             tracing::warn!("no effect: --profile: operations are timed on a GPU only");
         }
         let share = self.ranks.as_ref().map(|ranks| ranks.share_of(num_cores()));
         let threads = self.threads.or(share);
         let mut team = self.gather("CPU", dtype, joining)?;
-        let mut backend = CpuBackend::new(dtype, threads)?;
+        let mut backend = CpuBackend::new(dtype, threads)?.with_expert_tally(self.tally_alone());
+        if self.native_fp4 == NativeFp4::Emulated {
+            backend = backend.with_nvfp4_activations();
+        }
         if let Some(team) = &mut team {
             backend = backend.with_group(team.collective()?);
         }
         let device = format!("CPU, {} threads", threads.unwrap_or_else(num_cores));
         user.run(self, backend, Place { device, team })
+    }
+
+    /// What counts experts: ranks of a group take no part, because all of them would have to run the same steps in the same way.
+    fn tally_alone(&self) -> ExpertTally {
+        self.expert_tally.clone().filter(|_| self.ranks.is_none()).unwrap_or_default()
     }
 
     /// The GPU that this process takes, of those that it sees (CUDA_VISIBLE_DEVICES).
@@ -270,7 +328,8 @@ impl Settings {
         let before = self.share_of_memory(backend.memory()?);
         let mut params = self.params(&files, before, backend.rank())?;
         let mean_std = self.options.image_mean_std;
-        let model = Qwen3Vl::load(files.config, files.has_lm_head, mean_std, &mut params, backend)?;
+        let head = Head { is_own: files.has_lm_head, dtype: self.lm_head_dtype };
+        let model = Qwen3Vl::load(files.config, head, mean_std, &mut params, backend)?;
         params.finish()?;
         let memory = MemoryUse { before, now: self.share_of_memory(backend.memory()?) };
         let activation_bytes = |spec: &_| backend.activation_bytes(spec);

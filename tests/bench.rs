@@ -44,6 +44,13 @@ fn latency_has_the_fields_of_vllm() {
     assert!(number(&results["num_steps"]) >= 5.0, "{results}");
     let times = [number(&results["median_ttft_ms"]), number(&results["median_tpot_ms"])];
     assert!(times.iter().all(|time| *time > 0.0) && times[0] <= 1e3 * mean * 4.0, "{results}");
+    // Two of a row's, and no more than there are.
+    let experts = number(&results["distinct_experts"]);
+    assert!((2.0..=6.0).contains(&experts), "{results}");
+    assert!(
+        text.contains(&format!("Distinct experts of a layer in a decode step: {experts:.1}\n")),
+        "{text}"
+    );
     let engine = &results["engine"];
     assert_eq!(
         (engine["model"].as_str(), engine["kv_cache_dtype"].as_str()),
@@ -82,6 +89,12 @@ fn a_table_has_a_row_for_each_size() {
             assert_eq!(test["samples_ts"].as_array().unwrap().len(), 2, "{test}");
             assert!(number(&test["avg_ts"]) > 0.0, "{test}");
         }
+        // A single row has the experts that it chooses; a prefill has no decode step.
+        assert_eq!(number(&tests[2]["distinct_experts"]), 2.0, "{tests:?}");
+        assert!(
+            number(&tests[3]["distinct_experts"]) > 2.0 && tests[0]["distinct_experts"].is_null(),
+            "{tests:?}"
+        );
         let decode = &tests[3];
         assert_eq!(
             (&decode["n_gen"], &decode["n_depth"], &decode["n_batch"]),

@@ -2,13 +2,12 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
-use spark_engine::{EngineBuilder, ImageProcessorOverrides, LoadFormat, LoadStrategy, SparkEngine};
+use spark_engine::{EngineBuilder, FailureHook, LoadFormat, LoadStrategy, SparkEngine, server::Observers};
 
 use super::{
-    compat::CompatArgs, device::DeviceArgs, model_name::ModelName, parsers::ParserArgs, progress,
-    ranks::RankArgs, sizes::SizeArgs,
+    compat::CompatArgs, device::DeviceArgs, head::HeadArgs, media::MediaArgs, model_name::ModelName,
+    parsers::ParserArgs, progress, ranks::RankArgs, sizes::SizeArgs,
 };
 
 /// Which model and how to run it.
@@ -57,6 +56,18 @@ pub(crate) struct ModelArgs {
 struct Serving {
     max_num_queued_tokens: usize,
     log_requests: bool,
+    watchers: Watchers,
+}
+
+/// Who is told what happens in a server, and what it says of itself.
+#[derive(Default)]
+pub(crate) struct Watchers {
+    /// Of requests that have ended.
+    pub(crate) observers: Observers,
+    /// Of failures of the engine.
+    pub(crate) on_failure: FailureHook,
+    /// What it was told, without secrets.
+    pub(crate) settings: serde_json::Value,
 }
 
 #[derive(Args)]
@@ -70,29 +81,11 @@ struct LoadingArgs {
     /// Read files with large direct reads (`eager`) or map them (`lazy`).
     #[arg(long, value_enum, default_value = "eager")]
     safetensors_load_strategy: StrategyArg,
+    #[command(flatten)]
+    head: HeadArgs,
     /// Keep what each rank holds in this folder, ready for its next start; it is made anew when the checkpoint changes.
     #[arg(long, value_name = "FOLDER")]
     weight_cache: Option<PathBuf>,
-}
-
-#[derive(Args)]
-#[command(next_help_heading = "Images")]
-struct MediaArgs {
-    /// Encoder cache in image tokens; also the largest image.
-    #[arg(long, default_value_t = 16_384, value_name = "TOKENS")]
-    encoder_cache_tokens: usize,
-    /// Most image tokens encoded in a step.
-    #[arg(long, default_value_t = 16_384, value_name = "TOKENS")]
-    max_encoder_tokens_per_step: usize,
-    /// Image processor settings as JSON, for example '{"max_pixels": 1048576}'.
-    #[arg(long, value_name = "JSON")]
-    mm_processor_kwargs: Option<String>,
-    /// Most images in a prompt: a number, or JSON such as '{"image": 4}'.
-    #[arg(long, default_value = "64", value_name = "LIMIT")]
-    limit_mm_per_prompt: String,
-    /// Host cache of processed images, in GiB.
-    #[arg(long, default_value_t = 4.0, value_name = "GIB")]
-    mm_processor_cache_gb: f64,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -122,9 +115,10 @@ impl ModelArgs {
     }
 
     /// The same for a server.
-    pub(crate) fn for_server(mut self, max_num_queued_tokens: usize) -> Self {
+    pub(crate) fn for_server(mut self, max_num_queued_tokens: usize, watchers: Watchers) -> Self {
         let log_requests = !self.compat.disable_log_requests;
-        self.serving = Some(Serving { max_num_queued_tokens, log_requests });
+        self.sizes.with_queue_limit();
+        self.serving = Some(Serving { max_num_queued_tokens, log_requests, watchers });
         self
     }
 
@@ -150,12 +144,10 @@ impl ModelArgs {
             true => model.served_name.into_iter().collect(),
             false => self.served_model_name,
         };
-        let max_images = parse_media_limit(&self.media.limit_mm_per_prompt)?;
-        let overrides = match &self.media.mm_processor_kwargs {
-            Some(json) => serde_json::from_str(json).context("--mm-processor-kwargs")?,
-            None => ImageProcessorOverrides::default(),
-        };
-        let cache_bytes = (self.media.mm_processor_cache_gb.max(0.0) * f64::from(1 << 30)) as usize;
+        let media = self.media.read()?;
+        let (overrides, media_sizes) = (media.overrides.clone(), media.sizes);
+        let on_failure =
+            self.serving.as_ref().map(|serving| serving.watchers.on_failure.clone()).unwrap_or_default();
         let bar = progress::ByteBar::new("loading");
         let mut builder = EngineBuilder::new(model.model)
             .load_format(match self.loading.load_format {
@@ -171,18 +163,19 @@ impl ModelArgs {
             .image_processor(overrides)
             .seed(self.seed)
             .front_end(move |options| {
-                options.mm_processor_cache_bytes = cache_bytes;
+                media.apply(options);
                 self.parsers.apply(options);
-                if let Some(Serving { max_num_queued_tokens, log_requests }) = self.serving {
+                if let Some(Serving { max_num_queued_tokens, log_requests, watchers }) = self.serving {
                     (options.max_num_queued_tokens, options.log_requests) =
                         (max_num_queued_tokens, log_requests);
+                    (options.observers, options.settings) = (watchers.observers, watchers.settings);
                 }
             })
             .on_progress(Arc::new({
                 let bar = bar.clone();
                 move |progress| bar.update(progress.bytes_read, progress.bytes_total)
             }));
-        builder = self.device.apply(builder);
+        builder = self.loading.head.apply(self.device.apply(builder));
         if let Some(folder) = self.loading.weight_cache {
             builder = builder.weight_cache(folder);
         }
@@ -195,42 +188,12 @@ impl ModelArgs {
         if let Some(path) = self.chat_template {
             builder = builder.chat_template(path);
         }
-        let (sizes, media) = (self.sizes, self.media);
+        let sizes = self.sizes;
         builder = builder.engine(|options| {
             sizes.apply(options);
-            options.encoder_cache_tokens = media.encoder_cache_tokens;
-            options.max_encoder_tokens_per_step = media.max_encoder_tokens_per_step;
-            options.limit_mm_per_prompt = max_images;
+            media_sizes.apply(options);
+            options.on_failure = on_failure;
         });
         Ok((builder, self.ranks, bar))
-    }
-}
-
-/// A number, or vLLM's `{"image": N}` (also as `image=N`).
-fn parse_media_limit(text: &str) -> anyhow::Result<usize> {
-    if let Ok(limit) = text.parse() {
-        return Ok(limit);
-    }
-    if let Some(limit) = text.strip_prefix("image=").and_then(|n| n.parse().ok()) {
-        return Ok(limit);
-    }
-    let value: serde_json::Value = serde_json::from_str(text).context("--limit-mm-per-prompt")?;
-    let limit = value.get("image").and_then(serde_json::Value::as_u64);
-    limit
-        .map(|n| n as usize)
-        .with_context(|| format!("--limit-mm-per-prompt {text}: expected a number or {{\"image\": N}}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn media_limits_come_in_three_spellings() {
-        assert_eq!(parse_media_limit("4").unwrap(), 4);
-        assert_eq!(parse_media_limit("image=2").unwrap(), 2);
-        assert_eq!(parse_media_limit(r#"{"image": 7, "video": 0}"#).unwrap(), 7);
-        assert!(parse_media_limit(r#"{"video": 1}"#).is_err());
-        assert!(parse_media_limit("many").is_err());
     }
 }

@@ -2,12 +2,16 @@
 
 use std::io::Write;
 
+use anyhow::bail;
 use clap::Args;
 use serde_json::{Value, json};
-use spark_engine::{Dtype, EngineOptions, KvCacheDtype, Memory, MemoryPlan, MemoryUse, ModelFiles, Rank};
+use spark_engine::{
+    Dtype, EngineOptions, HeadDtype, KvCacheDtype, Memory, MemoryPlan, MemoryUse, ModelFiles, Rank,
+};
 use spark_models::ModelConfig;
+use spark_weights::Summary;
 
-use super::model_name::ModelName;
+use super::{head::HeadArgs, model_name::ModelName};
 
 /// Show architecture, quantisation and sizes.
 #[derive(Args)]
@@ -21,6 +25,8 @@ pub(crate) struct InspectArgs {
     /// Ranks to divide it over.
     #[arg(long, visible_alias = "tp", default_value_t = 1, value_name = "N")]
     tensor_parallel_size: usize,
+    #[command(flatten)]
+    head: HeadArgs,
     /// One JSON object instead of text.
     #[arg(long)]
     json: bool,
@@ -28,7 +34,7 @@ pub(crate) struct InspectArgs {
 
 pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
     let files = ModelFiles::open(&args.model.choose()?.model, args.revision)?;
-    let report = report(&files, args.tensor_parallel_size)?;
+    let report = report(&files, args.tensor_parallel_size, args.head.dtype())?;
     let mut stdout = std::io::stdout().lock();
     if args.json {
         writeln!(stdout, "{report:#}")?;
@@ -38,15 +44,16 @@ pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn report(files: &ModelFiles, world: usize) -> anyhow::Result<Value> {
+fn report(files: &ModelFiles, world: usize, head: HeadDtype) -> anyhow::Result<Value> {
     let (config, text) = (&files.config, &files.config.text);
     config.check_ranks(world)?;
     let summary = files.checkpoint.summary(&files.specs, world)?;
+    let head_bytes = HeadBytes::new(files, &summary, head)?;
     let ranks =
         (0..world).map_while(|index| Rank::new(index, world)).zip(&summary.ranks).map(|(rank, held)| {
             json!({
-                "tensors": held.tensors, "bytes_read": held.bytes_read, "bytes_held": held.bytes_held,
-                "kv_bytes_per_token": kv_bytes(config, rank),
+                "tensors": held.tensors, "bytes_read": held.bytes_read,
+                "bytes_held": head_bytes.held(held.bytes_held, rank), "kv_bytes_per_token": kv_bytes(config, rank),
             })
         });
     let ranks: Vec<Value> = ranks.collect();
@@ -75,11 +82,50 @@ fn report(files: &ModelFiles, world: usize) -> anyhow::Result<Value> {
         "vision": vision,
         "eos_token_ids": config.eos_token_ids,
         "lm_head": if files.has_lm_head { "own tensor" } else { "the embeddings" },
+        "lm_head_dtype": format!("{head:?}").to_lowercase(),
         "weights": weights,
         "kv_bytes_per_token": kv_bytes(config, Rank::SINGLE),
         "tensor_parallel_size": world,
         "ranks": ranks,
     }))
+}
+
+/// What an output head that is made FP8 while it is loaded takes in place of the checkpoint's.
+struct HeadBytes {
+    vocab: usize,
+    /// Bytes of a row that are not kept: of an own head.
+    before: u64,
+    /// Bytes of a row that are added.
+    after: u64,
+}
+
+impl HeadBytes {
+    fn new(files: &ModelFiles, summary: &Summary, dtype: HeadDtype) -> anyhow::Result<Self> {
+        let (vocab, k) = (files.config.text.vocab_size, files.config.text.hidden_size as u64);
+        let name = if files.has_lm_head { "lm_head" } else { "embedding" };
+        let head = summary.parts.iter().find(|part| part.part == name);
+        let schemes: Vec<&str> =
+            head.iter().flat_map(|part| part.schemes.keys().map(String::as_str)).collect();
+        let is_dense = schemes.iter().all(|scheme| ["bf16", "f16", "f32"].contains(scheme));
+        if dtype != HeadDtype::Auto && !is_dense {
+            bail!(
+                "--lm-head-dtype: the head is stored as {} in the checkpoint; leave the flag out",
+                schemes.join(", ")
+            );
+        }
+        if dtype != HeadDtype::Fp8 {
+            return Ok(Self { vocab, before: 0, after: 0 });
+        }
+        let stored = head.map_or(0, |part| part.bytes / vocab.max(1) as u64);
+        // A scale of four bytes for each 128 inputs.
+        Ok(Self { vocab, before: if files.has_lm_head { stored } else { 0 }, after: k + 4 * k.div_ceil(128) })
+    }
+
+    /// Bytes of all weights of `rank`, which are `held` as the checkpoint has them.
+    fn held(&self, held: u64, rank: Rank) -> u64 {
+        let rows = rank.range(self.vocab).len() as u64;
+        (held + rows * self.after).saturating_sub(rows * self.before)
+    }
 }
 
 /// Bytes of KV cache that a token takes on `rank`, by dtype of the cache.
@@ -119,7 +165,8 @@ fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {
         let (depth, hidden, deepstack) = (&vision["depth"], &vision["hidden_size"], &vision["deepstack"]);
         writeln!(out, "vision        {depth} blocks, hidden {hidden}, {deepstack} deepstack levels")?;
     }
-    writeln!(out, "output head   {}", plain(&report["lm_head"]))?;
+    let kept = if report["lm_head_dtype"] == "fp8" { ", kept as FP8" } else { "" };
+    writeln!(out, "output head   {}{kept}", plain(&report["lm_head"]))?;
     let weights = &report["weights"];
     writeln!(out, "parameters    {}", grouped(&weights["parameters"]))?;
     writeln!(out, "\n{:<12} {:<24} {:>8} {:>16}", "part", "scheme", "tensors", "bytes")?;

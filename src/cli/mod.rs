@@ -1,19 +1,27 @@
 //! The commands of the program and what they share.
 
+mod agent;
 mod args;
 mod batch;
 mod batch_file;
 mod bench;
 mod compat;
 mod config_file;
+mod crash;
+mod decode_video;
 mod device;
 mod doctor;
+mod effective;
 mod eval;
 mod generate;
+mod head;
 mod inspect;
 mod kernels;
+mod log_tail;
+mod media;
 mod model_name;
 mod notify;
+mod otlp;
 mod parsers;
 mod plan;
 mod probe;
@@ -21,13 +29,16 @@ mod progress;
 mod pull;
 mod quantize;
 mod ranks;
+mod redact;
 mod serve;
 mod sizes;
 mod ssh;
+mod support;
+mod top;
 
 use std::io::{IsTerminal, Write};
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 /// Exit code after Ctrl-C, as shells give it: 128 + SIGINT.
@@ -53,10 +64,16 @@ pub(crate) struct Cli {
     /// Messages as JSON lines.
     #[arg(long, global = true)]
     log_json: bool,
+    /// What the command was told, and where from.
+    #[arg(skip)]
+    settings: serde_json::Value,
 }
 
 #[derive(Subcommand)]
 enum Command {
+    /// Work for another machine of `--nodes`; this program starts it over ssh.
+    #[command(hide = true)]
+    Agent(agent::AgentArgs),
     /// Serve an OpenAI-compatible HTTP API.
     Serve(serve::ServeArgs),
     /// Answer one prompt on the terminal.
@@ -65,6 +82,9 @@ enum Command {
     Batch(batch::BatchArgs),
     /// Measure speed: latency, throughput, a table of sizes, or the kernels alone.
     Bench(bench::BenchArgs),
+    /// Become ffmpeg, in a sandbox; the server starts this for itself.
+    #[command(hide = true)]
+    DecodeVideo(decode_video::DecodeVideoArgs),
     /// Look for what would slow the engine down or stop it, on one machine or several.
     Doctor(doctor::DoctorArgs),
     /// Measure how many held-out samples a model answers right.
@@ -81,6 +101,10 @@ enum Command {
     Pull(pull::PullArgs),
     /// Write a 4-bit or 8-bit version of a checkpoint.
     Quantize(quantize::QuantizeArgs),
+    /// Collect what somebody needs to know to help: checks, settings, metrics, logs, reports of crashes; without secrets.
+    SupportBundle(support::SupportArgs),
+    /// Watch a running server in the terminal.
+    Top(top::TopArgs),
 }
 
 impl Cli {
@@ -94,7 +118,11 @@ impl Cli {
             // What clap itself ends with.
             std::process::exit(2)
         });
-        Self::parse_from(args)
+        let command = Self::command();
+        let matches = command.clone().get_matches_from(args);
+        let mut cli = Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        cli.settings = effective::settings(&command, &matches);
+        cli
     }
 
     /// Sends messages to stderr; stdout is for results.
@@ -102,7 +130,7 @@ impl Cli {
         let filter = EnvFilter::try_new(&self.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(std::io::stderr)
+            .with_writer(log_tail::TeeStderr)
             // Otherwise the complaint about a reader that is gone goes to the same place, and panics there.
             .log_internal_errors(false)
             // Colours are for people; a file or a journal gets plain text.
@@ -119,11 +147,16 @@ impl Cli {
         if let Some(ranks) = self.command.ranks() {
             ranks.prepare()?;
         }
+        if let Command::Agent(args) = &self.command {
+            args.prepare();
+        }
         match self.command {
-            Command::Serve(args) => serve::run(args),
+            Command::Agent(args) => agent::run(&args),
+            Command::Serve(args) => serve::run(args, self.settings),
             Command::Generate(args) => generate::run(args),
             Command::Batch(args) => batch::run(args),
             Command::Bench(args) => bench::run(args),
+            Command::DecodeVideo(args) => decode_video::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Eval(args) => eval::run(args),
             Command::Inspect(args) => inspect::run(args),
@@ -132,6 +165,8 @@ impl Cli {
             Command::Probe(args) => probe::run(&args),
             Command::Pull(args) => pull::run(args),
             Command::Quantize(args) => quantize::run(&args),
+            Command::SupportBundle(args) => support::run(&args),
+            Command::Top(args) => top::run(&args),
         }
     }
 }

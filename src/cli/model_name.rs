@@ -8,6 +8,9 @@ use spark_engine::{DEMO_MODEL, find_demo_model};
 /// Names the model of commands that got none. Not a default of the flag: an argument counts more.
 const VARIABLE: &str = "SPARK_MODEL";
 
+/// The folder of the model for a rank on another machine, where rank 0 knows that it is another one than the command line names.
+pub(crate) const OF_RANK: &str = "SPARK_RANK_MODEL";
+
 /// The name of a model, in its two spellings.
 #[derive(Args, Default)]
 pub(crate) struct ModelName {
@@ -32,6 +35,9 @@ pub(crate) struct ChosenModel {
 impl ModelName {
     /// The model to open. Says which one if the command line does not.
     pub(crate) fn choose(self) -> anyhow::Result<ChosenModel> {
+        if let Some(model) = std::env::var(OF_RANK).ok().filter(|model| !model.is_empty()) {
+            return Ok(ChosenModel { model, served_name: None });
+        }
         if let Some(model) = self.given()? {
             return Ok(ChosenModel { model, served_name: None });
         }

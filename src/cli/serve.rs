@@ -1,18 +1,26 @@
 //! `spark-engine serve`: the HTTP server, its signals and its end.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use clap::Args;
-use spark_engine::{Failure, SparkEngine, server};
+use serde_json::Value;
+use spark_engine::{Failure, FailureHook, SparkEngine, server};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
 
 use super::{
-    args::ModelArgs,
-    notify,
+    args::{ModelArgs, Watchers},
+    crash::{self, CrashReporter},
+    log_tail, notify,
+    otlp::Traces,
     ranks::{DEVICE_FAILED, PEER_LOST, RankArgs},
 };
 
@@ -86,6 +94,16 @@ pub(crate) struct ServeArgs {
     /// After SIGTERM: how long running requests may take to finish, in seconds.
     #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
     shutdown_timeout: u64,
+    /// Send a span for each request to this collector of OpenTelemetry (OTLP over HTTP, http://HOST:4318).
+    #[arg(long, help_heading = "Server", value_name = "URL")]
+    otlp_traces_endpoint: Option<String>,
+    /// Where a folder is written when the engine fails: its last steps and requests (without what they say), log, memory. By
+    /// default below $STATE_DIRECTORY or ~/.local/state/spark-engine; `none` writes none.
+    #[arg(long, help_heading = "Server", env = "SPARK_CRASH_DIR", value_name = "FOLDER")]
+    crash_dir: Option<PathBuf>,
+    /// Open the page in a browser when the server is ready.
+    #[arg(long, help_heading = "Server")]
+    open: bool,
 }
 
 impl ServeArgs {
@@ -94,22 +112,19 @@ impl ServeArgs {
     }
 }
 
-pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: ServeArgs, settings: Value) -> anyhow::Result<()> {
+    log_tail::keep_panics();
+    let crashes = args.crash_reporter(&settings);
     if args.model.ranks.is_follower()? {
-        return args.model.follow();
+        return args.model.follow().inspect_err(|error| {
+            if let Some(crashes) = crashes {
+                crashes.rank_failed(&format!("{error:#}"));
+            }
+        });
     }
     let options = args.options()?;
-    let ServeArgs {
-        model,
-        host,
-        port,
-        api_key,
-        admin_api_key,
-        max_body_bytes,
-        max_num_queued_tokens,
-        shutdown_timeout,
-        ..
-    } = args;
+    let traces = args.otlp_traces_endpoint.as_deref().map(Traces::to).transpose()?.map(Arc::new);
+    let ServeArgs { model, host, port, api_key, admin_api_key, .. } = args;
     for (flag, keys) in [("--api-key", &api_key), ("--admin-api-key", &admin_api_key)] {
         anyhow::ensure!(!keys.iter().any(String::is_empty), "{flag}: an empty key would let everybody in");
     }
@@ -119,14 +134,15 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
         .block_on(TcpListener::bind((host, port)))
         .with_context(|| format!("--host {host} --port {port}: cannot listen there"))?;
     raise_open_files();
-    let engine = model.for_server(max_num_queued_tokens).build()?;
+    let watchers = watchers(crashes, traces.as_ref(), settings);
+    let engine = model.for_server(args.max_num_queued_tokens, watchers).build()?;
     let address = listener.local_addr()?;
     let scheme = if options.tls.is_some() { "https" } else { "http" };
-    announce(&engine, &format!("{scheme}://{address}"));
+    announce(&engine, scheme, address, args.open);
     let state = server::HttpState {
         front_end: engine.front_end().clone(),
         api_keys: server::ApiKeys::new(api_key).with_admins(admin_api_key),
-        max_body_bytes,
+        max_body_bytes: args.max_body_bytes,
     };
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let shutdown = async move {
@@ -136,14 +152,42 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let serving = server::serve(listener, state, options, shutdown);
     // Dropped before the runtime, which waits for the thread that waits for the engine.
     let stop_at_last = StopOnDrop(engine.clone());
-    let failure = runtime.block_on(serve(engine, serving, stop, Duration::from_secs(shutdown_timeout)))?;
+    let failure =
+        runtime.block_on(serve(engine, serving, stop, Duration::from_secs(args.shutdown_timeout)))?;
     // Threads end, and other ranks with them, before the process does.
     drop(stop_at_last);
     drop(runtime);
+    if let Some(traces) = traces {
+        traces.finish();
+    }
     match failure {
         None => Ok(()),
         Some(Failure::Device(_)) => std::process::exit(DEVICE_FAILED),
         Some(Failure::Group(_) | Failure::Defect(_)) => std::process::exit(PEER_LOST),
+    }
+}
+
+/// Reports of crashes and spans, where they are wanted.
+fn watchers(crashes: Option<Arc<CrashReporter>>, traces: Option<&Arc<Traces>>, settings: Value) -> Watchers {
+    let mut watchers = Watchers { settings, ..Watchers::default() };
+    if let Some(traces) = traces {
+        watchers.observers.add(traces.clone());
+    }
+    if let Some(crashes) = crashes {
+        watchers.observers.add(crashes.clone());
+        watchers.on_failure = FailureHook::new(move |report| crashes.engine_failed(report));
+    }
+    watchers
+}
+
+impl ServeArgs {
+    /// Who writes reports of failures; `None` if nobody should, or could say where.
+    fn crash_reporter(&self, settings: &Value) -> Option<Arc<CrashReporter>> {
+        let folder = match &self.crash_dir {
+            Some(folder) => Some(folder.clone()).filter(|folder| folder.as_os_str() != "none"),
+            None => crash::default_folder(),
+        };
+        Some(CrashReporter::new(folder?, settings.clone()))
     }
 }
 
@@ -207,7 +251,8 @@ fn raise_open_files() {
     }
 }
 
-fn announce(engine: &SparkEngine, url: &str) {
+/// Says that the server is ready, and last where its page is.
+fn announce(engine: &SparkEngine, scheme: &str, address: SocketAddr, open: bool) {
     let info = engine.info();
     tracing::info!(
         "{} ready: up to {} tokens a sequence, KV cache of {} tokens",
@@ -215,7 +260,30 @@ fn announce(engine: &SparkEngine, url: &str) {
         info.limits.max_model_len,
         info.num_kv_tokens
     );
-    tracing::info!("listening on {url} (try: curl {url}/v1/models)");
+    tracing::info!("listening on {scheme}://{address} (try: curl {scheme}://{address}/v1/models)");
+    // An address that means all of them is none to visit.
+    let page = match (address.ip().is_unspecified(), address.is_ipv6()) {
+        (false, _) => format!("{scheme}://{address}/"),
+        (true, false) => format!("{scheme}://127.0.0.1:{}/", address.port()),
+        (true, true) => format!("{scheme}://[::1]:{}/", address.port()),
+    };
+    tracing::info!("to chat, open {page} in a browser");
+    if open {
+        open_browser(&page);
+    }
+}
+
+/// By the desktop's own program, which returns at once or lives as long as the browser.
+fn open_browser(page: &str) {
+    use std::process::{Command, Stdio};
+    let mut command = Command::new("xdg-open");
+    command.arg(page).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    match command.spawn() {
+        Ok(mut child) => {
+            std::thread::spawn(move || child.wait());
+        }
+        Err(error) => tracing::warn!("--open: xdg-open cannot be started: {error}"),
+    }
 }
 
 /// Serves until the first SIGTERM or SIGINT, then drains; a second signal or the deadline ends what is left. A connection

@@ -3,6 +3,9 @@
 use clap::{Args, ValueEnum};
 use spark_engine::{EngineOptions, KvCacheDtype, Policy};
 
+/// Most sequences that wait in a server unless said: as many as it has connections, and more than one request may ask for.
+const SERVER_QUEUE: usize = 4096;
+
 #[derive(Args)]
 #[command(next_help_heading = "Memory and scheduling")]
 pub(crate) struct SizeArgs {
@@ -18,7 +21,7 @@ pub(crate) struct SizeArgs {
     /// Most prefill tokens of one sequence in a step.
     #[arg(long, value_name = "TOKENS")]
     long_prefill_token_threshold: Option<usize>,
-    /// Most requests that may wait; more are answered with 503.
+    /// Most sequences that may wait; a request for more gets a 503. 4096 for a server.
     #[arg(long, value_name = "N")]
     max_num_queued_reqs: Option<usize>,
     /// Share of the device's memory that the engine may use, weights included. Of memory that the whole machine lives in
@@ -97,6 +100,11 @@ impl SizeArgs {
         options.max_num_seqs = self.max_num_seqs.max(num_seqs);
         options.max_model_len = self.max_model_len.or(Some(num_tokens));
         options.enable_prefix_caching = self.enable_prefix_caching;
+    }
+
+    /// For a server, which strangers ask.
+    pub(crate) fn with_queue_limit(&mut self) {
+        self.max_num_queued_reqs.get_or_insert(SERVER_QUEUE);
     }
 
     /// For a command that bounds its requests itself.

@@ -4,6 +4,7 @@ pub(crate) mod chats;
 pub(crate) mod forward;
 pub(crate) mod questions;
 pub(crate) mod server;
+pub(crate) mod taught;
 
 use serde_json::Value;
 use spark_engine::{Dtype, EngineBuilder, EngineOptions};

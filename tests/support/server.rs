@@ -14,7 +14,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use spark_testing::model_dir;
+use spark_testing::{Network, model_dir};
 
 /// How long anything here may take before a test fails: far more than on an idle machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
@@ -23,6 +23,19 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 pub(crate) fn program(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_spark-engine"));
     command.args(arguments).env_remove("SPARK_API_KEY").env_remove("SPARK_LOG").env_remove("SPARK_MODEL");
+    command
+}
+
+/// [`program`] on a node of `network`.
+pub(crate) fn program_in(network: &Network, node: usize, arguments: &[&str]) -> Command {
+    let [ip, words @ ..] = network.enter(node);
+    let plain = program(arguments);
+    let mut command = Command::new(ip);
+    command.args(words).arg(plain.get_program()).args(plain.get_args());
+    // What `program` leaves out.
+    for (name, _) in plain.get_envs().filter(|(_, value)| value.is_none()) {
+        command.env_remove(name);
+    }
     command
 }
 
@@ -75,7 +88,26 @@ impl Server {
     /// [`serve`](Self::serve) with variables in its environment.
     pub(crate) fn serve_with(folder: Option<&Path>, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut command = program(&["serve", "--port", "0"]);
-        command.args(folder).args(arguments).envs(variables.iter().copied()).stderr(Stdio::piped());
+        command.args(folder).args(arguments).envs(variables.iter().copied());
+        Self::launch(command)
+    }
+
+    /// [`serve_with`](Self::serve_with) in the first namespace of `network`.
+    pub(crate) fn serve_in(
+        network: &Network,
+        folder: Option<&Path>,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
+        let host = network.address(0, 0).to_string();
+        let mut command = program_in(network, 0, &["serve", "--port", "0", "--host", &host]);
+        command.args(folder).args(arguments).envs(variables.iter().copied());
+        Self::launch(command)
+    }
+
+    /// Starts a server and waits until it answers.
+    fn launch(mut command: Command) -> Self {
+        command.stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let log = Arc::new(Log::default());
         let (stderr, shared) = (child.stderr.take().expect("stderr is piped"), log.clone());

@@ -9,6 +9,8 @@ use crate::process;
 
 /// The tests of both tasks find the compiler's library here.
 const NVRTC_VARIABLE: &str = "SPARK_NVRTC";
+/// The disassembler, for the test of what was compiled.
+const NVDISASM_VARIABLE: &str = "SPARK_NVDISASM";
 /// The tests on a GPU find compiled kernels here.
 const KERNEL_DIR_VARIABLE: &str = "SPARK_KERNEL_DIR";
 
@@ -17,17 +19,23 @@ const PROGRAMS: [(&str, &str); 2] = [("spark-cuda", "gpu"), ("spark-engine", "gp
 /// Arguments of their runs; measurements go alone, because other tests would share the GPU.
 const RUNS: [&[&str]; 2] = [&["--skip", "measurements", "--nocapture"], &["measurements", "--nocapture"]];
 
-/// Compiles all kernels for all architectures and tests the cache, without a GPU.
+/// Compiles all kernels for all architectures and tests the cache, without a GPU; runs on the CPU what no GPU at hand can.
 ///
 /// # Errors
 /// Names what failed.
 pub(crate) fn check(root: &Path) -> anyhow::Result<()> {
     let nvrtc = nvrtc(root)?;
+    let nvdisasm = in_environment(root, "nvdisasm")?;
     // The whole workspace, as in `ci`: a single package could select other features of a dependency.
     let mut command = cargo(root);
     command.args(["nextest", "run", "--locked", "--workspace", "--ignore-default-filter"]);
-    command.args(["-E", "binary_id(spark-cuda::compile)", "--success-output", "final"]);
-    process::run(command.env(NVRTC_VARIABLE, nvrtc))
+    command.args([
+        "-E",
+        "binary_id(spark-cuda::compile) | binary_id(spark-cuda) & test(emulated)",
+        "--success-output",
+        "final",
+    ]);
+    process::run(command.env(NVRTC_VARIABLE, nvrtc).env(NVDISASM_VARIABLE, nvdisasm))
 }
 
 /// Builds the tests that need a GPU and their kernels for `arch` into one folder, and runs them if this machine has one.
@@ -108,10 +116,15 @@ fn nvrtc(root: &Path) -> anyhow::Result<PathBuf> {
     if let Some(named) = std::env::var_os(NVRTC_VARIABLE) {
         return Ok(named.into());
     }
+    in_environment(root, "libnvrtc.so.13")
+}
+
+/// A file of the pinned Python packages, which are in a folder of their own.
+fn in_environment(root: &Path, name: &str) -> anyhow::Result<PathBuf> {
     let python = process::python(root, "nvrtc", &root.join("crates/cuda/tests/nvrtc.txt"))?;
     let environment = python.parent().and_then(Path::parent).context("a Python lies in bin/")?;
-    find(&environment.join("lib"), "libnvrtc.so.13", 6)
-        .with_context(|| format!("no libnvrtc.so.13 under {}", environment.display()))
+    find(&environment.join("lib"), name, 6)
+        .with_context(|| format!("no {name} under {}", environment.display()))
 }
 
 /// The first file of this name, at most `depth` folders down.

@@ -10,6 +10,8 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
+use crate::{fuzz, process};
+
 /// Tells the tests to run in their full size.
 const VARIABLE: &str = "SPARK_LONG";
 /// Where the numbers go.
@@ -46,7 +48,8 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
         bail!("the long tests have failed ({status}); {RESULTS} is as before");
     }
     let page = format!("{}{tables}", head());
-    std::fs::write(root.join(RESULTS), page).with_context(|| format!("cannot write {RESULTS}"))
+    std::fs::write(root.join(RESULTS), page).with_context(|| format!("cannot write {RESULTS}"))?;
+    fuzz::long(root)
 }
 
 /// `test NAME ... ok` of the test program.
@@ -56,19 +59,10 @@ fn test_that_ended(line: &str) -> Option<&str> {
 
 /// What the numbers are of.
 fn head() -> String {
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let said = |program: &str, arguments: &[&str]| {
-        let output = Command::new(program).args(arguments).output().ok();
-        let text = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
-        text.filter(|text| !text.is_empty()).unwrap_or_else(|| "unknown".into())
-    };
     format!(
-        "# Long tests\n\nWritten by `cargo xtask long` on {} at commit {}: {cores} cores, {}. Each test below has passed; what it \
-         checks is in `tests/load.rs`. The model is a fixture of a few layers on the CPU backend, so the numbers are of the server \
-         and not of a model.\n",
-        said("date", &["-u", "+%Y-%m-%d"]),
-        said("git", &["rev-parse", "--short=10", "HEAD"]),
-        said("uname", &["-sm"]),
+        "# Long tests\n\nWritten by `cargo xtask long` {}. Each test below has passed; what it checks is in `tests/load.rs`. The \
+         model is a fixture of a few layers on the CPU backend, so the numbers are of the server and not of a model.\n",
+        process::provenance(),
     )
 }
 

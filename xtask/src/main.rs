@@ -8,6 +8,8 @@
 
 mod binary;
 mod ci;
+mod conformance;
+mod fuzz;
 mod golden;
 mod kernels;
 mod long;
@@ -55,6 +57,20 @@ enum Task {
     },
     /// The tests that take too long for every change, in their full size; their numbers go to docs/results/long.md.
     Long,
+    /// The test suites of vLLM and llama.cpp and load clients of others against the program; docs/results/conformance.md.
+    Conformance {
+        /// Suites (vllm, llama, clients) and flags of tests/conformance/run.py.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Builds the fuzz targets and runs them.
+    Fuzz {
+        /// Seconds for each target.
+        #[arg(long, default_value_t = 30)]
+        seconds: u32,
+        /// Only this target: a folder of fuzz/seeds.
+        target: Option<String>,
+    },
     /// Builds the web page, compares it with the committed one and tests it in a browser.
     Ui {
         /// Puts the built page in place of the committed one instead.
@@ -77,6 +93,8 @@ fn main() -> ExitCode {
         Task::Kernels => kernels::check(&root),
         Task::GpuTest { arch } => kernels::gpu_test(&root, &arch),
         Task::Long => long::run(&root),
+        Task::Fuzz { seconds, target } => fuzz::run(&root, seconds, target.as_deref()),
+        Task::Conformance { args } => conformance::run(&root, &args),
         Task::Ui { write: true } => ui::build(&root, ui::Page::Write),
         Task::Ui { write: false } => ui::build(&root, ui::Page::Check)
             .and_then(|()| ui::test(&root, &process::target(&root).join("debug/spark-engine"))),

@@ -32,6 +32,30 @@ pub(crate) fn target(root: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir))
 }
 
+/// The triple of this machine, as rustc names it.
+///
+/// # Errors
+/// When rustc cannot be asked.
+pub(crate) fn host() -> anyhow::Result<String> {
+    let output = Command::new("rustc").arg("-vV").output().context("cannot start rustc")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let host = said.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("`rustc -vV` names no host")?.to_owned())
+}
+
+/// When, of what and where something was measured: `on DAY at commit HASH: N cores, SYSTEM`.
+pub(crate) fn provenance() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let said = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program).args(arguments).output().ok();
+        let text = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+        text.filter(|text| !text.is_empty()).unwrap_or_else(|| "unknown".into())
+    };
+    let (day, commit) =
+        (said("date", &["-u", "+%Y-%m-%d"]), said("git", &["rev-parse", "--short=10", "HEAD"]));
+    format!("on {day} at commit {commit}: {cores} cores, {}", said("uname", &["-sm"]))
+}
+
 /// A Python of its own under `target/`, with exactly the packages of `requirements`. Made once per content of that
 /// file; later calls return at once.
 ///

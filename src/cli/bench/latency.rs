@@ -9,7 +9,7 @@ use super::{
     drive::{Answer, Prompts, Run, drive},
     model::{BenchModel, Load},
     save,
-    stats::{mean, percentile, percentiles, summary_ms},
+    stats::{experts_line, mean, percentile, percentiles, summary_ms},
 };
 
 const PERCENTS: [u32; 6] = [10, 25, 50, 75, 90, 99];
@@ -65,6 +65,9 @@ pub(super) fn run(args: LatencyArgs) -> anyhow::Result<()> {
     writeln!(out, "{}", bench.heading())?;
     write_text(&mut out, &report)?;
     write!(out, "{}", bench.profile())?;
+    let experts = bench.distinct_experts(&mut prompts, batch_size, [input_len, output_len])?;
+    write!(out, "{}", experts_line(experts))?;
+    report["distinct_experts"] = experts.into();
     report["input_len"] = input_len.into();
     report["output_len"] = output_len.into();
     report["batch_size"] = batch_size.into();

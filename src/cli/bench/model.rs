@@ -1,15 +1,22 @@
 //! The model of a benchmark: a checkpoint, or a configuration with random weights; an engine of token ids over it.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use spark_engine::{
-    EngineBuilder, EngineOptions, LoadFormat, ModelFiles, Profile, Quantization, StartTimes, Started,
+    EngineBuilder, EngineOptions, ExpertTally, LoadFormat, ModelFiles, Profile, Quantization, StartTimes,
+    Started,
 };
 
-use crate::cli::{device::DeviceArgs, model_name::ModelName, progress, ranks::RankArgs, sizes::SizeArgs};
+use super::drive::{Prompts, drive};
+use crate::cli::{
+    device::DeviceArgs, head::HeadArgs, model_name::ModelName, progress, ranks::RankArgs, sizes::SizeArgs,
+};
 
 /// Which model to measure and how to run it.
 #[derive(Args)]
@@ -29,6 +36,11 @@ pub(super) struct BenchModel {
     /// Seed of random weights and prompts.
     #[arg(long, default_value_t = 0)]
     pub(super) seed: u64,
+    /// Keep what each rank holds of a checkpoint in this folder, ready for the next start.
+    #[arg(long, value_name = "FOLDER")]
+    weight_cache: Option<PathBuf>,
+    #[command(flatten)]
+    head: HeadArgs,
     /// Also print where the time goes, by operation. Needs a GPU; steps are slower then, and not recorded.
     #[arg(long)]
     profile: bool,
@@ -79,6 +91,9 @@ pub(super) struct Load {
     pub(super) num_tokens: usize,
 }
 
+/// Tokens of each sequence whose steps are looked at for their experts.
+const TALLIED_TOKENS: usize = 9;
+
 /// A started engine with what a report says about it.
 pub(super) struct Bench {
     pub(super) started: Started,
@@ -88,6 +103,7 @@ pub(super) struct Bench {
     weights: String,
     /// What the operations took, if that is asked for.
     profile: Option<Profile>,
+    expert_tally: ExpertTally,
 }
 
 /// What is to be built, and what a report says about it.
@@ -114,9 +130,10 @@ impl BenchModel {
             ranks.follow(builder, false)?;
             return Ok(None);
         }
-        let started = ranks.apply(builder)?.start();
+        let expert_tally = ExpertTally::default();
+        let started = ranks.apply(builder.expert_tally(expert_tally.clone()))?.start();
         bar.finish();
-        Ok(Some(Bench { started: started?, model, weights, profile }))
+        Ok(Some(Bench { started: started?, model, weights, profile, expert_tally }))
     }
 
     /// Everything but the loading; `set_sizes` has the last word about sizes.
@@ -136,7 +153,7 @@ impl BenchModel {
             Some(config) => folder_of(&config)?,
             None => self.model.choose()?.model,
         };
-        let mut builder = self.device.apply(EngineBuilder::new(&chosen)).seed(self.seed);
+        let mut builder = self.head.apply(self.device.apply(EngineBuilder::new(&chosen))).seed(self.seed);
         let mut weights = "as in the checkpoint".to_owned();
         if is_dummy {
             let quantization = match self.quantization {
@@ -153,6 +170,9 @@ impl BenchModel {
             bail!(
                 "--quantization: a checkpoint has its own format; this flag is for random weights (--config, --load-format dummy)"
             );
+        }
+        if let Some(folder) = self.weight_cache {
+            builder = builder.weight_cache(folder);
         }
         let profile = self.profile.then(Profile::default);
         if let Some(profile) = &profile {
@@ -210,6 +230,24 @@ impl Bench {
             seconds(times.graphs),
             seconds(times.ready),
         )
+    }
+
+    /// Distinct experts of a layer in a decode step of `batch` sequences behind prompts of `input_len` tokens, in the mean. Some steps
+    /// beside the measured ones; `None` without experts, without decode steps, and in a group of ranks.
+    pub(super) fn distinct_experts(
+        &self,
+        prompts: &mut Prompts,
+        batch: usize,
+        [input_len, output_len]: [usize; 2],
+    ) -> anyhow::Result<Option<f64>> {
+        if output_len < 2 {
+            return Ok(None);
+        }
+        self.expert_tally.switch(true);
+        let engine = &self.started.engine;
+        let run = drive(engine, prompts.take(batch, input_len), output_len.min(TALLIED_TOKENS), batch);
+        self.expert_tally.switch(false);
+        run.map(|_| self.expert_tally.mean())
     }
 
     /// Forgets what operations took so far.

@@ -33,6 +33,12 @@ pub(super) fn percentiles(values: &[f64], percents: &[u32]) -> Value {
     Value::Object(percents.iter().map(entry).collect::<Map<_, _>>())
 }
 
+/// How many experts a step's rows share, for people; nothing where there are none.
+pub(super) fn experts_line(distinct: Option<f64>) -> String {
+    distinct
+        .map_or_else(String::new, |mean| format!("Distinct experts of a layer in a decode step: {mean:.1}\n"))
+}
+
 /// `{mean,median,std,p99}_NAME_ms` of seconds, in the words of vLLM's benchmarks.
 pub(super) fn summary_ms(name: &str, seconds: &[f64]) -> Map<String, Value> {
     let millis: Vec<f64> = seconds.iter().map(|value| 1e3 * value).collect();

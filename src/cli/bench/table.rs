@@ -126,18 +126,23 @@ pub(super) fn run(args: TableArgs) -> anyhow::Result<()> {
     writeln!(out, "{}\n", bench.heading())?;
     writeln!(
         out,
-        "| test           | batch |                 t/s |  decode t/s | TTFT p50 ms | TTFT p99 ms | TPOT p50 ms | TPOT p99 ms |"
+        "| test           | batch |                 t/s |  decode t/s | TTFT p50 ms | TTFT p99 ms | TPOT p50 ms | TPOT p99 ms | experts |"
     )?;
     writeln!(
         out,
-        "| -------------- | ----: | ------------------: | ----------: | ----------: | ----------: | ----------: | ----------: |"
+        "| -------------- | ----: | ------------------: | ----------: | ----------: | ----------: | ----------: | ----------: | ------: |"
     )?;
     let mut rows = Vec::new();
     for test in tests {
         let runs = measure(&bench, &mut prompts, test, args.repetitions)?;
-        writeln!(out, "{}", row(test, &runs))?;
-        write!(out, "{}", bench.profile())?;
-        rows.push(as_json(test, &runs));
+        let profile = bench.profile();
+        let (len, batch) = (test.lens(), test.batch());
+        let experts = bench.distinct_experts(&mut prompts, batch, [len.0, len.1])?;
+        writeln!(out, "{}", row(test, &runs, experts))?;
+        write!(out, "{profile}")?;
+        let mut row = as_json(test, &runs);
+        row["distinct_experts"] = experts.into();
+        rows.push(row);
     }
     save(args.output_json.as_deref(), &json!({"engine": bench.facts(), "tests": rows}))
 }
@@ -177,7 +182,7 @@ fn times(runs: &[Run]) -> (Vec<f64>, Vec<f64>) {
     (answers().map(Answer::ttft).collect(), answers().filter_map(Answer::tpot).collect())
 }
 
-fn row(test: Test, runs: &[Run]) -> String {
+fn row(test: Test, runs: &[Run], experts: Option<f64>) -> String {
     let speeds = speeds(test, runs);
     let speed = format!("{:.2} ± {:.2}", mean(&speeds), deviation(&speeds));
     let decode = match decode_speeds(runs) {
@@ -190,13 +195,14 @@ fn row(test: Test, runs: &[Run]) -> String {
         values => format!("{:.3}", 1e3 * percentile(values, percent)),
     };
     format!(
-        "| {:<14} | {:>5} | {speed:>19} | {decode:>11} | {:>11} | {:>11} | {:>11} | {:>11} |",
+        "| {:<14} | {:>5} | {speed:>19} | {decode:>11} | {:>11} | {:>11} | {:>11} | {:>11} | {:>7} |",
         test.to_string(),
         test.batch(),
         milliseconds(&ttfts, 50.0),
         milliseconds(&ttfts, 99.0),
         milliseconds(&tpots, 50.0),
         milliseconds(&tpots, 99.0),
+        experts.map_or_else(String::new, |mean| format!("{mean:.1}")),
     )
 }
 

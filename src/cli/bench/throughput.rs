@@ -10,7 +10,7 @@ use super::{
     drive::{Prompts, Run, drive},
     model::{BenchModel, Load},
     save,
-    stats::summary_ms,
+    stats::{experts_line, summary_ms},
 };
 
 /// Measure how many tokens a second many requests get together.
@@ -64,6 +64,10 @@ pub(super) fn run(args: ThroughputArgs) -> anyhow::Result<()> {
     writeln!(out, "Total num prompt tokens:  {}", run.num_prompt_tokens())?;
     writeln!(out, "Total num output tokens:  {}", run.num_output_tokens())?;
     write!(out, "{}", bench.profile())?;
+    let experts =
+        bench.distinct_experts(&mut prompts, concurrency.min(num_prompts), [input_len, output_len])?;
+    write!(out, "{}", experts_line(experts))?;
+    report["distinct_experts"] = experts.into();
     report["max_concurrency"] = max_concurrency.into();
     report["engine"] = bench.facts();
     save(output_json.as_deref(), &report)

@@ -16,9 +16,8 @@ use crate::cli::kernels::device;
 /// Version of the JSON file: changes when a field changes its meaning or goes.
 pub(crate) const SCHEMA_VERSION: u32 = 1;
 /// What no single machine or no part of this program can measure yet.
-const NEVER: [(&str, &str); 3] = [
+const NEVER: [(&str, &str); 2] = [
     ("gpu_to_peer_gpu_flag_us", "needs two machines with a network between them"),
-    ("fp4_scale_lane_map", "this program does not multiply in FP4 yet"),
     ("l2_prefetch", "needs the collectives between two machines, whose time a prefetch would use"),
 ];
 
