@@ -15,7 +15,7 @@ use spark_comm::{
     nccl::{Machine, defaults},
 };
 use spark_engine::{Device, EngineBuilder, Ranks, Role};
-use spark_testing::{model_names, tolerance::BFLOAT16_MOE_LOGPROB};
+use spark_testing::model_names;
 
 use crate::{Answer, Comparison, Model, alone, ask};
 
@@ -32,9 +32,6 @@ const LEN: usize = 40;
 const JOIN_TIMEOUT: Duration = Duration::from_secs(240);
 /// For the other rank to end after rank 0.
 const END_TIMEOUT: Duration = Duration::from_secs(20);
-/// One answer of so many may leave its reference at any margin: a token with swapped experts in several layers. On the CPU backend,
-/// whose two ranks are equal to one in float32, one of 92 does so in bf16, at a margin of 1.63 where 1.5 is allowed.
-const MOST_SWAPPED: usize = 40;
 /// What two ranks cannot share on GPUs: halves of experts that are 48 wide.
 const OUTSIDE: [&str; 3] = ["moe_vl_bf16", "moe_vl_bf16_resave", "text_moe_bf16"];
 
@@ -127,12 +124,6 @@ fn builder(model: &Model, index: usize, role: Role, enforce_eager: bool) -> Engi
     })
 }
 
-/// How far a log-probability may be off: ranks round their parts of a sum, so that experts of some token change places in any
-/// mixture of experts.
-fn tolerance(model: &Model) -> f32 {
-    if model.name.contains("moe") { BFLOAT16_MOE_LOGPROB } else { model.tolerance() }
-}
-
 /// What happened with one model.
 enum Outcome {
     Compared(Comparison),
@@ -162,7 +153,7 @@ fn lead(address: SocketAddr, transport: &str) {
                 let got = ask(&gpus, body);
                 assert_eq!(got.ids.len(), LEN, "{}/{name}", model.name);
                 let name = format!("{}/{name}, eager {enforce_eager}", model.name);
-                comparison.add(&name, &model.said(reference), &model.said(&got), tolerance(&model));
+                comparison.add(&name, &model.said(reference), &model.said(&got), model.tolerance());
             }
             Outcome::Compared(comparison)
         };
@@ -180,8 +171,7 @@ fn lead(address: SocketAddr, transport: &str) {
         }
     }
     for (mode, all) in ["without graphs", "with graphs"].into_iter().zip(&all) {
-        println!("two GPUs over {transport}, {mode}: greedy ids: {}", all.line());
-        assert!(MOST_SWAPPED * all.wrong.len() <= all.num_answers, "{mode}: {:#?}", all.wrong);
+        all.finish(&format!("two GPUs over {transport}, {mode}: greedy ids"));
         assert!(
             2 * all.num_compared > all.num_ids,
             "only {} of {} ids are equal",
