@@ -280,6 +280,8 @@ test("conversations outlive the page, and are searched, renamed and deleted", as
   await page.getByRole("button", { name: "Delete Hello!" }).click();
   await page.getByRole("link", { name: "Hello!" }).waitFor({ state: "detached" });
   await page.reload();
+  // The list is read from the browser's store after the page is there.
+  await page.getByRole("link", { name: "Tables" }).waitFor();
   assert.deepEqual(await page.getByRole("navigation").getByRole("listitem").allInnerTexts(), ["Tables"]);
 });
 
