@@ -8,10 +8,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{binary, fuzz, kernels, process, tidy, ui};
+use crate::{binary, kernels, process, tidy, ui};
 
-/// Seconds for each fuzz target.
-const FUZZ_SECONDS: u32 = 30;
 /// The integration test that talks to the server with the `openai` client finds its Python here.
 const PYTHON_VARIABLE: &str = "SPARK_TEST_PYTHON";
 
@@ -53,8 +51,6 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
     process::run(
         cargo(&["doc", "--locked", "--workspace", "--no-deps", "--lib"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
-
-    fuzz::run(root, FUZZ_SECONDS, None)?;
 
     println!("\nxtask ci: all checks passed in {} s", start.elapsed().as_secs());
     Ok(())
