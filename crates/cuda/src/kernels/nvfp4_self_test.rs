@@ -166,7 +166,7 @@ impl Kernels {
     /// which are free again afterwards.
     ///
     /// # Errors
-    /// [`Error::Driver`], [`Error::Memory`]: that it could not be tested.
+    /// [`crate::Error::Driver`], [`crate::Error::Memory`]: that it could not be tested.
     pub fn test_nvfp4(&self, device: &Device, stream: &Stream) -> Result<Nvfp4Test> {
         if !device.arch().has_fp4() {
             return Ok(Nvfp4Test::NotOnThisArchitecture(device.arch()));
