@@ -1,9 +1,10 @@
 //! Wrapper of `kernels/fp8_rows.cu` and `kernels/gemm_fp8x_g*.cu`: products of 4-bit integer weights and rows of x that are quantised to
 //! E4M3 (W4A8), for many rows. Which products are done so is `prefill.rs`'s word.
 
-use super::gemm::{BLOCK_ROWS, Block, GemmCut, GemmParams};
+use super::gemm::{BLOCK_ROWS, Block, GemmCut, GemmParams, launch_of};
 use super::pack::{Scheme, padded_k};
-use super::{Kernels, LoadedModule, PackedWeight, disjoint, to_u32};
+use super::prefill::take_rows;
+use super::{Kernels, LoadedModule, PackedWeight, to_u32};
 use crate::launch::{Kernel, Launch, Params};
 use crate::{Arch, DeviceSlice, Error, Pool, Result, Stream, Tensor};
 
@@ -43,7 +44,10 @@ unsafe impl Params for Fp8RowsParams {
 }
 
 /// Rows of x as E4M3 on the device.
-struct Fp8Rows {
+#[derive(Debug)]
+pub(super) struct Fp8Rows {
+    /// Of the weights that they are for.
+    group_size: usize,
     /// `[rows, padded k]`, in the order of the kernels.
     codes: DeviceSlice,
     /// `[rows, padded k / group]` f32: the sums of the codes' numbers.
@@ -89,38 +93,27 @@ impl Fp8x {
         })
     }
 
-    /// Quantises `rows` rows of `k` bf16 numbers for weights in groups of `group_size`.
-    fn quantise(
+    /// Quantises `rows` rows of bf16 numbers, as wide as `weight`, for a product with it.
+    pub(super) fn quantise(
         &self,
         stream: &Stream,
         pool: &Pool,
-        x: &DeviceSlice,
-        [rows, k]: [usize; 2],
-        group_size: usize,
+        (x, rows): (&DeviceSlice, usize),
+        weight: &PackedWeight,
     ) -> Result<Fp8Rows> {
-        if !k.is_multiple_of(8) || x.num_bytes() < (2 * rows * k) as u64 {
-            let expected = format!("{rows} rows of a multiple of 8 bf16 numbers");
-            return Err(Error::shape(OP, expected, (k, x.num_bytes())));
-        }
+        let (group_size, k) = (group_size(weight)?, weight.k);
         let padded = padded_k(k);
-        // The kernel of the product counts pieces of 16 bytes.
-        to_u32(OP, rows * padded / 16)?;
-        let take = |what, num_bytes: usize| pool.take(what, num_bytes as u64);
-        let quantised = Fp8Rows {
-            codes: take("codes of rows", rows * padded)?,
-            sums: take("sums of rows", 4 * rows * (padded / group_size))?,
-            scales: take("scales of rows", 4 * rows)?,
-        };
-        let written = [&quantised.codes, &quantised.sums, &quantised.scales];
-        stream.uses(OP, &[&written[..], &[x]].concat())?;
-        for slice in written {
-            disjoint(OP, slice, &[x])?;
-        }
+        let pieces = [
+            ("codes of rows", rows * padded),
+            ("sums of rows", 4 * rows * (padded / group_size)),
+            ("scales of rows", 4 * rows),
+        ];
+        let [codes, sums, scales] = take_rows(OP, stream, pool, (x, rows), (k, 8), pieces)?;
         let params = Fp8RowsParams {
             x: x.address(),
-            codes: quantised.codes.address(),
-            sums: quantised.sums.address(),
-            scales: quantised.scales.address(),
+            codes: codes.address(),
+            sums: sums.address(),
+            scales: scales.address(),
             rows: to_u32(OP, rows)?,
             columns: to_u32(OP, k)?,
             padded: to_u32(OP, padded)?,
@@ -130,18 +123,17 @@ impl Fp8x {
         // SAFETY: x holds the rows, which start at multiples of 16 bytes because k is a multiple of 8; the results have the sizes that
         // the parameters say, and overlap with nothing.
         unsafe { self.rows[super::linear::group_index(group_size)].launch(stream, launch, &params)? };
-        Ok(quantised)
+        Ok(Fp8Rows { group_size, codes, sums, scales })
     }
 
     /// Puts a product over `x` into `stream`; `params` as for the kernels of `gemm.rs`, whose x is replaced.
     ///
     /// # Safety
-    /// As for [`Kernel::launch`]; `x` has the rows and inputs that `params` say, quantised for `group_size`.
-    unsafe fn launch(
+    /// As for [`Kernel::launch`]; `x` has the rows and inputs that `params` say, quantised for the weights that they name.
+    pub(super) unsafe fn launch(
         &self,
         stream: &Stream,
         x: &Fp8Rows,
-        group_size: usize,
         grid: [usize; 2],
         params: &GemmParams,
     ) -> Result<()> {
@@ -154,13 +146,9 @@ impl Fp8x {
             x_columns: params.k / 2,
             ..*params
         };
-        let launch = Launch {
-            grid: [to_u32(OP, grid[0])?, to_u32(OP, grid[1])?, 1],
-            num_threads: THREADS,
-            shared_bytes: to_u32(OP, shared_bytes(self.arch, group_size))?,
-        };
+        let launch = launch_of(OP, grid, THREADS, shared_bytes(self.arch, x.group_size))?;
         // SAFETY: the caller's promise.
-        unsafe { self.products[super::linear::group_index(group_size)].launch(stream, launch, &params) }
+        unsafe { self.products[super::linear::group_index(x.group_size)].launch(stream, launch, &params) }
     }
 }
 
@@ -183,8 +171,7 @@ impl Kernels {
         out: &Tensor,
         first_column: usize,
     ) -> Result<()> {
-        let group_size = group_size(weight)?;
-        let rows = self.fp8x.quantise(stream, pool, x.slice(), [x.rows(), weight.k], group_size)?;
+        let rows = self.fp8x.quantise(stream, pool, (x.slice(), x.rows()), weight)?;
         let cut = GemmCut::of(weight.k, BLOCK, 1);
         self.put_gemm(
             stream,
@@ -194,28 +181,9 @@ impl Kernels {
             (out, first_column),
             (cut, 0, |_, grid, params: &GemmParams| {
                 // SAFETY: `put_gemm` has checked x, weights and result; `rows` are x.
-                unsafe { self.fp8x.launch(stream, &rows, group_size, grid, params) }
+                unsafe { self.fp8x.launch(stream, &rows, grid, params) }
             }),
         )
-    }
-
-    /// A product of experts over the `rows` rows of bf16 at `x`, quantised as in [`Kernels::gemm_fp8x`], in tiles of [`TILE`].
-    ///
-    /// # Safety
-    /// As for `Gemm::launch`, but for x, of which `x` and `rows` speak.
-    pub(super) unsafe fn fp8x_product(
-        &self,
-        stream: &Stream,
-        pool: &Pool,
-        (x, rows): (&DeviceSlice, usize),
-        weight: &PackedWeight,
-        grid: [usize; 2],
-        params: &GemmParams,
-    ) -> Result<()> {
-        let group_size = group_size(weight)?;
-        let rows = self.fp8x.quantise(stream, pool, x, [rows, weight.k], group_size)?;
-        // SAFETY: the caller's promise.
-        unsafe { self.fp8x.launch(stream, &rows, group_size, grid, params) }
     }
 }
 

@@ -281,15 +281,8 @@ impl Gemm {
             Scheme::Int4 { group_size } => &self.int4[super::linear::group_index(group_size)],
             Scheme::Nvfp4 => &self.nvfp4,
         };
-        let shared_bytes = to_u32(OP, shared_bytes(self.arch, scheme, block.tokens()))?;
-        if grid[1] > MAX_GRID_Y {
-            return Err(Error::shape(OP, format!("at most {MAX_GRID_Y} tiles"), grid[1]));
-        }
-        let launch = Launch {
-            grid: [to_u32(OP, grid[0])?, to_u32(OP, grid[1])?, 1],
-            num_threads: block.num_threads(),
-            shared_bytes,
-        };
+        let shared_bytes = shared_bytes(self.arch, scheme, block.tokens());
+        let launch = launch_of(OP, grid, block.num_threads(), shared_bytes)?;
         // `KERNELS` has one for each block, in their order.
         let kernel = &by_block[block as usize];
         // SAFETY: the caller's promise.
@@ -299,6 +292,20 @@ impl Gemm {
 
 /// Most blocks along the second axis of a grid.
 const MAX_GRID_Y: usize = 65_535;
+
+/// The launch of a product over `grid` blocks.
+pub(super) fn launch_of(
+    op: &'static str,
+    grid: [usize; 2],
+    num_threads: u32,
+    shared_bytes: usize,
+) -> Result<Launch> {
+    if grid[1] > MAX_GRID_Y {
+        return Err(Error::shape(op, format!("at most {MAX_GRID_Y} tiles"), grid[1]));
+    }
+    let grid = [to_u32(op, grid[0])?, to_u32(op, grid[1])?, 1];
+    Ok(Launch { grid, num_threads, shared_bytes: to_u32(op, shared_bytes)? })
+}
 
 /// How a dense product is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

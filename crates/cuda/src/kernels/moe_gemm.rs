@@ -2,10 +2,12 @@
 
 use spark_backend::Dtype;
 
+use super::fp8x::{self, Fp8Rows};
 use super::gemm::{BLOCK_ROWS, Block, GemmParams, What};
+use super::nvfp4_mma::Nvfp4Rows;
 use super::pack::Scheme;
 use super::prefill::Quantised;
-use super::{Choice, Experts, Kernels, LoadedModule, PackedWeight, disjoint, fp8x, to_u32, words};
+use super::{Choice, Experts, Kernels, LoadedModule, PackedWeight, disjoint, to_u32, words};
 use crate::launch::{Kernel, Launch, Params};
 use crate::{DeviceSlice, Error, Pool, Result, Stream, Tensor};
 
@@ -194,14 +196,23 @@ impl Kernels {
         let call = Call { kernels: self, stream, pool, choice, experts, cut, scratch };
         call.sort()?;
         call.gate_up(x)?;
+        let inner = call.operand((&call.scratch.inner, cut.num_pairs), &experts.down)?;
         let hidden = experts.hidden();
         for first in (0..hidden).step_by(cut.columns) {
             let columns = cut.columns.min(hidden - first);
-            call.down(first, columns)?;
+            call.down(&inner, first, columns)?;
             call.add(first, columns, out)?;
         }
         Ok(())
     }
+}
+
+/// The rows of x of a product, as tensor cores are given them.
+enum Operand {
+    /// As the parameters say.
+    Bf16,
+    Fp8(Fp8Rows),
+    Nvfp4(Nvfp4Rows),
 }
 
 /// One call: what its launches share.
@@ -255,11 +266,11 @@ impl Call<'_> {
         // SAFETY: the tiles name existing experts and places in the list of pairs, which has numbers below `num_pairs`; weights are
         // those of `PackedHost`; x has a row for each `top_k` pairs and inner one for each pair, all aligned to 16 bytes, because
         // hidden and intermediate size are multiples of 16.
-        unsafe { self.product((x.slice(), x.rows()), weight, grid, &params) }
+        unsafe { self.product(&self.operand((x.slice(), x.rows()), weight)?, weight, grid, &params) }
     }
 
     /// partial = `columns` columns of down inner, from `first` on.
-    fn down(&self, first: usize, columns: usize) -> Result<()> {
+    fn down(&self, inner: &Operand, first: usize, columns: usize) -> Result<()> {
         let weight = &self.experts.down;
         let params = GemmParams {
             out: self.scratch.partial.address(),
@@ -273,30 +284,43 @@ impl Call<'_> {
         };
         let grid = [columns.div_ceil(BLOCK_ROWS), self.cut.max_tiles];
         // SAFETY: as for `gate_up`; `first` is a multiple of 128, and partial has `columns` for each pair.
-        unsafe { self.product((&self.scratch.inner, self.cut.num_pairs), weight, grid, &params) }
+        unsafe { self.product(inner, weight, grid, &params) }
+    }
+
+    /// What `rows` rows of bf16, as wide as `weight`, become for their product with it.
+    fn operand(&self, (x, rows): (&DeviceSlice, usize), weight: &PackedWeight) -> Result<Operand> {
+        let Self { kernels, stream, pool, cut, .. } = self;
+        Ok(match kernels.quantised_experts(weight.scheme, cut.block) {
+            None => Operand::Bf16,
+            Some(Quantised::Fp8) => Operand::Fp8(kernels.fp8x.quantise(stream, pool, (x, rows), weight)?),
+            Some(Quantised::Nvfp4) => {
+                let nvfp4 = kernels.nvfp4_mma(weight)?;
+                Operand::Nvfp4(nvfp4.quantize(stream, pool, x, [rows, weight.k], None)?)
+            }
+        })
     }
 
     /// A product over the rows of bf16 that `params` call x.
     ///
     /// # Safety
-    /// As for `Gemm::launch`; x has as many rows as are said, each as wide as the weights.
+    /// As for `Gemm::launch`; `x` was made of these rows for `weight`.
     unsafe fn product(
         &self,
-        x: (&DeviceSlice, usize),
+        x: &Operand,
         weight: &PackedWeight,
         grid: [usize; 2],
         params: &GemmParams,
     ) -> Result<()> {
-        let Self { kernels, stream, pool, cut, .. } = self;
-        match kernels.quantised_experts(weight.scheme, cut.block) {
+        let Self { kernels, stream, cut, .. } = self;
+        match x {
             // SAFETY: the caller's promise; `cut.block` has tiles of its size.
-            Some(Quantised::Fp8) => unsafe { kernels.fp8x_product(stream, pool, x, weight, grid, params) },
+            Operand::Fp8(rows) => unsafe { kernels.fp8x.launch(stream, rows, grid, params) },
             // SAFETY: the caller's promise.
-            Some(Quantised::Nvfp4) => unsafe {
-                kernels.nvfp4x_product((stream, pool), x, weight, (cut.block, grid), params)
+            Operand::Nvfp4(rows) => unsafe {
+                kernels.nvfp4_mma(weight)?.launch(stream, rows, cut.block, grid, params)
             },
             // SAFETY: the caller's promise.
-            None => unsafe { kernels.gemm.launch(stream, (weight.scheme, cut.block), grid, params) },
+            Operand::Bf16 => unsafe { kernels.gemm.launch(stream, (weight.scheme, cut.block), grid, params) },
         }
     }
 

@@ -2,9 +2,10 @@
 //! cores that multiply both as they are. Which products are done so is `prefill.rs`'s word, whether a device's are right
 //! `nvfp4_self_test.rs`'s.
 
-use super::gemm::{BLOCK_ROWS, Block, GemmCut, GemmParams};
+use super::gemm::{BLOCK_ROWS, Block, GemmCut, GemmParams, launch_of};
 use super::pack::{NVFP4_GROUP, Scheme, padded_k};
-use super::{Kernels, LoadedModule, PackedWeight, disjoint, to_u32};
+use super::prefill::take_rows;
+use super::{Kernels, LoadedModule, PackedWeight, to_u32};
 use crate::launch::{Kernel, Launch, Params};
 use crate::{DeviceSlice, Error, Pool, Result, Stream, Tensor};
 
@@ -95,29 +96,18 @@ impl Nvfp4Mma {
         [rows, k]: [usize; 2],
         given: Option<f32>,
     ) -> Result<Nvfp4Rows> {
-        if !k.is_multiple_of(NVFP4_GROUP) || x.num_bytes() < (2 * rows * k) as u64 {
-            let expected = format!("{rows} rows of a multiple of {NVFP4_GROUP} bf16 numbers");
-            return Err(Error::shape(OP, expected, (k, x.num_bytes())));
-        }
         let padded = padded_k(k);
-        // The kernel of the product counts pieces of 16 bytes.
-        to_u32(OP, rows * padded / 32)?;
-        let take = |what, num_bytes: usize| pool.take(what, num_bytes as u64);
-        let quantised = Nvfp4Rows {
-            codes: take("codes of rows", rows * padded / 2)?,
-            scales: take("scales of rows", rows * padded / NVFP4_GROUP)?,
-            factors: take("factors of rows", 4 * rows)?,
-        };
-        let written = [&quantised.codes, &quantised.scales, &quantised.factors];
-        stream.uses(OP, &[&written[..], &[x]].concat())?;
-        for slice in written {
-            disjoint(OP, slice, &[x])?;
-        }
+        let pieces = [
+            ("codes of rows", rows * padded / 2),
+            ("scales of rows", rows * padded / NVFP4_GROUP),
+            ("factors of rows", 4 * rows),
+        ];
+        let [codes, scales, factors] = take_rows(OP, stream, pool, (x, rows), (k, NVFP4_GROUP), pieces)?;
         let params = QuantizeParams {
             x: x.address(),
-            codes: quantised.codes.address(),
-            scales: quantised.scales.address(),
-            factors: quantised.factors.address(),
+            codes: codes.address(),
+            scales: scales.address(),
+            factors: factors.address(),
             columns: to_u32(OP, k)?,
             padded: to_u32(OP, padded)?,
             given: given.unwrap_or(0.0),
@@ -127,7 +117,7 @@ impl Nvfp4Mma {
         // SAFETY: x holds the rows, which start at multiples of 32 bytes because k is a multiple of 16; the results have the sizes that
         // the parameters say, and overlap with nothing.
         unsafe { self.quantize.launch(stream, launch, &params)? };
-        Ok(quantised)
+        Ok(Nvfp4Rows { codes, scales, factors })
     }
 
     /// Puts a product over `rows` into `stream`; `params` as for the kernels of `gemm.rs`, whose `x` is replaced.
@@ -152,12 +142,8 @@ impl Nvfp4Mma {
             x_scales: rows.scales.address(),
             x_factors: rows.factors.address(),
         };
-        let launch = Launch {
-            grid: [to_u32(OP, grid[0])?, to_u32(OP, grid[1])?, 1],
-            // A thread for each row of x.
-            num_threads: to_u32(OP, block.tokens())?,
-            shared_bytes: to_u32(OP, shared_bytes(block))?,
-        };
+        // A thread for each row of x.
+        let launch = launch_of(OP, grid, to_u32(OP, block.tokens())?, shared_bytes(block))?;
         // SAFETY: the caller's promise.
         unsafe { kernel.launch(stream, launch, &params) }
     }
@@ -216,26 +202,8 @@ impl Kernels {
         )
     }
 
-    /// A product of experts over the `rows` rows of bf16 at `x`, quantised as in [`Kernels::gemm_nvfp4x`], in tiles of `block`.
-    ///
-    /// # Safety
-    /// As for `Gemm::launch`, but for x, of which `x` and `rows` speak.
-    pub(super) unsafe fn nvfp4x_product(
-        &self,
-        (stream, pool): (&Stream, &Pool),
-        (x, rows): (&DeviceSlice, usize),
-        weight: &PackedWeight,
-        (block, grid): (Block, [usize; 2]),
-        params: &GemmParams,
-    ) -> Result<()> {
-        let nvfp4 = self.nvfp4_mma(weight)?;
-        let rows = nvfp4.quantize(stream, pool, x, [rows, weight.k], None)?;
-        // SAFETY: the caller's promise.
-        unsafe { nvfp4.launch(stream, &rows, block, grid, params) }
-    }
-
     /// The kernels, for weights that they multiply.
-    fn nvfp4_mma(&self, weight: &PackedWeight) -> Result<&Nvfp4Mma> {
+    pub(super) fn nvfp4_mma(&self, weight: &PackedWeight) -> Result<&Nvfp4Mma> {
         if weight.scheme != Scheme::Nvfp4 {
             return Err(Error::shape(OP, "NVFP4 weights", format_args!("{:?}", weight.scheme)));
         }

@@ -1,10 +1,10 @@
 //! Which products for many rows quantise x, so that tensor cores multiply both operands in a narrow type. The one place that decides; the
 //! products are in `fp8x.rs` and `nvfp4_mma.rs`, those that leave x in bf16 in `gemm.rs`.
 
-use super::Kernels;
 use super::gemm::Block;
 use super::pack::Scheme;
-use crate::{Arch, Error, Result};
+use super::{Kernels, disjoint, to_u32};
+use crate::{Arch, DeviceSlice, Error, Pool, Result, Stream};
 
 /// What x becomes in products for many rows, by the scheme of the weights. The default quantises nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -28,6 +28,32 @@ const MIN_FP8_ROWS: usize = 257;
 const MIN_NVFP4_ROWS: usize = 33;
 /// Smallest block of rows of an expert.
 const MIN_EXPERT_ROWS: usize = 64;
+
+/// Scratch memory for `rows` rows of x that a kernel is to quantise, `k` numbers of bf16 each, a multiple of `unit`: `pieces` by name and
+/// bytes, the codes first. Checks what such a kernel takes for granted.
+pub(super) fn take_rows<const N: usize>(
+    op: &'static str,
+    stream: &Stream,
+    pool: &Pool,
+    (x, rows): (&DeviceSlice, usize),
+    (k, unit): (usize, usize),
+    pieces: [(&'static str, usize); N],
+) -> Result<[DeviceSlice; N]> {
+    if !k.is_multiple_of(unit) || x.num_bytes() < (2 * rows * k) as u64 {
+        let expected = format!("{rows} rows of a multiple of {unit} bf16 numbers");
+        return Err(Error::shape(op, expected, (k, x.num_bytes())));
+    }
+    // The kernels of products count pieces of 16 bytes.
+    to_u32(op, pieces[0].1 / 16)?;
+    let mut taken = Vec::with_capacity(N);
+    for (what, num_bytes) in pieces {
+        let piece = pool.take(what, num_bytes as u64)?;
+        stream.uses(op, &[&piece, x])?;
+        disjoint(op, &piece, &[x])?;
+        taken.push(piece);
+    }
+    Ok(taken.try_into().expect("as many as were asked for"))
+}
 
 impl Prefill {
     fn check(self, arch: Arch) -> Result<()> {
