@@ -18,6 +18,8 @@ use crate::cli::agent::{Agent, Reached, Request, Sums, Target, Times};
 /// What a sum of 8 KB takes between two Sparks, in microseconds, and the share above it that is worth a word.
 const LATENCY: f64 = 30.0;
 const SLOWER: f64 = 1.5;
+/// How much sooner a rail by itself has to be done with 8 KB than all of them, to be taken instead: it carries half as much.
+const SOONER: f64 = 0.85;
 /// What both rails of a Spark carry together, in GB/s, and the share of it that is enough.
 const BANDWIDTH: f64 = 22.0;
 const ENOUGH: f64 = 0.8;
@@ -235,8 +237,8 @@ impl Echoes {
 /// How fast sums are: checks, and the numbers. On each network by itself; over NCCL on all rails together as well.
 pub(super) fn probe(nodes: &[Node], cables: &[Cable]) -> (Vec<Check>, Vec<Value>) {
     let has_gpus = nodes.iter().all(|node| !node.facts["driver"].is_null() && !node.facts["nccl"].is_null());
-    let (mut checks, mut numbers) = (Vec::new(), Vec::new());
-    let mut run = |cable: &Cable, name: &str, is_alone: bool, share: f64| {
+    let (mut checks, mut numbers, mut alone) = (Vec::new(), Vec::new(), Vec::new());
+    let mut run = |cable: &Cable, name: &str, is_alone: bool, share: f64| -> Option<Times> {
         let transport = if has_gpus { "NCCL" } else { "TCP" };
         match measure(nodes, cable, has_gpus, is_alone) {
             Ok(times) => {
@@ -246,23 +248,56 @@ pub(super) fn probe(nodes: &[Node], cables: &[Cable]) -> (Vec<Check>, Vec<Value>
                     "all_reduce_8k_us": {"p50": times.p50, "p99": times.p99, "expected": LATENCY},
                     "bandwidth_gb_s": {"measured": times.gigabytes, "expected": BANDWIDTH * share},
                 }));
+                Some(times)
             }
-            Err(error) => checks.push(Check::fail(
-                "PROBE.LATENCY",
-                format!("{name} over {transport}: {error:#}"),
-                "ranks would not connect either: see what the other checks say of this network and of NCCL",
-            )),
+            Err(error) => {
+                checks.push(Check::fail(
+                    "PROBE.LATENCY",
+                    format!("{name} over {transport}: {error:#}"),
+                    "ranks would not connect either: see what the other checks say of this network and of NCCL",
+                ));
+                None
+            }
         }
     };
     let num_rails = cables.iter().filter(|cable| cable.is_rail()).count().max(1);
     for cable in cables {
         let share = if cable.is_rail() { 1.0 / num_rails as f64 } else { 1.0 };
-        run(cable, &cable.name, cable.is_rail(), share);
+        let times = run(cable, &cable.name, cable.is_rail(), share);
+        alone.extend(times.filter(|_| cable.is_rail()).map(|times| (cable, times)));
     }
     if let (Some(first), true) = (cables.iter().find(|cable| cable.is_rail()), has_gpus && num_rails > 1) {
-        run(first, "all rails", false, 1.0);
+        let together = run(first, "all rails", false, 1.0);
+        checks.extend(together.map(|together| compare_rails(&alone, &together)));
     }
     (checks, numbers)
+}
+
+/// Whether ranks are better off with one rail than with all of them, which is what they take unless they are told. Both have been
+/// seen: small sums wait for the slower rail, large ones are done in half the time.
+fn compare_rails(alone: &[(&Cable, Times)], together: &Times) -> Check {
+    let all = format!("all rails: 8 KB in {:.1} us, {:.2} GB/s", together.p50, together.gigabytes);
+    let quickest = alone.iter().min_by(|(_, a), (_, b)| a.p50.total_cmp(&b.p50));
+    let Some((cable, times)) = quickest else {
+        return Check::pass("PROBE.RAILS", all);
+    };
+    let found = format!("{all}; {} alone: {:.1} us, {:.2} GB/s", cable.name, times.p50, times.gigabytes);
+    if times.p50 > together.p50 * SOONER {
+        return Check::pass("PROBE.RAILS", found);
+    }
+    let mut devices: Vec<&str> = cable.ends.iter().filter_map(|end| end.device.as_deref()).collect();
+    devices.dedup();
+    let advice = format!(
+        "one rail answers single users sooner, all of them read long prompts faster: for the former set NCCL_IB_HCA where `serve --nodes` \
+         starts (the other machines get it from there; in units of systemd on each) to `=` and the rail's device, {}",
+        devices.join(" here and there ")
+    );
+    let check = Check::warn("PROBE.RAILS", found, advice);
+    // Which device a rank is told has to be right on every machine.
+    match devices[..] {
+        [device] => check.with_fix(format!("export NCCL_IB_HCA=={device}:1")),
+        _ => check,
+    }
 }
 
 /// Sums between the machines of `cable`; over NCCL only on that rail when `is_alone`.
@@ -422,6 +457,25 @@ mod tests {
         };
         assert_eq!(of(31.0, 10.5), [Status::Pass, Status::Pass]);
         assert_eq!(of(300.0, 1.0), [Status::Warn, Status::Warn]);
+    }
+
+    #[test]
+    fn one_rail_is_recommended_only_where_it_is_clearly_sooner() {
+        let spark = |name, last: u8| {
+            let address = format!("192.168.100.{last}");
+            node(name, &[("rail0", &address, 9000, Some("rocep1s0f0"))])
+        };
+        let found = cables(&[spark("a", 1), spark("b", 2)]);
+        let times = |p50, gigabytes| Times { p50, p99: p50, gigabytes };
+        let check = |alone, all| compare_rails(&[(&found[0], times(alone, 11.0))], &times(all, 21.0));
+        for (alone, all) in [(30.0, 30.0), (28.0, 31.0), (40.0, 30.0)] {
+            assert_eq!(check(alone, all).status, Status::Pass, "{alone} against {all}");
+        }
+        let warned = check(27.0, 41.0).to_json();
+        assert_eq!((warned["status"].as_str(), warned["id"].as_str()), (Some("WARN"), Some("PROBE.RAILS")));
+        let text = warned.to_string();
+        assert!(text.contains("41.0 us, 21.00 GB/s; 192.168.100.0/24 alone: 27.0 us, 11.00 GB/s"), "{text}");
+        assert!(text.contains("export NCCL_IB_HCA==rocep1s0f0:1"), "{text}");
     }
 
     #[test]
