@@ -4,6 +4,8 @@ mod attention;
 mod embed;
 mod fp8x;
 mod gemm;
+#[cfg(test)]
+mod held_tests;
 mod kv;
 mod linear;
 mod linear_many;

@@ -37,36 +37,36 @@ const FEW_PAIRS: usize = 16;
 pub(super) const GROUP_BYTES: usize = 16;
 
 /// `MoeParams` of `kernels/moe.cuh`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct MoeParams {
-    codes: u64,
-    scales: u64,
-    row_scales: u64,
-    x: u64,
-    out: u64,
-    partial: u64,
-    experts: u64,
-    weights: u64,
-    groups: u64,
-    pairs: u64,
-    logits: u64,
-    router_bias: u64,
-    counts: u64,
-    n: u32,
-    padded_n: u32,
-    k: u32,
-    x_columns: u32,
-    rows: u32,
-    top_k: u32,
-    num_experts: u32,
-    max_groups: u32,
-    splits: u32,
-    logits_stride: u32,
-    renormalize: u32,
-    num_routed: u32,
-    first_held: u32,
-    padding: u32,
+    pub(super) codes: u64,
+    pub(super) scales: u64,
+    pub(super) row_scales: u64,
+    pub(super) x: u64,
+    pub(super) out: u64,
+    pub(super) partial: u64,
+    pub(super) experts: u64,
+    pub(super) weights: u64,
+    pub(super) groups: u64,
+    pub(super) pairs: u64,
+    pub(super) logits: u64,
+    pub(super) router_bias: u64,
+    pub(super) counts: u64,
+    pub(super) n: u32,
+    pub(super) padded_n: u32,
+    pub(super) k: u32,
+    pub(super) x_columns: u32,
+    pub(super) rows: u32,
+    pub(super) top_k: u32,
+    pub(super) num_experts: u32,
+    pub(super) max_groups: u32,
+    pub(super) splits: u32,
+    pub(super) logits_stride: u32,
+    pub(super) renormalize: u32,
+    pub(super) num_routed: u32,
+    pub(super) first_held: u32,
+    pub(super) padding: u32,
 }
 
 // SAFETY: the fields are those of the kernel's struct in the same order; 13 * 8 + 14 * 4 bytes, no padding.
@@ -336,7 +336,9 @@ impl Kernels {
 
 /// Whether a call is for the small blocks: up to [`FEW_PAIRS`] pairs, or where there would be a few more large ones than can run at once.
 fn is_few(call: &Call<'_>, multiprocessors: usize) -> bool {
-    let blocks = call.experts.intermediate().div_ceil(MANY_ROWS / 2) * call.max_groups;
+    // Of the experts that are chosen, as many are held here in the mean.
+    let groups = call.num_pairs.min(call.num_routed) * call.experts.num_experts() / call.num_routed;
+    let blocks = call.experts.intermediate().div_ceil(MANY_ROWS / 2) * groups;
     call.num_pairs <= FEW_PAIRS || is_a_little_more(blocks, MANY_BLOCKS * multiprocessors)
 }
 
@@ -374,6 +376,7 @@ struct Call<'a> {
     choice: &'a Choice,
     experts: &'a Experts,
     num_pairs: usize,
+    num_routed: usize,
     max_groups: usize,
     lists: Lists,
     /// `[pairs, intermediate]` bf16.
@@ -392,7 +395,8 @@ impl<'a> Call<'a> {
         let shape = [x.rows(), experts.hidden()];
         x.expect(OP, shape, Dtype::Bf16)?;
         out.expect(OP, shape, Dtype::Bf16)?;
-        let num_pairs = checked_pairs(x.rows(), choice.top_k, choice.num_routed(OP, experts)?)?;
+        let num_routed = choice.num_routed(OP, experts)?;
+        let num_pairs = checked_pairs(x.rows(), choice.top_k, num_routed)?;
         for slice in [&choice.experts, &choice.weights] {
             words(OP, slice, num_pairs)?;
         }
@@ -423,7 +427,7 @@ impl<'a> Call<'a> {
         }
         read.extend([out.slice(), &lists.groups, &lists.pairs, &inner]);
         stream.uses(OP, &read)?;
-        Ok(Self { stream, pool, x, out, choice, experts, num_pairs, max_groups, lists, inner })
+        Ok(Self { stream, pool, x, out, choice, experts, num_pairs, num_routed, max_groups, lists, inner })
     }
 
     /// What all launches have in common.
@@ -431,12 +435,7 @@ impl<'a> Call<'a> {
         let (logits, routed) = (self.choice.logits.as_ref(), self.choice.routed.as_ref());
         let address = |slice: Option<&DeviceSlice>| slice.map_or(0, DeviceSlice::address);
         Ok(MoeParams {
-            codes: 0,
-            scales: 0,
-            row_scales: 0,
-            x: 0,
             out: self.out.address(),
-            partial: 0,
             experts: self.choice.experts.address(),
             weights: self.choice.weights.address(),
             groups: self.lists.groups.address(),
@@ -444,10 +443,6 @@ impl<'a> Call<'a> {
             logits: address(logits.map(|logits| &logits.partial)),
             router_bias: address(logits.and_then(|logits| logits.bias.as_ref())),
             counts: address(logits.and_then(|logits| logits.counts.as_ref())),
-            n: 0,
-            padded_n: 0,
-            k: 0,
-            x_columns: 0,
             rows: to_u32(OP, self.x.rows())?,
             top_k: to_u32(OP, self.choice.top_k)?,
             num_experts: to_u32(OP, self.experts.num_experts())?,
@@ -457,7 +452,7 @@ impl<'a> Call<'a> {
             renormalize: logits.is_some_and(|logits| logits.renormalize).into(),
             num_routed: to_u32(OP, routed.map_or(0, |routed| routed.num_experts))?,
             first_held: to_u32(OP, routed.map_or(0, |routed| routed.held.start))?,
-            padding: 0,
+            ..MoeParams::default()
         })
     }
 }

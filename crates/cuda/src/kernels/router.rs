@@ -20,29 +20,29 @@ const EXPERTS: usize = 16;
 const BLOCK_K: usize = 1024;
 
 /// `RouterParams` of `kernels/router.cu`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct RouterParams {
-    codes: u64,
-    bias: u64,
-    x: u64,
-    partial: u64,
-    counters: u64,
-    counts: u64,
-    experts: u64,
-    weights: u64,
-    groups: u64,
-    pairs: u64,
-    n: u32,
-    padded_n: u32,
-    k: u32,
-    x_columns: u32,
-    rows: u32,
-    top_k: u32,
-    renormalize: u32,
-    max_groups: u32,
-    first_held: u32,
-    num_held: u32,
+    pub(super) codes: u64,
+    pub(super) bias: u64,
+    pub(super) x: u64,
+    pub(super) partial: u64,
+    pub(super) counters: u64,
+    pub(super) counts: u64,
+    pub(super) experts: u64,
+    pub(super) weights: u64,
+    pub(super) groups: u64,
+    pub(super) pairs: u64,
+    pub(super) n: u32,
+    pub(super) padded_n: u32,
+    pub(super) k: u32,
+    pub(super) x_columns: u32,
+    pub(super) rows: u32,
+    pub(super) top_k: u32,
+    pub(super) renormalize: u32,
+    pub(super) max_groups: u32,
+    pub(super) first_held: u32,
+    pub(super) num_held: u32,
 }
 
 // SAFETY: the fields are those of the kernel's struct in the same order; 10 * 8 + 10 * 4 bytes, no padding.
@@ -284,25 +284,17 @@ impl Kernels {
 /// What both kernels need; the rest is 0.
 fn params(x: &Tensor, x_columns: usize, rule: &RouterRule<'_>, choice: &Choice) -> Result<RouterParams> {
     Ok(RouterParams {
-        codes: 0,
-        bias: 0,
         x: x.address(),
-        partial: 0,
-        counters: 0,
         counts: rule.counts.map_or(0, DeviceSlice::address),
         experts: choice.experts.address(),
         weights: choice.weights.address(),
-        groups: 0,
-        pairs: 0,
         n: to_u32(OP, rule.router.n)?,
-        padded_n: 0,
-        k: 0,
         x_columns: to_u32(OP, x_columns)?,
         rows: to_u32(OP, x.rows())?,
         top_k: to_u32(OP, rule.top_k)?,
         renormalize: rule.renormalize.into(),
-        max_groups: 0,
         first_held: to_u32(OP, rule.held.start)?,
         num_held: to_u32(OP, rule.held.len())?,
+        ..RouterParams::default()
     })
 }
