@@ -13,7 +13,7 @@ use measure::{head, median, row, sorted};
 use pulp::{Simd, WithSimd};
 use spark_backend::{
     Backend, Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, Result as BackendResult,
-    VectorWeight,
+    RouterSpec, VectorWeight,
 };
 use spark_cpu::CpuBackend;
 use spark_testing::Random;
@@ -92,7 +92,9 @@ fn experts(backend: &CpuBackend, memory: f64) -> Result<()> {
                 .map(|_| {
                     let mut x =
                         backend.vector(VectorWeight { values: random.normals(m * K, 1.0), shape: [m, K] })?;
-                    backend.reduce_norm_route(None, &mut x, &norm, 1e-6, &router, TOP_K, true)
+                    let router =
+                        RouterSpec { router: &router, top_k: TOP_K, renormalize: true, experts: 0..EXPERTS };
+                    backend.reduce_norm_route(None, &mut x, &norm, 1e-6, &router)
                 })
                 .collect::<BackendResult<Vec<_>>>()?;
             let touched = inputs.iter().map(|(_, routing)| {

@@ -24,11 +24,13 @@ struct MoeParams {
     u32 x_columns;           // k without padding
     u32 rows;
     u32 top_k;
-    u32 num_experts;
+    u32 num_experts; // that are held here: numbers in `experts` are theirs
     u32 max_groups;
     u32 splits;
     u32 logits_stride;
     u32 renormalize;
+    u32 num_routed;  // a single row: logits of it
+    u32 first_held;  // a single row: of the routed experts
     u32 padding;
 };
 PARAMS(MoeParams);
@@ -46,7 +48,7 @@ __device__ __forceinline__ Operand<ROW_TILES> operand_of(const MoeParams& p, con
     return {p.codes + codes, Scheme::WORDS > 0 ? p.scales + rows * (p.k / Scheme::K_PER_WORD) : nullptr, p.k, {}};
 }
 
-// The expert of a single row that is number `place` of its experts by rising number, and its weight.
+// The held expert of a single row that is number `place` of these by rising number, and its weight.
 struct Expert {
     u32 expert; // or NO_EXPERT
     float weight;
@@ -63,8 +65,14 @@ constexpr u32 MAX_OWN_SPLITS = 2;
 
 template <u32 PER_LANE> __device__ __forceinline__ Chosen choose_row(const MoeParams& p) {
     float logits[PER_LANE];
-    add_logits(logits, p.logits, p.logits_stride, p.splits, p.router_bias, p.num_experts);
-    return choose(logits, p.num_experts, p.top_k, p.renormalize != 0);
+    add_logits(logits, p.logits, p.logits_stride, p.splits, p.router_bias, p.num_routed);
+    Chosen chosen = choose(logits, p.num_routed, p.top_k, p.renormalize != 0);
+    chosen.expert = held_number(chosen.expert, p.first_held);
+    return chosen;
+}
+
+__device__ __forceinline__ Expert if_held(const MoeParams& p, const Expert& found) {
+    return found.expert < p.num_experts ? found : Expert{NO_EXPERT, 0.0f};
 }
 
 // For all threads of a block.
@@ -76,7 +84,7 @@ __device__ __forceinline__ Expert expert_at(const MoeParams& p, u32 place, RowEx
     // second-level cache.
     const u32 num_real = p.counts ? load_shared_value(p.counts) : 1;
     if (is_own || threadIdx.x < 32) {
-        const Chosen chosen = p.num_experts <= 128 ? choose_row<4>(p) : choose_row<8>(p);
+        const Chosen chosen = p.num_routed <= 128 ? choose_row<4>(p) : choose_row<8>(p);
         u32 own_place = 0;
         for (u32 other = 0; other < p.top_k; other++) own_place += __shfl_sync(ALL, chosen.expert, other) < chosen.expert;
         if (is_own) {
@@ -85,12 +93,12 @@ __device__ __forceinline__ Expert expert_at(const MoeParams& p, u32 place, RowEx
                 const u32 from = __ffs(source) - 1;
                 found = {__shfl_sync(ALL, chosen.expert, from), __shfl_sync(ALL, chosen.weight, from)};
             }
-            return found;
+            return if_held(p, found);
         }
         if (lane < p.top_k) row.at[own_place] = {chosen.expert, chosen.weight};
     }
     __syncthreads();
-    return place < p.top_k && num_real != 0 ? row.at[place] : found;
+    return place < p.top_k && num_real != 0 ? if_held(p, row.at[place]) : found;
 }
 
 // Which pair is at a place of a group: from the list, or, of a single row without one, that of the group's number.

@@ -16,6 +16,10 @@ constexpr u32 NO_EXPERT = 0xffffffffu;
 constexpr u32 LIST_THREADS = 256;
 constexpr u32 LIST_WARPS = LIST_THREADS / 32;
 
+// The number of an expert among those that are held, from `first_held` on: for every other one, and for NO_EXPERT, a number that no
+// held one has.
+__device__ __forceinline__ u32 held_number(u32 expert, u32 first_held) { return expert - first_held; }
+
 // A value that another block of this launch or the kernel before the last has written: from the second-level cache.
 __device__ __forceinline__ u32 load_shared_value(const u32* address) {
     u32 value;

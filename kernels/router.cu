@@ -3,7 +3,8 @@
 // expert that the products of moe.cuh read. router_choose does the softmax and what follows for logits that are there already.
 //
 // Shapes  x [rows, k] bf16, W [n, k] bf16 in the packed layout, n up to 256 experts, top_k up to 32; rows from the number in
-//         `counts` on get no experts. Lists for up to 1024 pairs.
+//         `counts` on get no experts. Lists for up to 1024 pairs. What is written are numbers of held experts, from 0; those of
+//         others are not below `num_held`, so for all who read them they do not exist.
 // Bytes   2 * n * k of weights (30B: 512 KB).
 // Bound   latency. Weights are loaded before the predecessor has ended, over many blocks, each a row tile and a part of k. The last
 //         block of 8 rows has a warp choose for each, and the last one of all lists the pairs.
@@ -29,6 +30,8 @@ struct RouterParams {
     u32 top_k;
     u32 renormalize;
     u32 max_groups;
+    u32 first_held; // of the experts whose products follow
+    u32 num_held;
 };
 PARAMS(RouterParams);
 
@@ -37,26 +40,28 @@ constexpr u32 STEPS = 4;
 constexpr u32 WARPS = LIST_WARPS;
 static_assert(MAX_EXPERTS == LIST_THREADS, "a thread per expert");
 
-// Puts the choice of a row where it belongs; returns the lane's expert.
-__device__ __forceinline__ u32 put(const RouterParams& p, u32 row, const Chosen& chosen) {
+// Puts the choice of a row where it belongs.
+__device__ __forceinline__ void put(const RouterParams& p, u32 row, const Chosen& chosen) {
     const u32 lane = threadIdx.x % 32;
     if (lane < p.top_k) {
         const u64 at = u64(row) * p.top_k + lane;
-        p.experts[at] = chosen.expert;
+        p.experts[at] = held_number(chosen.expert, p.first_held);
         p.weights[at] = chosen.weight;
     }
-    return chosen.expert;
 }
 
-// The lists of a single row, by the warp that has chosen: lane l has choice l.
-__device__ __forceinline__ void list_row(const RouterParams& p, u32 expert) {
-    const u32 lane = threadIdx.x % 32;
+// The lists of a single row, by the warp that has chosen: lane l has choice l. Held experts come first.
+__device__ __forceinline__ void list_row(const RouterParams& p, u32 chosen) {
+    const u32 lane = threadIdx.x % 32, expert = held_number(chosen, p.first_held);
     u32 place = 0;
     for (u32 other = 0; other < p.top_k; other++) place += __shfl_sync(ALL, expert, other) < expert;
     if (lane >= p.top_k) return;
-    const bool is_used = expert != NO_EXPERT;
-    p.groups[is_used ? place : lane] = {is_used ? expert : 0, place, is_used, 0};
-    p.pairs[is_used ? place : lane] = lane;
+    // Without a choice all lanes have the same number.
+    if (chosen == NO_EXPERT) place = lane;
+    const bool is_used = expert < p.num_held;
+    // As many groups as experts are held may be fewer than choices.
+    if (place < p.max_groups) p.groups[place] = {is_used ? expert : 0, place, is_used, 0};
+    p.pairs[place] = lane;
 }
 
 // True in the last of `num_blocks` blocks that come here; what the others wrote before is then seen. Leaves a zero.
@@ -134,7 +139,7 @@ template <u32 PER_LANE> __device__ __forceinline__ void route(const RouterParams
     }
     if (gridDim.z > 1 && !is_last(p.counters, gridDim.z)) return;
     __syncthreads();
-    list_pairs(shared.list, p.experts, p.rows * p.top_k, p.n, p.groups, p.max_groups, p.pairs);
+    list_pairs(shared.list, p.experts, p.rows * p.top_k, p.num_held, p.groups, p.max_groups, p.pairs);
 }
 
 // Up to 128 experts, and up to 256.

@@ -9,7 +9,7 @@ use std::{
 
 use spark_backend::{Dtype, ExpertTally};
 use spark_cuda::Profile;
-use spark_models::{HeadDtype, VisionConfig};
+use spark_models::{HeadDtype, MoeParallel, VisionConfig};
 use spark_runtime::EngineOptions;
 use spark_server::{FrontEnd, Options, SamplingDefaults};
 use spark_text::{ChatTemplate, TextError, Tokenizer};
@@ -144,6 +144,12 @@ impl EngineBuilder {
     /// What activations are in products of many rows with 4-bit integer weights; bfloat16 unless said.
     pub fn prefill_activations(mut self, activations: PrefillActivations) -> Self {
         self.settings.prefill_activations = activations;
+        self
+    }
+
+    /// How ranks share the experts of a layer; a slice of each unless said. No effect on one rank.
+    pub fn moe_parallel(mut self, parallel: MoeParallel) -> Self {
+        self.settings.moe_parallel = parallel;
         self
     }
 
@@ -316,15 +322,21 @@ impl EngineBuilder {
     fn reopen(&self) -> Reopen {
         let (model, revision) = (self.model.clone(), self.revision.clone());
         let (load_format, quantization) = (self.settings.load_format, self.quantization);
-        Box::new(move || match (load_format, quantization) {
-            (LoadFormat::Auto, None) => ModelFiles::open(&model, revision.clone()),
-            (LoadFormat::Auto, Some(_)) => {
-                let problem = "only dummy weights have a format that can be chosen; a checkpoint has its own";
-                Err(Error::option("--quantization", problem))
-            }
-            (LoadFormat::Dummy, quantization) => {
-                ModelFiles::open_config(&model, revision.clone(), quantization)
-            }
+        let moe_parallel = self.settings.moe_parallel;
+        Box::new(move || {
+            let mut files = match (load_format, quantization) {
+                (LoadFormat::Auto, None) => ModelFiles::open(&model, revision.clone()),
+                (LoadFormat::Auto, Some(_)) => {
+                    let problem =
+                        "only dummy weights have a format that can be chosen; a checkpoint has its own";
+                    Err(Error::option("--quantization", problem))
+                }
+                (LoadFormat::Dummy, quantization) => {
+                    ModelFiles::open_config(&model, revision.clone(), quantization)
+                }
+            }?;
+            files.share_experts(moe_parallel)?;
+            Ok(files)
         })
     }
 

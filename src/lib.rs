@@ -61,7 +61,7 @@ pub use spark_api as api;
 pub use spark_backend::{Dtype, ExpertTally, Memory, Rank};
 pub use spark_comm as comm;
 pub use spark_cuda::Profile;
-pub use spark_models::HeadDtype;
+pub use spark_models::{HeadDtype, MoeParallel};
 pub use spark_runtime::{
     EngineHandle, EngineOptions, Failure, FailureHook, FailureReport, KvCacheDtype, MemoryPlan, MemoryUse,
     Policy, SequenceRecord, StepRecord,

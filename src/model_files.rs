@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use spark_backend::Dtype;
-use spark_models::{ModelConfig, published};
+use spark_models::{ModelConfig, MoeParallel, published};
 use spark_server::SamplingDefaults;
 use spark_weights::{Checkpoint, OpenOptions, ParamSpec};
 
@@ -94,6 +94,18 @@ impl ModelFiles {
         }
         let specs = config.specs(has_lm_head);
         Ok(Self { checkpoint, config, specs, has_lm_head })
+    }
+
+    /// Says how ranks share the experts.
+    ///
+    /// # Errors
+    /// Whole experts of a model that has none.
+    pub fn share_experts(&mut self, parallel: MoeParallel) -> Result<()> {
+        self.config
+            .share_experts(parallel)
+            .map_err(|error| Error::option("--moe-parallel", format!("ep: {error}")))?;
+        self.specs = self.config.specs(self.has_lm_head);
+        Ok(())
     }
 
     /// The compute dtype that `auto` means: float32 for a float32 checkpoint, else bfloat16. Half precision

@@ -9,7 +9,7 @@ use std::{
 use spark_backend::{Backend, Dtype, ExpertTally, Memory, Rank};
 use spark_cpu::CpuBackend;
 use spark_cuda::{Arch, CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, Profile};
-use spark_models::{Head, HeadDtype, Qwen3Vl};
+use spark_models::{Head, HeadDtype, MoeParallel, Qwen3Vl};
 use spark_runtime::{EngineHandle, EngineOptions, LeaderGroup, MemoryPlan, MemoryUse, Rebuild, Running};
 use spark_weights::{LoadOptions, LoadStrategy, Params, ProgressFn};
 
@@ -104,6 +104,7 @@ pub(crate) struct Settings {
     pub(crate) lm_head_dtype: HeadDtype,
     pub(crate) prefill_activations: PrefillActivations,
     pub(crate) native_fp4: NativeFp4,
+    pub(crate) moe_parallel: MoeParallel,
     pub(crate) weight_cache: Option<PathBuf>,
     pub(crate) threads: Option<usize>,
     pub(crate) options: EngineOptions,
@@ -135,6 +136,7 @@ impl Default for Settings {
             lm_head_dtype: HeadDtype::default(),
             prefill_activations: PrefillActivations::default(),
             native_fp4: NativeFp4::default(),
+            moe_parallel: MoeParallel::default(),
             weight_cache: None,
             threads: None,
             options: EngineOptions::default(),
@@ -226,7 +228,7 @@ impl Settings {
             ..self.options.clone()
         };
         let (load_format, seed, eager) = (self.load_format, self.seed, self.enforce_eager);
-        let formats = (self.lm_head_dtype, self.prefill_activations);
+        let formats = (self.lm_head_dtype, self.prefill_activations, self.moe_parallel);
         let settings = format!("{device} {dtype:?} {formats:?} {load_format:?} {seed} {eager} {options:?}");
         ranks.gather(joining.model, &settings, joining.timeout).map(Some)
     }

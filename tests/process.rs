@@ -225,12 +225,45 @@ fn inspect_describes_every_fixture() {
         }
         assert_eq!(report["tensor_parallel_size"], 2, "{model}");
     }
+    inspect_tells_whole_experts();
     let plain = program(&["inspect", &folder(MODEL)]).output().unwrap();
     let plain = String::from_utf8(plain.stdout).unwrap();
     assert!(plain.contains("qwen3_vl_moe") && plain.contains("awq-int4-g128"), "{plain}");
     let message = failure(&["inspect", &folder(MODEL), "--tp", "3"]);
     assert!(message.contains("num_attention_heads") && message.contains("over 1, 2, 4 ranks"), "{message}");
     assert!(failure(&["inspect", &folder(MODEL), "--tp", "0"]).contains("0 ranks"));
+}
+
+/// Of ranks that hold whole experts: which, and that nothing of the others is read.
+fn inspect_tells_whole_experts() {
+    let inspect = |model: &str, arguments: &[&str]| {
+        program(&[&["inspect", &folder(model), "--tp", "2"], arguments].concat()).output().unwrap().stdout
+    };
+    let report = |arguments: &[&str]| -> Value {
+        serde_json::from_slice(&inspect(MODEL, &[&["--json"], arguments].concat())).unwrap()
+    };
+    let (slices, whole) = (report(&[]), report(&["--moe-parallel", "ep"]));
+    let num_experts = whole["text"]["moe"]["num_experts"].as_u64().unwrap();
+    let part = |name: &str| {
+        let mut parts = whole["weights"]["parts"].as_array().unwrap().iter();
+        parts.find(|part| part["part"] == name).unwrap()["bytes"].as_u64().unwrap()
+    };
+    assert_eq!((&slices["moe_parallel"], &whole["moe_parallel"]), (&"tp".into(), &"ep".into()));
+    for (rank, first) in [(0, 0), (1, num_experts / 2)] {
+        let (slices, whole) = (&slices["ranks"][rank], &whole["ranks"][rank]);
+        assert_eq!(slices["experts"], json!({"start": 0, "end": num_experts}));
+        assert_eq!(whole["experts"], json!({"start": first, "end": first + num_experts / 2}));
+        let read = |rank: &Value| rank["bytes_read"].as_u64().unwrap();
+        // Gate and up of AWQ lie by inputs, so that a slice of their outputs is all over the tensor.
+        assert!(read(slices) - read(whole) > part("experts") / 8, "{slices} {whole}");
+    }
+    let text = String::from_utf8(inspect(MODEL, &["--moe-parallel", "ep"])).unwrap();
+    let last = num_experts - 1;
+    assert!(text.contains(&format!("rank 1 of 2   experts {} to {last}, ", num_experts / 2)), "{text}");
+    let dense = failure(&["inspect", &folder("dense_vl_bf16"), "--moe-parallel", "ep"]);
+    assert!(dense.contains("--moe-parallel: ep") && dense.contains("no experts"), "{dense}");
+    let six = failure(&["inspect", &folder("moe_vl_bf16"), "--tp", "4", "--moe-parallel", "ep"]);
+    assert!(six.contains("num_experts: 6") && six.contains("over 1, 2 ranks"), "{six}");
 }
 
 /// What the program says when it fails: exit code 1 and one error, no panic.

@@ -98,11 +98,29 @@ fn wait_for_health(server: &Server) {
 
 #[test]
 fn bench_measures_ranks() {
-    let mut command = program(&["bench", "latency", "--config", &folder("moe_vl_bf16"), "--tp", "2"]);
-    command.args(&CPU[..6]).args(["--input-len", "8", "--output-len", "4", "--num-iters", "1"]);
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
-    assert!(String::from_utf8(stdout).unwrap().contains("Avg latency"));
+    for experts in [&[][..], &["--moe-parallel", "ep"]] {
+        let mut command = program(&["bench", "latency", "--config", &folder("moe_vl_bf16"), "--tp", "2"]);
+        command.args(&CPU[..6]).args(["--input-len", "8", "--output-len", "4", "--num-iters", "1"]);
+        let Output { status, stdout, stderr } = command.args(experts).output().unwrap();
+        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+        assert!(String::from_utf8(stdout).unwrap().contains("Avg latency"));
+    }
+}
+
+/// What cannot be shared so ends the start, and says why.
+#[test]
+fn whole_experts_are_refused_where_there_are_none_or_too_few() {
+    for (model, world, expected) in [
+        ("dense_vl_bf16", "2", ["--moe-parallel: ep", "qwen3_vl has no experts"]),
+        ("moe_vl_bf16", "4", ["num_experts: 6", "over 1, 2 ranks"]),
+    ] {
+        let mut command = program(&["generate", &folder(model), "-p", "Hello", "--tp", world]);
+        let Output { status, stderr, .. } =
+            command.args(CPU).args(["--moe-parallel", "ep"]).output().unwrap();
+        let message = String::from_utf8(stderr).unwrap();
+        assert_eq!(status.code(), Some(1), "{message}");
+        assert!(expected.iter().all(|part| message.contains(part)), "{message}");
+    }
 }
 
 #[test]
@@ -175,8 +193,14 @@ struct Started(Child);
 
 impl Started {
     fn new(model: &str, rank: &str, leader: &str, token: &str) -> Self {
+        Self::with(&[], model, rank, leader, token)
+    }
+
+    /// With further flags.
+    fn with(arguments: &[&str], model: &str, rank: &str, leader: &str, token: &str) -> Self {
         let mut command = program(&["serve", &folder(model), "--port", "0", "--rank", rank, "--world", "2"]);
         command.args(CPU).args(["--leader", leader, "--join-timeout", "20"]).env("SPARK_TOKEN", token);
+        command.args(arguments);
         Self(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
@@ -223,6 +247,9 @@ fn strangers_and_wrong_ranks_are_refused_and_the_right_one_is_served() {
                 assert_eq!(code, Some(1), "{text}");
                 assert!(text.contains("refuse") && text.contains(named), "{text}");
             }
+            let (code, text) = Started::with(&["--moe-parallel", "ep"], MODEL, "1", address, "secret").end();
+            assert_eq!(code, Some(1), "{text}");
+            assert!(text.contains("refuse") && text.contains("settings"), "{text}");
             drop(silent);
             Started::new(MODEL, "1", address, "secret")
         });

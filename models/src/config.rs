@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::{
     Error, Result,
     fields::Fields,
+    ranks::MoeParallel,
     rope::{RopeConfig, parse_rope},
 };
 
@@ -72,6 +73,8 @@ pub struct MoeConfig {
     pub decoder_sparse_step: usize,
     /// Layers that stay dense.
     pub mlp_only_layers: Vec<usize>,
+    /// How ranks share the experts: nothing of the file, see [`ModelConfig::share_experts`].
+    pub parallel: MoeParallel,
 }
 
 impl TextConfig {
@@ -213,6 +216,7 @@ fn parse_moe(f: &Fields<'_>, always_renormalize: bool) -> Result<MoeConfig> {
         norm_topk_prob: always_renormalize || f.flag("norm_topk_prob", false)?,
         decoder_sparse_step: f.size_or("decoder_sparse_step", 1)?,
         mlp_only_layers: f.sizes("mlp_only_layers")?,
+        parallel: MoeParallel::default(),
     };
     if moe.num_experts_per_tok > num_experts {
         return Err(

@@ -3,7 +3,9 @@
 //! Mirrors `Qwen3VLMoeTextDecoderLayer` and `Qwen3DecoderLayer` of transformers. The residual stream is replicated;
 //! what a layer returns is a partial sum that the next `reduce_norm` reduces and adds.
 
-use spark_backend::{AttentionSpec, Backend, Rank};
+use std::ops::Range;
+
+use spark_backend::{AttentionSpec, Backend, Rank, RouterSpec};
 use spark_weights::{Params, Shard};
 
 use crate::{
@@ -28,7 +30,7 @@ struct Attention<B: Backend> {
 }
 
 enum Mlp<B: Backend> {
-    Moe { gate: B::Linear, experts: B::Experts, top_k: usize, renormalize: bool },
+    Moe { gate: B::Linear, experts: B::Experts, held: Range<usize>, top_k: usize, renormalize: bool },
     Dense { gate_up_proj: B::Linear, down_proj: B::Linear },
 }
 
@@ -46,7 +48,7 @@ pub(crate) fn specs(config: &TextConfig, layer: usize, specs: &mut Specs<'_>) {
     match config.moe_at(layer) {
         Some(moe) => {
             specs.linear("mlp.gate", moe.num_experts, hidden, Shard::Replicated);
-            specs.experts("mlp.experts", moe.num_experts, hidden, moe.moe_intermediate_size);
+            specs.experts("mlp.experts", moe, hidden);
         }
         None => {
             let inter = config.intermediate_size;
@@ -77,6 +79,7 @@ impl<B: Backend> DecoderLayer<B> {
             Some(moe) => Mlp::Moe {
                 gate: w.linear("mlp.gate")?,
                 experts: w.experts("mlp.experts")?,
+                held: moe.experts_of(backend.rank()),
                 top_k: moe.num_experts_per_tok,
                 renormalize: moe.norm_topk_prob,
             },
@@ -104,9 +107,10 @@ impl<B: Backend> DecoderLayer<B> {
         };
         let norm = &self.post_attention_layernorm;
         Ok(match &self.mlp {
-            Mlp::Moe { gate, experts, top_k, renormalize } => {
-                let (x, routing) =
-                    b.reduce_norm_route(partial, residual, norm, eps, gate, *top_k, *renormalize)?;
+            Mlp::Moe { gate, experts, held, top_k, renormalize } => {
+                let (top_k, renormalize) = (*top_k, *renormalize);
+                let router = RouterSpec { router: gate, top_k, renormalize, experts: held.clone() };
+                let (x, routing) = b.reduce_norm_route(partial, residual, norm, eps, &router)?;
                 b.moe_mlp(&x, &routing, experts)?
             }
             Mlp::Dense { gate_up_proj, down_proj } => {

@@ -21,5 +21,6 @@ pub use config::{ModelConfig, MoeConfig, TextConfig, VisionConfig};
 pub use error::{Error, Result};
 pub use head::{Head, HeadDtype};
 pub use qwen3_vl::{Encoded, Qwen3Vl};
+pub use ranks::MoeParallel;
 pub use registry::{PUBLISHED, published};
 pub use rope::{RopeConfig, RopeIndex};

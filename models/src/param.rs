@@ -3,7 +3,7 @@
 use spark_backend::Backend;
 use spark_weights::{ParamSpec, Params, Shard};
 
-use crate::Result;
+use crate::{Result, config::MoeConfig};
 
 /// Collects the parameters of one module.
 pub(crate) struct Specs<'a> {
@@ -32,9 +32,10 @@ impl Specs<'_> {
         self.out.push(ParamSpec::linear(self.name(module), n, k, Shard::Replicated).with_bias());
     }
 
-    /// Routed experts.
-    pub(crate) fn experts(&mut self, module: &str, num_experts: usize, hidden: usize, intermediate: usize) {
-        self.out.push(ParamSpec::experts(self.name(module), num_experts, hidden, intermediate));
+    /// The routed experts of a layer.
+    pub(crate) fn experts(&mut self, module: &str, moe: &MoeConfig, hidden: usize) {
+        let spec = ParamSpec::experts(self.name(module), moe.num_experts, hidden, moe.moe_intermediate_size);
+        self.out.push(spec.sharded(moe.shard()));
     }
 
     fn name(&self, name: &str) -> String {

@@ -1,7 +1,50 @@
-//! Over how many ranks a model can be split. Which part a rank holds is said by the shard rules of its parameters.
+//! Over how many ranks a model can be split, and how they share its experts. Which part a rank holds is said by the shard rules
+//! of its parameters.
 
-use crate::config::{ModelConfig, TextConfig};
+use std::ops::Range;
+
+use spark_backend::Rank;
+use spark_weights::Shard;
+
+use crate::config::{ModelConfig, MoeConfig, TextConfig};
 use crate::{Error, Result};
+
+/// How ranks share the experts of a layer; everything else they share alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum MoeParallel {
+    /// Every rank holds a slice of the intermediate features of every expert: all ranks read the same number of bytes in every
+    /// step.
+    #[default]
+    Tp,
+    /// Every rank holds some experts whole: those that a step has chosen may be more on one rank than on another.
+    Ep,
+}
+
+impl MoeConfig {
+    /// The rule by which the parameters of the experts are shared.
+    pub(crate) fn shard(&self) -> Shard {
+        match self.parallel {
+            MoeParallel::Tp => Shard::Experts,
+            MoeParallel::Ep => Shard::WholeExperts,
+        }
+    }
+
+    /// The experts of which `rank` holds anything.
+    pub fn experts_of(&self, rank: Rank) -> Range<usize> {
+        match self.parallel {
+            MoeParallel::Tp => 0..self.num_experts,
+            MoeParallel::Ep => rank.range(self.num_experts),
+        }
+    }
+
+    /// Intermediate features of each of these on one of `world` ranks.
+    pub fn features_of(&self, world: usize) -> usize {
+        match self.parallel {
+            MoeParallel::Tp => self.moe_intermediate_size / world.max(1),
+            MoeParallel::Ep => self.moe_intermediate_size,
+        }
+    }
+}
 
 /// A field of the configuration that ranks share, its value, and what its rule asks for.
 struct Shared {
@@ -12,8 +55,25 @@ struct Shared {
 }
 
 impl ModelConfig {
+    /// Says how ranks share the experts.
+    ///
+    /// # Errors
+    /// Whole experts of a model that has none.
+    pub fn share_experts(&mut self, parallel: MoeParallel) -> Result<()> {
+        match &mut self.text.moe {
+            Some(moe) => moe.parallel = parallel,
+            None if parallel == MoeParallel::Tp => {}
+            None => {
+                let problem = format!("{} has no experts that ranks could share", self.model_type);
+                return Err(Error::config("num_experts", problem));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether the model can be split over `world` ranks: query heads and intermediate features evenly, KV heads evenly or
-    /// each held by several ranks, at least one row of the vocabulary each.
+    /// each held by several ranks, at least one row of the vocabulary each; where ranks hold whole experts, these evenly instead
+    /// of their features.
     ///
     /// # Errors
     /// Names the field that cannot be split, its value, and the numbers of ranks that work.
@@ -59,11 +119,19 @@ fn shared(text: &TextConfig) -> Vec<Shared> {
         },
     ];
     if let Some(moe) = &text.moe {
-        fields.push(Shared {
-            field: "moe_intermediate_size",
-            value: moe.moe_intermediate_size,
-            rule: "every rank takes as many features of each expert",
-            fits: evenly,
+        fields.push(match moe.parallel {
+            MoeParallel::Tp => Shared {
+                field: "moe_intermediate_size",
+                value: moe.moe_intermediate_size,
+                rule: "every rank takes as many features of each expert",
+                fits: evenly,
+            },
+            MoeParallel::Ep => Shared {
+                field: "num_experts",
+                value: moe.num_experts,
+                rule: "every rank takes as many whole experts",
+                fits: evenly,
+            },
         });
     }
     if (0..text.num_hidden_layers).any(|layer| text.moe_at(layer).is_none()) {
@@ -112,6 +180,14 @@ mod tests {
             message.contains("moe_intermediate_size: 12") && message.contains("over 1, 2, 4 ranks"),
             "{message}"
         );
+        // Whole experts need not be split, but there must be as many for every rank.
+        model.share_experts(MoeParallel::Ep).unwrap();
+        for world in [1, 2, 4, 8, 16, 32] {
+            model.check_ranks(world).unwrap();
+        }
+        model.text.moe.as_mut().unwrap().num_experts = 12;
+        let message = error(&model, 8);
+        assert!(message.contains("num_experts: 12") && message.contains("over 1, 2, 4 ranks"), "{message}");
         model.text.num_key_value_heads = 32;
         model.text.vocab_size = 1;
         let message = error(&model, 2);
@@ -119,5 +195,21 @@ mod tests {
         model.text.num_attention_heads = 12;
         model.text.num_key_value_heads = 3;
         assert!(error(&model, 2).contains("num_key_value_heads: 3"));
+    }
+
+    #[test]
+    fn whole_experts_are_those_of_a_model_that_has_some() {
+        let mut model = model("qwen3-vl-235b-a22b");
+        let held = |model: &ModelConfig, index| {
+            let moe = model.text.moe.as_ref().unwrap();
+            (moe.experts_of(Rank::new(index, 2).unwrap()), moe.features_of(2))
+        };
+        assert_eq!([held(&model, 0), held(&model, 1)], [(0..128, 768), (0..128, 768)]);
+        model.share_experts(MoeParallel::Ep).unwrap();
+        assert_eq!([held(&model, 0), held(&model, 1)], [(0..64, 1536), (64..128, 1536)]);
+        let mut dense = self::model("qwen3-vl-8b");
+        dense.share_experts(MoeParallel::Tp).unwrap();
+        let message = dense.share_experts(MoeParallel::Ep).unwrap_err().to_string();
+        assert!(message.contains("num_experts") && message.contains("qwen3_vl has no experts"), "{message}");
     }
 }

@@ -10,7 +10,7 @@ use spark_backend::{
     ActivationSpec, Backend, Dtype, KvDtype, KvSpec, Rank, SlotParams, StateSpec, StepInputs, VisualRows,
 };
 use spark_cpu::CpuBackend;
-use spark_models::{ModelConfig, Qwen3Vl, RopeIndex};
+use spark_models::{ModelConfig, MoeParallel, Qwen3Vl, RopeIndex};
 use spark_testing::{
     LocalGroup, Oracle, Random, model_dir, model_names, rel_err, repository, tolerance::FLOAT32,
 };
@@ -40,6 +40,12 @@ impl Source {
         let checkpoint = Checkpoint::of_config(config, "nowhere".into());
         let config = ModelConfig::parse(checkpoint.config(), None).unwrap();
         Source { checkpoint, has_lm_head: !config.tie_word_embeddings, config, is_dummy: true }
+    }
+
+    /// The same with whole experts on every rank; `None` for a model without experts.
+    fn with_whole_experts(mut self) -> Option<Self> {
+        self.config.text.moe.is_some().then(|| self.config.share_experts(MoeParallel::Ep).unwrap())?;
+        Some(self)
     }
 
     /// This model on a rank; alone without a group.
@@ -219,12 +225,22 @@ fn pictures(config: &ModelConfig, ids: &[u32], grids: &[[u32; 3]]) -> Vec<Pictur
         .collect()
 }
 
-/// All cases of the fixtures that start with `prefix` on `world` ranks: logits, then the oracle's greedy answers.
-fn check_fixtures(prefix: &str, world: usize) {
-    let models = model_names(prefix).unwrap();
-    assert!(!models.is_empty(), "no fixture starts with {prefix}");
-    for name in models {
+/// All cases of the fixtures on `world` ranks, which share experts so: logits, then the oracle's greedy answers. Those without
+/// experts only where there is nothing to say about these.
+fn check_fixtures(world: usize, parallel: MoeParallel) {
+    let (mut num_checked, mut outside) = (0, Vec::new());
+    for name in model_names("").unwrap() {
         let source = Source::open(&model_dir(&name));
+        let source = match parallel {
+            MoeParallel::Tp => Some(source),
+            MoeParallel::Ep => source.with_whole_experts(),
+        };
+        let Some(source) = source else { continue };
+        if source.config.check_ranks(world).is_err() {
+            outside.push(name);
+            continue;
+        }
+        num_checked += 1;
         let oracle = Oracle::load(&name).unwrap();
         let images = |case: &&spark_testing::Case| {
             let placeholder = source.config.image_token_id;
@@ -239,20 +255,34 @@ fn check_fixtures(prefix: &str, world: usize) {
         let case = &oracle.cases["text"];
         let answers = source.on_ranks(world, |loaded| loaded.greedy(&case.prompt_ids, case.greedy_ids.len()));
         for answer in answers {
-            assert_eq!(answer, case.greedy_ids, "{name} on {world} ranks");
+            assert_eq!(answer, case.greedy_ids, "{name} on {world} ranks, {parallel:?}");
         }
     }
+    assert!(num_checked > 10, "only {num_checked} fixtures");
+    let six_experts = parallel == MoeParallel::Ep && world == 4;
+    assert_eq!(outside, if six_experts { vec!["moe_vl_bf16"] } else { vec![] });
 }
 
 #[test]
 fn fixtures_on_two_ranks() {
-    check_fixtures("", 2);
+    check_fixtures(2, MoeParallel::Tp);
 }
 
 /// Each of their two KV heads is held by two ranks.
 #[test]
 fn fixtures_on_four_ranks() {
-    check_fixtures("", 4);
+    check_fixtures(4, MoeParallel::Tp);
+}
+
+#[test]
+fn fixtures_with_whole_experts_on_two_ranks() {
+    check_fixtures(2, MoeParallel::Ep);
+}
+
+/// A token has fewer experts than there are ranks, so some ranks have nothing to do in a step.
+#[test]
+fn fixtures_with_whole_experts_on_four_ranks() {
+    check_fixtures(4, MoeParallel::Ep);
 }
 
 #[test]
@@ -265,6 +295,10 @@ fn the_demo_model_on_two_and_four_ranks() {
         let pictures = pictures(&source.config, &ids, &[[1, 8, 8]]);
         for world in [2, 4] {
             check_logits(&source, world, &ids, &pictures, format);
+        }
+        let Some(source) = source.with_whole_experts() else { continue };
+        for world in [2, 4] {
+            check_logits(&source, world, &ids, &pictures, &format!("{format}, whole experts"));
         }
     }
 }
@@ -298,6 +332,27 @@ fn random_models_on_eight_ranks() {
             let source = Source::dummy(config(num_kv_heads, intermediate, &quantization));
             let name = format!("{quantization}, {num_kv_heads} KV heads");
             check_logits(&source, world, &ids, &[], &name);
+        }
+    }
+}
+
+/// Experts of 144 features, whose groups cannot be cut and of which eight ranks could not have equal parts; an expert a rank too.
+#[test]
+fn random_models_with_whole_experts() {
+    let schemes = [
+        json!(null),
+        json!({"quant_method": "awq", "group_size": 16}),
+        json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+        json!({"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    ];
+    let ids: Vec<u32> = (0..40u32).map(|i| i * 97 % 303).collect();
+    for quantization in schemes {
+        let mut config = config(4, 144, &quantization);
+        config["num_experts"] = json!(8);
+        let source = || Source::dummy(config.clone());
+        for world in [2, 8] {
+            let whole = source().with_whole_experts().unwrap();
+            check_logits(&whole, world, &ids, &[], &format!("{quantization}, whole experts"));
         }
     }
 }

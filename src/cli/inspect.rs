@@ -11,7 +11,7 @@ use spark_engine::{
 use spark_models::ModelConfig;
 use spark_weights::Summary;
 
-use super::{head::HeadArgs, model_name::ModelName};
+use super::{head::HeadArgs, model_name::ModelName, moe_parallel::MoeParallelArgs};
 
 /// Show architecture, quantisation and sizes.
 #[derive(Args)]
@@ -26,6 +26,8 @@ pub(crate) struct InspectArgs {
     #[arg(long, visible_alias = "tp", default_value_t = 1, value_name = "N")]
     tensor_parallel_size: usize,
     #[command(flatten)]
+    moe_parallel: MoeParallelArgs,
+    #[command(flatten)]
     head: HeadArgs,
     /// One JSON object instead of text.
     #[arg(long)]
@@ -33,7 +35,8 @@ pub(crate) struct InspectArgs {
 }
 
 pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
-    let files = ModelFiles::open(&args.model.choose()?.model, args.revision)?;
+    let mut files = ModelFiles::open(&args.model.choose()?.model, args.revision)?;
+    files.share_experts(args.moe_parallel.get())?;
     let report = report(&files, args.tensor_parallel_size, args.head.dtype())?;
     let mut stdout = std::io::stdout().lock();
     if args.json {
@@ -54,6 +57,7 @@ fn report(files: &ModelFiles, world: usize, head: HeadDtype) -> anyhow::Result<V
             json!({
                 "tensors": held.tensors, "bytes_read": held.bytes_read,
                 "bytes_held": head_bytes.held(held.bytes_held, rank), "kv_bytes_per_token": kv_bytes(config, rank),
+                "experts": text.moe.as_ref().map(|moe| moe.experts_of(rank)),
             })
         });
     let ranks: Vec<Value> = ranks.collect();
@@ -86,6 +90,7 @@ fn report(files: &ModelFiles, world: usize, head: HeadDtype) -> anyhow::Result<V
         "weights": weights,
         "kv_bytes_per_token": kv_bytes(config, Rank::SINGLE),
         "tensor_parallel_size": world,
+        "moe_parallel": text.moe.as_ref().map(|moe| format!("{:?}", moe.parallel).to_lowercase()),
         "ranks": ranks,
     }))
 }
@@ -189,13 +194,24 @@ fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {
         let [read, held] = ["bytes_read", "bytes_held"].map(|key| grouped(&rank[key]));
         let [bf16, fp8] = ["bf16", "fp8"].map(|dtype| grouped(&rank["kv_bytes_per_token"][dtype]));
         let tensors = grouped(&rank["tensors"]);
+        let experts = match &rank["experts"] {
+            experts if report["moe_parallel"] == "ep" => {
+                format!("experts {} to {}, ", experts["start"], last(&experts["end"]))
+            }
+            _ => String::new(),
+        };
         writeln!(
             out,
-            "rank {index} of {world}   {tensors} tensors: reads {read} bytes, holds {held}; KV cache {bf16} bytes a token in \
-             bf16, {fp8} in fp8"
+            "rank {index} of {world}   {experts}{tensors} tensors: reads {read} bytes, holds {held}; KV cache {bf16} bytes a \
+             token in bf16, {fp8} in fp8"
         )?;
     }
     Ok(())
+}
+
+/// The last number before `end`.
+fn last(end: &Value) -> u64 {
+    end.as_u64().unwrap_or_default().saturating_sub(1)
 }
 
 fn plain(value: &Value) -> &str {

@@ -20,6 +20,7 @@ mod kernels;
 mod log_tail;
 mod media;
 mod model_name;
+mod moe_parallel;
 mod notify;
 mod otlp;
 mod parsers;

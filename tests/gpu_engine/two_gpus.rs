@@ -1,5 +1,5 @@
 //! Two ranks on two GPUs against the CPU backend: every fixture and the demo model, over NVLink and over sockets as between
-//! hosts, with graphs and without. Needs two GPUs and NCCL. Ranks are processes of this program that run the same test.
+//! hosts, with graphs and without, with slices of experts and with whole ones. Needs two GPUs and NCCL. Ranks are processes of this program that run the same test.
 
 use std::{
     io::{BufRead, BufReader},
@@ -14,7 +14,7 @@ use spark_comm::{
     Listener,
     nccl::{Machine, defaults},
 };
-use spark_engine::{Device, EngineBuilder, Ranks, Role};
+use spark_engine::{Device, EngineBuilder, ModelFiles, MoeParallel, Ranks, Role};
 use spark_testing::model_names;
 
 use crate::{Answer, Comparison, Model, alone, ask};
@@ -37,30 +37,45 @@ const OUTSIDE: [&str; 3] = ["moe_vl_bf16", "moe_vl_bf16_resave", "text_moe_bf16"
 
 #[test]
 fn greedy_ids_over_nvlink_are_those_of_the_cpu() {
-    in_two_ranks("two_gpus::greedy_ids_over_nvlink_are_those_of_the_cpu", "NVLink", &[]);
+    let name = "two_gpus::greedy_ids_over_nvlink_are_those_of_the_cpu";
+    in_two_ranks(name, MoeParallel::Tp, "NVLink", &[]);
 }
 
 #[test]
 fn greedy_ids_over_sockets_are_those_of_the_cpu() {
-    in_two_ranks("two_gpus::greedy_ids_over_sockets_are_those_of_the_cpu", "sockets", &SOCKETS);
+    let name = "two_gpus::greedy_ids_over_sockets_are_those_of_the_cpu";
+    in_two_ranks(name, MoeParallel::Tp, "sockets", &SOCKETS);
 }
 
-fn models() -> Vec<Model> {
+/// Also of those with 48 features in an expert, which two ranks cannot share otherwise.
+#[test]
+fn greedy_ids_with_whole_experts_are_those_of_the_cpu() {
+    let name = "two_gpus::greedy_ids_with_whole_experts_are_those_of_the_cpu";
+    in_two_ranks(name, MoeParallel::Ep, "NVLink", &[]);
+}
+
+/// Those that two ranks can share so.
+fn models(parallel: MoeParallel) -> Vec<Model> {
     let mut models: Vec<Model> = model_names("").unwrap().iter().map(|name| Model::fixture(name)).collect();
     models.extend(["awq", "bf16"].map(Model::demo));
+    models.retain(|model| {
+        let mut files = ModelFiles::open(&model.folder.display().to_string(), None).unwrap();
+        files.share_experts(parallel).is_ok()
+    });
+    assert!(models.len() > 15, "{} models", models.len());
     models
 }
 
 /// As whichever process this is of the test `name`.
-fn in_two_ranks(name: &str, transport: &str, environment: &[(&str, &str)]) {
+fn in_two_ranks(name: &str, parallel: MoeParallel, transport: &str, environment: &[(&str, &str)]) {
     let Ok(rank) = std::env::var(RANK) else {
         let _gpus = alone();
         return start(name, environment);
     };
     let leader: SocketAddr = std::env::var(LEADER).unwrap().parse().unwrap();
     match rank.as_str() {
-        "0" => lead(leader, transport),
-        _ => follow(leader),
+        "0" => lead(leader, parallel, transport),
+        _ => follow(leader, parallel),
     }
 }
 
@@ -107,9 +122,19 @@ fn start(name: &str, environment: &[(&str, &str)]) {
     assert!(other_status.success(), "rank 1: {other_status}: {ended:#?}");
 }
 
+/// Whether two ranks cannot share `model` so.
+fn is_outside(model: &str, parallel: MoeParallel) -> bool {
+    parallel == MoeParallel::Tp && OUTSIDE.contains(&model)
+}
+
 /// The settings of a rank for `model`.
-fn builder(model: &Model, index: usize, role: Role, enforce_eager: bool) -> EngineBuilder {
-    let builder = model.builder(Device::Cuda).engine(|options| {
+fn builder(
+    (model, parallel): (&Model, MoeParallel),
+    index: usize,
+    role: Role,
+    enforce_eager: bool,
+) -> EngineBuilder {
+    let builder = model.builder(Device::Cuda).moe_parallel(parallel).engine(|options| {
         options.max_num_seqs = 4;
     });
     builder.enforce_eager(enforce_eager).ranks(Ranks {
@@ -132,11 +157,11 @@ enum Outcome {
 }
 
 /// Rank 0: the answers of two GPUs against those of the CPU, for every model, without graphs and with them.
-fn lead(address: SocketAddr, transport: &str) {
+fn lead(address: SocketAddr, parallel: MoeParallel, transport: &str) {
     let mut all = [Comparison::default(), Comparison::default()];
     let mut outside = Vec::new();
     let listener = Arc::new(Listener::bind(address).unwrap());
-    for model in models() {
+    for model in models(parallel) {
         let cpu = model.engine(Device::Cpu, |_| {}).unwrap();
         let bodies = model.bodies(LEN);
         let references: Vec<Answer> = bodies.iter().map(|(_, body)| ask(&cpu, body)).collect();
@@ -144,7 +169,7 @@ fn lead(address: SocketAddr, transport: &str) {
         let compare = |enforce_eager| {
             let listener = Arc::clone(&listener);
             let role = Role::Leader { listener, others: None, rejoin_timeout: Duration::ZERO };
-            let gpus = match builder(&model, 0, role, enforce_eager).build() {
+            let gpus = match builder((&model, parallel), 0, role, enforce_eager).build() {
                 Ok(engine) => engine,
                 Err(error) => return Outcome::Outside(error.to_string()),
             };
@@ -171,7 +196,7 @@ fn lead(address: SocketAddr, transport: &str) {
         }
     }
     for (mode, all) in ["without graphs", "with graphs"].into_iter().zip(&all) {
-        all.finish(&format!("two GPUs over {transport}, {mode}: greedy ids"));
+        all.finish(&format!("two GPUs over {transport}, {parallel:?}, {mode}: greedy ids"));
         assert!(
             2 * all.num_compared > all.num_ids,
             "only {} of {} ids are equal",
@@ -179,19 +204,20 @@ fn lead(address: SocketAddr, transport: &str) {
             all.num_ids
         );
     }
-    outside.retain(|(name, reason)| !(OUTSIDE.contains(&name.as_str()) && reason.contains("multiple of 16")));
+    outside.retain(|(name, reason)| !(is_outside(name, parallel) && reason.contains("multiple of 16")));
     assert!(outside.is_empty(), "these are inside the envelope: {outside:#?}");
 }
 
 /// The other rank: the same engines in the same order.
-fn follow(leader: SocketAddr) {
-    for model in models() {
+fn follow(leader: SocketAddr, parallel: MoeParallel) {
+    for model in models(parallel) {
         for enforce_eager in [true, false] {
             let has_images = model.name.contains("vl");
-            let followed = builder(&model, 1, Role::Follower { leader }, enforce_eager).follow(has_images);
+            let role = Role::Follower { leader };
+            let followed = builder((&model, parallel), 1, role, enforce_eager).follow(has_images);
             if let Err(error) = followed {
                 println!("{}, eager {enforce_eager}: {error}", model.name);
-                assert!(OUTSIDE.contains(&model.name.as_str()), "{}: {error}", model.name);
+                assert!(is_outside(&model.name, parallel), "{}: {error}", model.name);
             }
         }
     }

@@ -34,7 +34,11 @@ impl Nodes {
 
     /// Serves `model`, one rank on each node.
     fn serve(&self, model: &str) -> Server {
-        let arguments = [&CPU[..], &["--nodes", &self.names]].concat();
+        self.serve_with(model, &[])
+    }
+
+    fn serve_with(&self, model: &str, arguments: &[&str]) -> Server {
+        let arguments = [&CPU[..], &["--nodes", &self.names], arguments].concat();
         let server =
             Server::serve_in(&self.network, Some(&model_dir(model)), &arguments, &[("SPARK_SSH", &self.ssh)]);
         server.wait_for_log("[rank 1] ");
@@ -44,16 +48,27 @@ impl Nodes {
 
 /// The fixtures whose names begin with `prefix` answer the oracle's chats as the oracle does, and so as one rank does.
 fn check_fixtures(prefix: &str, count: usize) {
+    check_models(&model_names(prefix).unwrap(), count, "tp");
+}
+
+/// The same with whole experts on every node.
+fn check_whole_experts(prefix: &str, count: usize) {
+    let mut models = model_names(prefix).unwrap();
+    // It has six experts.
+    models.retain(|model| count == 2 || model != "moe_vl_bf16");
+    check_models(&models, count, "ep");
+}
+
+fn check_models(models: &[String], count: usize, moe_parallel: &str) {
     let nodes = Nodes::new(count);
-    let models = model_names(prefix).unwrap();
-    assert!(!models.is_empty(), "no fixture starts with {prefix}");
+    assert!(!models.is_empty(), "no fixture has such a name");
     for model in models {
-        let server = nodes.serve(&model);
-        for case in Oracle::load(&model).unwrap().cases.values() {
+        let server = nodes.serve_with(model, &["--moe-parallel", moe_parallel]);
+        for case in Oracle::load(model).unwrap().cases.values() {
             let answer = server.ask(CHAT, &chat_body(case, case.greedy_ids.len()));
             let (prompt, output) = support::prompt_and_output(&answer);
             assert_eq!(prompt, case.prompt_ids, "{model}/{}", case.name);
-            assert_eq!(output, case.greedy_ids, "{model}/{} on {count} nodes", case.name);
+            assert_eq!(output, case.greedy_ids, "{model}/{} on {count} nodes, {moe_parallel}", case.name);
         }
     }
 }
@@ -88,6 +103,22 @@ fn text_fixtures_answer_on_four_nodes_as_on_one() {
     check_fixtures("text", 4);
 }
 
+#[test]
+fn moe_fixtures_with_whole_experts_answer_on_two_nodes_as_on_one() {
+    check_whole_experts("moe_vl", 2);
+}
+
+#[test]
+fn moe_fixtures_with_whole_experts_answer_on_four_nodes_as_on_one() {
+    check_whole_experts("moe_vl", 4);
+}
+
+#[test]
+fn text_fixtures_with_whole_experts_answer_on_nodes_as_on_one() {
+    check_whole_experts("text_moe", 2);
+    check_whole_experts("text_moe", 4);
+}
+
 /// What the demo model says of `images` pictures with the ranks that `command` starts.
 fn describe(mut command: Command, images: usize) -> String {
     command.args(CPU).args(["--temperature", "0", "--log-level", "warn"]);
@@ -116,6 +147,8 @@ fn the_demo_model_answers_on_any_number_of_nodes_as_on_one() {
     let two = alone(2);
     assert_eq!(on_nodes(2, 2), two, "each rank encodes one picture");
     assert_eq!(describe(program(&["generate", "--tp", "2"]), 2), two, "ranks of one machine");
+    let whole_experts = ["generate", "--tp", "4", "--moe-parallel", "ep"];
+    assert_eq!(describe(program(&whole_experts), 2), two, "whole experts");
 }
 
 /// What happens to a rank in the middle of a stream: the stream ends with an error, /health names the rank, and the rank

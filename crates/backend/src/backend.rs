@@ -1,5 +1,7 @@
 //! The operations a model is written in.
 
+use std::ops::Range;
+
 use crate::{
     ActivationSpec, Dtype, Error, ExpertsWeight, LinearWeight, Memory, Rank, Result, SlotParams, StateSpec,
     StepInputs, StepOutput, VectorWeight,
@@ -153,24 +155,22 @@ pub trait Backend: Send + Sized + 'static {
     ) -> Result<Self::Tensor>;
 
     /// [`reduce_norm`](Backend::reduce_norm), then the router: logits `x W^T`, softmax over all experts in float32,
-    /// `top_k` of them, renormalised to sum 1 if `renormalize`. Ties go to the lower expert.
+    /// `top_k` of them, renormalised to sum 1 if `renormalize`. Ties go to the lower expert. Every rank routes over all experts.
     ///
     /// # Errors
     /// Shape mismatch, device or peer failure.
-    #[expect(clippy::too_many_arguments, reason = "one of the six calls: fused on purpose")]
     fn reduce_norm_route(
         &self,
         partial: Option<Self::Tensor>,
         residual: &mut Self::Tensor,
         weight: &Self::Tensor,
         eps: f32,
-        router: &Self::Linear,
-        top_k: usize,
-        renormalize: bool,
+        router: &RouterSpec<'_, Self>,
     ) -> Result<(Self::Tensor, Self::Routing)>;
 
     /// `sum over chosen experts of weight * down(silu(gate(x)) * up(x))`, accumulated in float32, experts in
-    /// ascending order. A partial sum under tensor parallelism.
+    /// ascending order. A partial sum where there are several ranks: `experts` are a part of each expert, or those that
+    /// [`RouterSpec::experts`] names; a row that has chosen none of these gets zeros.
     ///
     /// # Errors
     /// Shape mismatch or device failure.
@@ -375,6 +375,19 @@ pub struct AttentionSpec<'a, B: Backend> {
     /// Frequencies of time, height, width; `[half, 0, 0]` for ordinary rope. Interleaved: frequency `j` turns with the
     /// height if `j % 3 == 1 && j < 3 * section[1]`, with the width if `j % 3 == 2 && j < 3 * section[2]`, else time.
     pub mrope_section: [usize; 3],
+}
+
+/// A router and the rule of its choice.
+pub struct RouterSpec<'a, B: Backend> {
+    /// `[num_experts, hidden]`, the same on every rank.
+    pub router: &'a B::Linear,
+    /// Experts of a row.
+    pub top_k: usize,
+    /// Whether their weights are made to sum to 1.
+    pub renormalize: bool,
+    /// The experts that [`Backend::moe_mlp`] is given for this choice, of `0..num_experts`: all, or those that this rank holds
+    /// whole. The weights of a row are over all that it has chosen.
+    pub experts: Range<usize>,
 }
 
 /// Geometry of the vision encoder.

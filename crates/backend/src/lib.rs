@@ -13,7 +13,7 @@ mod step;
 mod tally;
 mod weight;
 
-pub use backend::{Activation, AttentionSpec, Backend, VisionSpec};
+pub use backend::{Activation, AttentionSpec, Backend, RouterSpec, VisionSpec};
 pub use error::{Error, Result};
 pub use group::{Collective, Rank};
 pub use kv::{KvDtype, KvSpec};

@@ -11,7 +11,8 @@ use crate::vision::{add_position, patches, vision_attend};
 use crate::weight::CpuLinear;
 use spark_backend::{
     Activation, ActivationSpec, AttentionSpec, Backend, Collective, Dtype, Error, ExpertTally, ExpertsWeight,
-    LinearWeight, Rank, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
+    LinearWeight, Rank, Result, RouterSpec, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight,
+    VisionSpec,
 };
 use std::cell::{Ref, RefCell, RefMut};
 
@@ -176,16 +177,14 @@ impl Backend for CpuBackend {
         residual: &mut CpuTensor,
         weight: &CpuTensor,
         eps: f32,
-        router: &CpuLinear,
-        top_k: usize,
-        renormalize: bool,
+        router: &RouterSpec<'_, Self>,
     ) -> Result<(CpuTensor, Routing)> {
         let x = self.reduce_norm(partial, residual, weight, eps)?;
-        let routing = route(&self.compute, &x, router, top_k, renormalize)?;
+        let routing = route(&self.compute, &x, router)?;
         if self.expert_tally.is_on() {
             let state = self.state("route")?;
             if state.inputs.seqs.iter().all(|seq| seq.query_len == 1) {
-                self.expert_tally.add(routing.experts(), router.n);
+                self.expert_tally.add(routing.experts(), router.router.n);
             }
         }
         Ok((x, routing))

@@ -1,11 +1,14 @@
 //! Mixture of experts: the router's choice and the grouped expert MLPs. Products are in `linear.rs`.
 
+use std::ops::Range;
+
+use crate::CpuBackend;
 use crate::linear::{linear, product, transposed};
 use crate::math::exp;
 use crate::norm::swiglu_row;
 use crate::tensor::{Compute, CpuTensor};
 use crate::weight::CpuLinear;
-use spark_backend::{Error, ExpertsWeight, Result};
+use spark_backend::{Error, ExpertsWeight, Result, RouterSpec};
 
 /// One layer's experts.
 pub struct CpuExperts {
@@ -48,7 +51,8 @@ pub struct Routing {
     /// `[rows, top_k]`, in the compute dtype.
     weights: Vec<f32>,
     top_k: usize,
-    num_experts: usize,
+    /// The experts whose part of the result is computed here.
+    held: Range<usize>,
 }
 
 impl Routing {
@@ -64,14 +68,12 @@ impl Routing {
 }
 
 /// Softmax over all experts in float32, `top_k` of them, renormalised if asked, rounded to the compute dtype.
-pub(crate) fn route(
-    compute: &Compute,
-    x: &CpuTensor,
-    router: &CpuLinear,
-    top_k: usize,
-    renormalize: bool,
-) -> Result<Routing> {
+pub(crate) fn route(compute: &Compute, x: &CpuTensor, spec: &RouterSpec<'_, CpuBackend>) -> Result<Routing> {
+    let &RouterSpec { router, top_k, renormalize, experts: ref held } = spec;
     let num_experts = router.n;
+    if held.start > held.end || held.end > num_experts {
+        return Err(Error::shape("route experts", format!("a part of 0..{num_experts}"), held));
+    }
     if top_k == 0 || top_k > num_experts {
         return Err(Error::shape("route top_k", format!("1 to {num_experts}"), top_k));
     }
@@ -90,7 +92,7 @@ pub(crate) fn route(
         weights.extend(order.iter().map(|&e| compute.rounded(probability(e) / sum)));
         experts.extend(order);
     }
-    Ok(Routing { experts, weights, top_k, num_experts })
+    Ok(Routing { experts, weights, top_k, held: held.clone() })
 }
 
 /// One expert's rows: `(row, weight)`, rows ascending.
@@ -108,13 +110,16 @@ pub(crate) fn moe_mlp(
 ) -> Result<CpuTensor> {
     let (rows, hidden) = (x.rows(), experts.hidden);
     x.expect("moe_mlp x", [routing.experts.len() / routing.top_k, hidden])?;
-    if routing.num_experts != experts.experts.len() {
-        return Err(Error::shape("moe_mlp experts", routing.num_experts, experts.experts.len()));
+    if routing.held.len() != experts.experts.len() {
+        return Err(Error::shape("moe_mlp experts", routing.held.len(), experts.experts.len()));
     }
     let mut groups: Vec<Group<'_>> =
         experts.experts.iter().map(|expert| Group { expert, rows: Vec::new() }).collect();
     for (i, (&expert, &weight)) in routing.experts.iter().zip(&routing.weights).enumerate() {
-        groups[expert as usize].rows.push((i / routing.top_k, weight));
+        // What other experts add is another rank's part of the sum.
+        if routing.held.contains(&(expert as usize)) {
+            groups[expert as usize - routing.held.start].rows.push((i / routing.top_k, weight));
+        }
     }
     groups.retain(|group| !group.rows.is_empty());
     let work = routing.experts.len() * hidden * experts.intermediate * 3;
@@ -180,14 +185,18 @@ mod tests {
         let b = backend(Dtype::F32);
         let router = b.linear_weight(layer(vec![dense(&[1.0, 2.0, 2.0, 0.0], 1)])).unwrap();
         let x = tensor(&b, vec![1.0, 0.0], 1);
-        let routing = route(&b.compute, &x, &router, 2, true).unwrap();
+        let route = |top_k, renormalize, experts| {
+            route(&b.compute, &x, &RouterSpec { router: &router, top_k, renormalize, experts })
+        };
+        let routing = route(2, true, 0..4).unwrap();
         assert_eq!(routing.experts(), [1, 2, 0, 1]);
         assert_eq!(routing.weights(), [0.5; 4]);
-        let plain = route(&b.compute, &x, &router, 1, false).unwrap();
+        let plain = route(1, false, 0..4).unwrap();
         let e = std::f64::consts::E;
         assert_close(plain.weights(), &[e * e / (1.0 + e + 2.0 * e * e), 0.25], 1e-6);
-        assert!(route(&b.compute, &x, &router, 5, true).is_err());
-        assert!(route(&b.compute, &x, &router, 0, true).is_err());
+        assert_eq!(route(2, true, 1..2).unwrap().weights(), [0.5; 4], "over all that are chosen");
+        assert!(route(5, true, 0..4).is_err() && route(0, true, 0..4).is_err());
+        assert!(route(2, true, 2..5).is_err());
     }
 
     struct Case {
@@ -212,7 +221,8 @@ mod tests {
         let x = random.normal(rows * HIDDEN);
         let b = backend(Dtype::F32);
         let router = b.linear_weight(layer(vec![dense(&random.normal(EXPERTS * HIDDEN), HIDDEN)])).unwrap();
-        let routing = route(&b.compute, &tensor(&b, x.clone(), HIDDEN), &router, TOP_K, true).unwrap();
+        let spec = RouterSpec { router: &router, top_k: TOP_K, renormalize: true, experts: 0..EXPERTS };
+        let routing = route(&b.compute, &tensor(&b, x.clone(), HIDDEN), &spec).unwrap();
         Case { weight, x, routing }
     }
 
@@ -256,7 +266,7 @@ mod tests {
                 let routing = Routing {
                     experts: routing.experts[chosen.clone()].to_vec(),
                     weights: routing.weights[chosen].to_vec(),
-                    ..routing
+                    ..routing.clone()
                 };
                 b.moe_mlp(&x, &routing, &experts).unwrap().values
             };
@@ -266,6 +276,36 @@ mod tests {
                 assert_eq!(whole[row * HIDDEN..][..HIDDEN], run(2, row..row + 1));
             }
         }
+    }
+
+    /// Ranks with whole experts: each adds what its own give, and nothing to rows that have chosen none of them.
+    #[test]
+    fn parts_of_whole_experts_add_up() {
+        let Case { weight, x, routing } = case(13);
+        let b = backend(Dtype::F32);
+        let x = tensor(&b, x, HIDDEN);
+        let run = |held: Range<usize>| {
+            let experts = ExpertsWeight { experts: weight.experts[held.clone()].to_vec() };
+            let routing = Routing { held, ..routing.clone() };
+            b.moe_mlp(&x, &routing, &b.experts_weight(experts).unwrap()).unwrap().values
+        };
+        let whole: Vec<f64> = run(0..EXPERTS).into_iter().map(f64::from).collect();
+        let mut num_empty = 0;
+        for cuts in [vec![0, 3, EXPERTS], (0..=EXPERTS).collect()] {
+            let mut sum = vec![0.0; whole.len()];
+            for held in cuts.windows(2).map(|ends| ends[0]..ends[1]) {
+                let part = run(held.clone());
+                for (row, part) in part.chunks(HIDDEN).enumerate() {
+                    let mut chosen = routing.experts()[row * TOP_K..][..TOP_K].iter();
+                    let is_empty = !chosen.any(|&expert| held.contains(&(expert as usize)));
+                    num_empty += usize::from(is_empty);
+                    assert_eq!(part.iter().all(|&value| value == 0.0), is_empty, "{held:?}, row {row}");
+                }
+                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
+            assert_close(&sum, &whole, 1e-5);
+        }
+        assert!(num_empty > 13, "{num_empty}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use spark_backend::{Dtype, ExpertsWeight, LinearWeight};
 
 use crate::bench::{Bench, LAUNCHES, NUM_EXPERTS, TOP_K, Timing, arbitrary_choices, mean_distinct};
 use crate::bench_gemm::{Scheme, matrix, memory, random_rows};
-use crate::{Choice, Experts, ExpertsHost, Linear, PackedHost, Pool, Result, Tensor};
+use crate::{Choice, Experts, ExpertsHost, Linear, PackedHost, Pool, Result, RouterRule, Tensor};
 
 /// Output and input features: qkv and o of the 30B; qkv, o of half a 235B; one larger than any cache.
 const LINEARS: [[usize; 2]; 5] = [[5120, 2048], [2048, 4096], [4608, 4096], [4096, 4096], [32_768, 4096]];
@@ -125,7 +125,8 @@ impl Router {
     fn route(&self, bench: &Bench<'_>, x: &crate::DeviceSlice, launch: usize, rows: usize) -> Result<Choice> {
         let weight = &self.weights[launch % self.weights.len()];
         let x = self.rows(x, launch, rows)?;
-        bench.kernels.route_for_experts(&bench.stream, &self.pool, &x, weight, TOP_K, true, None)
+        let rule = RouterRule::new(weight, TOP_K, true);
+        bench.kernels.route_for_experts(&bench.stream, &self.pool, &x, &rule)
     }
 }
 

@@ -48,8 +48,8 @@ pub use error::{Error, Result, Version};
 pub use host_buffer::HostBuffer;
 pub use kernels::{
     After, AttendArgs, Choice, Experts, ExpertsHost, Kernels, KvCache, Linear, MAX_DECODE_ROWS, MAX_EXPERTS,
-    MAX_PAIRS, MAX_ROUTED_EXPERTS, Nvfp4Test, PackedHost, PackedWeight, Prefill, ReduceNorm, Staging,
-    WeightLoader,
+    MAX_PAIRS, MAX_ROUTED_EXPERTS, Nvfp4Test, PackedHost, PackedWeight, Prefill, ReduceNorm, RouterRule,
+    Staging, WeightLoader,
 };
 pub use kernels::{MAX_ALTERNATIVES, RowRange, SampleOut, Sampler, Wanted};
 pub use mailbox::Mailboxes;

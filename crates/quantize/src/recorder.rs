@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use spark_backend::{
     Activation, ActivationSpec, AttentionSpec, Backend, Dtype, ExpertsWeight, LinearWeight, Matrix,
-    MatrixData, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
+    MatrixData, Result, RouterSpec, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight, VisionSpec,
 };
 use spark_cpu::{CpuBackend, CpuExperts, CpuLinear, CpuTensor, Routing};
 use spark_weights::Param;
@@ -206,11 +206,15 @@ impl Backend for Recorder {
         residual: &mut CpuTensor,
         weight: &CpuTensor,
         eps: f32,
-        router: &Self::Linear,
-        top_k: usize,
-        renormalize: bool,
+        router: &RouterSpec<'_, Self>,
     ) -> Result<(CpuTensor, Routing)> {
-        self.inner.reduce_norm_route(partial, residual, weight, eps, &router.inner, top_k, renormalize)
+        let router = RouterSpec {
+            router: &router.router.inner,
+            top_k: router.top_k,
+            renormalize: router.renormalize,
+            experts: router.experts.clone(),
+        };
+        self.inner.reduce_norm_route(partial, residual, weight, eps, &router)
     }
 
     fn moe_mlp(&self, x: &CpuTensor, routing: &Routing, experts: &NamedExperts) -> Result<CpuTensor> {

@@ -164,7 +164,7 @@ fn activations(model: &ModelConfig, rank: Rank, options: &EngineOptions) -> Acti
         intermediate_size: if has_dense_layers { text.intermediate_size / world } else { 0 },
         num_experts: moe.map_or(0, |m| m.num_experts),
         top_k: moe.map_or(0, |m| m.num_experts_per_tok),
-        moe_intermediate_size: moe.map_or(0, |m| m.moe_intermediate_size / world),
+        moe_intermediate_size: moe.map_or(0, |m| m.features_of(world)),
         num_patches: options.encoder_cache_tokens * merge,
         patch_size: vision.map_or(0, |v| 3 * v.temporal_patch_size * v.patch_size * v.patch_size),
         vision_hidden_size: vision.map_or(0, |v| v.hidden_size),
@@ -244,6 +244,11 @@ mod tests {
         assert_eq!(sizes(&eight), [heads / 8, 1, features / 8, vocab]);
         assert!(two.activation_bytes < one.activation_bytes);
         assert!(plan(3).unwrap_err().to_string().contains("3 ranks"));
+        let mut model = model.clone();
+        model.share_experts(spark_models::MoeParallel::Ep).unwrap();
+        let rank = Rank::new(1, 2).unwrap();
+        let whole = MemoryPlan::new(&model, &options, Dtype::Bf16, memory, rank, bf16).unwrap();
+        assert_eq!(sizes(&whole), [heads / 2, kv_heads / 2, features, vocab], "whole experts");
     }
 
     #[test]

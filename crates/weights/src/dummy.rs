@@ -19,7 +19,7 @@ use crate::load::{build, option};
 use crate::params::Params;
 use crate::region::{aligned, within};
 use crate::scheme::{NVFP4_GROUP, fp8_block};
-use crate::shard::{cut, part};
+use crate::shard::{cut, experts, part};
 use crate::spec::{ParamKind, ParamSpec, Shard, join};
 use crate::stream::{Give, Source, Stream};
 
@@ -126,9 +126,17 @@ impl Dummy {
             }
             &ParamKind::Experts { num_experts, hidden, intermediate } => {
                 let shapes = [[intermediate, hidden], [intermediate, hidden], [hidden, intermediate]];
+                let held = experts(spec, self.rank)?;
                 for slot in 0..3 * num_experts {
                     let shape = shapes[slot % 3];
-                    drafts.push(random.matrix(shape, self.scheme, 1.0, kept(slot, shape)?));
+                    let fills = random.fills.len();
+                    let draft = random.matrix(shape, self.scheme, 1.0, kept(slot, shape)?);
+                    if held.contains(&(slot / 3)) {
+                        drafts.push(draft);
+                    } else {
+                        // Only its seeds are used up: every rank has the experts of the same model.
+                        random.fills.truncate(fills);
+                    }
                 }
             }
         }

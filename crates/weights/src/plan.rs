@@ -14,6 +14,7 @@ use crate::region::narrow;
 use crate::scheme::{
     Layout, Module, Scheme, Segment, Wanted, detect, float_type, fp8_block, orientation, product,
 };
+use crate::shard::experts;
 use crate::spec::{ParamKind, ParamSpec, join};
 
 /// Missing tensors after which experts are no longer counted: a configuration may claim any number of them.
@@ -79,6 +80,10 @@ impl Plan {
         let mut items = Vec::with_capacity(self.items.len());
         for item in self.items {
             let spec = &specs[item.spec];
+            let is_expert = matches!(spec.kind, ParamKind::Experts { .. });
+            if is_expert && !experts(spec, rank)?.contains(&(item.slot / 3)) {
+                continue;
+            }
             items.extend(narrow(item, spec, rank)?);
         }
         Ok(Plan { items })

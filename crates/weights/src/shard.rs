@@ -39,7 +39,25 @@ fn heads(spec: &ParamSpec, slot: usize, n: usize, num_kv_heads: usize, rank: Ran
     Ok(heads.start * width..heads.end * width)
 }
 
-/// The rows and columns of matrix `slot` of `spec`, `[n, k]`, that `rank` holds.
+/// The experts of `spec` of which `rank` holds matrices; none of what has no experts.
+///
+/// # Errors
+/// Experts that cannot be shared evenly.
+pub(crate) fn experts(spec: &ParamSpec, rank: Rank) -> Result<Range<usize>> {
+    match (&spec.kind, spec.shard) {
+        (&ParamKind::Experts { num_experts, .. }, Shard::WholeExperts) => {
+            if num_experts.is_multiple_of(rank.world()) {
+                return Ok(rank.range(num_experts));
+            }
+            let reason = format!("{num_experts} experts cannot be shared evenly by {} ranks", rank.world());
+            Err(Error::Param { name: spec.name.clone(), reason })
+        }
+        (&ParamKind::Experts { num_experts, .. }, _) => Ok(0..num_experts),
+        _ => Ok(0..0),
+    }
+}
+
+/// The rows and columns of matrix `slot` of `spec`, `[n, k]`, that `rank` holds, if it holds any of that matrix.
 pub(crate) fn part(
     spec: &ParamSpec,
     slot: usize,
@@ -47,7 +65,7 @@ pub(crate) fn part(
     rank: Rank,
 ) -> Result<[Range<usize>; 2]> {
     Ok(match (spec.shard, &spec.kind) {
-        (Shard::Replicated, _) => [0..n, 0..k],
+        (Shard::Replicated, _) | (Shard::WholeExperts, ParamKind::Experts { .. }) => [0..n, 0..k],
         (Shard::Vocab, _) => [rank.range(n), 0..k],
         (Shard::Rows, _) => [even(spec, n, rank)?, 0..k],
         (Shard::Columns, _) => [0..n, even(spec, k, rank)?],
@@ -57,7 +75,7 @@ pub(crate) fn part(
         // Gate and up give the intermediate features, down (every third) takes them.
         (Shard::Experts, ParamKind::Experts { .. }) if slot % 3 == 2 => [0..n, even(spec, k, rank)?],
         (Shard::Experts, ParamKind::Experts { .. }) => [even(spec, n, rank)?, 0..k],
-        (Shard::Experts | Shard::Qkv { .. }, _) => {
+        (Shard::Experts | Shard::WholeExperts | Shard::Qkv { .. }, _) => {
             let reason = format!("cannot be split by the rule {:?}", spec.shard);
             return Err(Error::Param { name: spec.name.clone(), reason });
         }

@@ -61,6 +61,8 @@ pub enum Shard {
     },
     /// Each expert is split along its intermediate size.
     Experts,
+    /// Every rank holds some experts whole: its [range](spark_backend::Rank::range) of them.
+    WholeExperts,
     /// The vocabulary rows are split.
     Vocab,
 }
@@ -95,6 +97,12 @@ impl ParamSpec {
     pub fn experts(name: impl Into<String>, num_experts: usize, hidden: usize, intermediate: usize) -> Self {
         let kind = ParamKind::Experts { num_experts, hidden, intermediate };
         ParamSpec { name: name.into(), kind, shard: Shard::Experts }
+    }
+
+    /// The same parameter, shared by another rule.
+    #[must_use]
+    pub fn sharded(self, shard: Shard) -> Self {
+        Self { shard, ..self }
     }
 }
 

@@ -13,3 +13,4 @@ mod schemes;
 mod shards;
 mod some;
 mod stream;
+mod whole_experts;

@@ -1,6 +1,7 @@
 //! How fast a checkpoint comes off a disk, without a device to take it: loads it as the engine does, copies every weight into a
 //! staging area as the CUDA backend does, gives it away, and says how much was read in what time and what it took of memory.
-//! `load read FOLDER [RANK WORLD [CACHE]]`; with a folder for a cache, the second time it reads that.
+//! `load read FOLDER [RANK WORLD [CACHE]]`; with a folder for a cache, the second time it reads that. `ep` in its place: a rank with whole
+//! experts.
 //!
 //! `load write FOLDER LAYERS [awq|nvfp4|fp8]` makes one to read: Qwen3-30B-A3B with so many of its 48 layers (in AWQ 0.33 GB
 //! each, and 1.2 GB for the embeddings), of random weights. What the disk gives at best:
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use spark_backend::{LinearWeight, MatrixData, Rank};
-use spark_models::ModelConfig;
+use spark_models::{ModelConfig, MoeParallel};
 use spark_weights::{Checkpoint, LoadOptions, OpenOptions, ParamKind, ParamSpec, Params};
 
 /// Bytes of the staging area that every weight is copied into.
@@ -23,12 +24,15 @@ const STAGING: usize = 32 << 20;
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        ["read", folder] => read(folder, Rank::SINGLE, None),
-        ["read", folder, rank, world] => read(folder, parse(rank, world)?, None),
-        ["read", folder, rank, world, cache] => read(folder, parse(rank, world)?, Some(cache.into())),
+        ["read", folder] => read(folder, Rank::SINGLE, MoeParallel::Tp, None),
+        ["read", folder, rank, world] => read(folder, parse(rank, world)?, MoeParallel::Tp, None),
+        ["read", folder, rank, world, "ep"] => read(folder, parse(rank, world)?, MoeParallel::Ep, None),
+        ["read", folder, rank, world, cache] => {
+            read(folder, parse(rank, world)?, MoeParallel::Tp, Some(cache.into()))
+        }
         ["write", folder, layers] => write::write(Path::new(folder), layers.parse()?, "awq"),
         ["write", folder, layers, format] => write::write(Path::new(folder), layers.parse()?, format),
-        _ => Err("read FOLDER [RANK WORLD [CACHE]], or write FOLDER LAYERS [awq|nvfp4|fp8]".into()),
+        _ => Err("read FOLDER [RANK WORLD [CACHE|ep]], or write FOLDER LAYERS [awq|nvfp4|fp8]".into()),
     }
 }
 
@@ -36,11 +40,17 @@ fn parse(rank: &str, world: &str) -> Result<Rank, Box<dyn Error>> {
     Ok(Rank::new(rank.parse()?, world.parse()?).ok_or("RANK has to be below WORLD")?)
 }
 
-fn read(folder: &str, rank: Rank, cache: Option<PathBuf>) -> Result<(), Box<dyn Error>> {
+fn read(
+    folder: &str,
+    rank: Rank,
+    experts: MoeParallel,
+    cache: Option<PathBuf>,
+) -> Result<(), Box<dyn Error>> {
     let before = read_bytes()?;
     let begin = Instant::now();
     let checkpoint = Checkpoint::open(folder, &OpenOptions::default())?;
-    let config = ModelConfig::parse(checkpoint.config(), checkpoint.generation_config())?;
+    let mut config = ModelConfig::parse(checkpoint.config(), checkpoint.generation_config())?;
+    config.share_experts(experts)?;
     let specs = config.specs(checkpoint.has_module("lm_head"));
     let opened = begin.elapsed().as_secs_f64();
     let mut params = checkpoint.stream(&specs, &LoadOptions { rank, cache, ..LoadOptions::default() })?;

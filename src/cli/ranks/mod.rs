@@ -16,12 +16,13 @@ use anyhow::{Context, bail, ensure};
 use clap::Args;
 use spark_backend::Error as BackendError;
 use spark_engine::{
-    EngineBuilder, Error, Rank, Ranks, Role, StartRanks,
+    EngineBuilder, Error, MoeParallel, Rank, Ranks, Role, StartRanks,
     comm::{self, Listener, LossReason, Monitor, nccl},
 };
 use spark_runtime::Error as RuntimeError;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::moe_parallel::MoeParallelArgs;
 use environment::{DEFAULT_PORT, launched};
 use processes::{Other, Processes};
 
@@ -48,6 +49,8 @@ pub(crate) struct RankArgs {
     /// started here: on the GPUs of this machine, on its CPU, or on --nodes.
     #[arg(long, visible_alias = "tp", value_name = "N")]
     tensor_parallel_size: Option<usize>,
+    #[command(flatten)]
+    moe_parallel: MoeParallelArgs,
     /// Machines to start ranks on by ssh, this one first, by the names under which they reach each other. Where this program is
     /// missing or another one, it is copied to ~/.cache/spark-engine/bin. The model must be there under the same name, unless
     /// --copy-model.
@@ -146,9 +149,15 @@ impl RankArgs {
         let seconds = self.step_timeout.unwrap_or(default);
         let step_timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
         let builder = builder.engine(|options| options.step_timeout = step_timeout);
+        let builder = builder.moe_parallel(self.moe_parallel.get());
         Ok(match ranks {
             Some(ranks) => builder.ranks(ranks),
-            None => builder,
+            None => {
+                if self.moe_parallel.get() == MoeParallel::Ep {
+                    tracing::warn!("no effect: --moe-parallel ep: the only rank holds all experts");
+                }
+                builder
+            }
         })
     }
 

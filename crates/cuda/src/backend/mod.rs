@@ -19,8 +19,8 @@ use std::cell::{RefCell, RefMut};
 
 use spark_backend::{
     Activation, ActivationSpec, AttentionSpec, Backend, Dtype, Error, ExpertTally, ExpertsWeight,
-    LinearWeight, Memory, Rank, Result, SlotParams, StateSpec, StepInputs, StepOutput, VectorWeight,
-    VisionSpec,
+    LinearWeight, Memory, Rank, Result, RouterSpec, SlotParams, StateSpec, StepInputs, StepOutput,
+    VectorWeight, VisionSpec,
 };
 use spark_comm::nccl::Group;
 
@@ -378,12 +378,10 @@ impl Backend for CudaBackend {
         residual: &mut CudaTensor,
         weight: &CudaTensor,
         eps: f32,
-        router: &Linear,
-        top_k: usize,
-        renormalize: bool,
+        router: &RouterSpec<'_, Self>,
     ) -> Result<(CudaTensor, Routing)> {
         let x = self.op_reduce_norm(partial, residual, weight, eps)?;
-        let routing = self.op_route(&x, router, top_k, renormalize)?;
+        let routing = self.op_route(&x, router)?;
         Ok((x, routing))
     }
 

@@ -1,9 +1,9 @@
 //! The operations: memory for the result, the wrapper's call, and the name under which its time is taken.
 
-use spark_backend::{Activation, AttentionSpec, Dtype, Error, Result, StateSpec, VisionSpec};
+use spark_backend::{Activation, AttentionSpec, Dtype, Error, Result, RouterSpec, StateSpec, VisionSpec};
 
 use super::{CudaBackend, CudaTensor, Routing};
-use crate::kernels::{After, RowRange};
+use crate::kernels::{After, RouterRule, RowRange};
 use crate::{AttendArgs, Choice, Experts, Linear, Mailboxes, ReduceNorm, StepView, Tensor};
 
 /// Widths of heads that attention has kernels for, and the widest of the encoder.
@@ -170,33 +170,20 @@ impl CudaBackend {
         Ok(out.into())
     }
 
-    pub(super) fn op_route(
-        &self,
-        x: &CudaTensor,
-        router: &Linear,
-        top_k: usize,
-        renormalize: bool,
-    ) -> Result<Routing> {
-        self.route_in_halves(&x.tensor()?, router, top_k, renormalize)
+    pub(super) fn op_route(&self, x: &CudaTensor, router: &RouterSpec<'_, Self>) -> Result<Routing> {
+        self.route_in_halves(&x.tensor()?, router)
     }
 
-    pub(super) fn put_route(
-        &self,
-        x: &Tensor,
-        router: &Linear,
-        top_k: usize,
-        renormalize: bool,
-    ) -> Result<Choice> {
+    pub(super) fn put_route(&self, x: &Tensor, spec: &RouterSpec<'_, Self>) -> Result<Choice> {
         let state = self.state("route")?;
         // Rows of padding choose no experts, so that none is read for them.
         let step = state.view("route")?;
         let counts = (step.num_tokens == x.rows()).then_some(&step.counts);
+        let &RouterSpec { router, top_k, renormalize, experts: ref held } = spec;
+        let rule = RouterRule { router, top_k, renormalize, held: held.clone(), counts };
         let choice = self.measured(
             || "route".to_owned(),
-            || {
-                let kernels = &self.kernels;
-                kernels.route_for_experts(&self.stream, &state.pool, x, router, top_k, renormalize, counts)
-            },
+            || self.kernels.route_for_experts(&self.stream, &state.pool, x, &rule),
         )?;
         if self.expert_tally.is_on() && step.is_decode {
             match x.rows() {

@@ -9,6 +9,8 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use spark_backend::RouterSpec;
+
 use super::CudaBackend;
 use crate::kernels::Choice;
 use crate::{Device, Event, Experts, Linear, ReduceNorm, Result, Stream, Team, Tensor};
@@ -64,6 +66,8 @@ pub enum Routing {
         top_k: usize,
         /// Whether their weights are made to sum to 1.
         renormalize: bool,
+        /// The experts that this rank holds.
+        experts: Range<usize>,
     },
 }
 
@@ -198,17 +202,17 @@ impl CudaBackend {
     pub(super) fn route_in_halves(
         &self,
         x: &Tensor,
-        router: &Linear,
-        top_k: usize,
-        renormalize: bool,
+        spec: &RouterSpec<'_, Self>,
     ) -> spark_backend::Result<Routing> {
         let is_half = self.overlap(x.rows()).is_some_and(|overlap| overlap.is_second_of(x));
         if !is_half {
             self.settle()?;
-            return Ok(Routing::Whole(self.put_route(x, router, top_k, renormalize)?));
+            return Ok(Routing::Whole(self.put_route(x, spec)?));
         }
-        let choice = self.put_route(&part(x, &halves(x.rows())[0])?, router, top_k, renormalize)?;
-        Ok(Routing::First { choice, router: Box::new(router.clone()), top_k, renormalize })
+        let choice = self.put_route(&part(x, &halves(x.rows())[0])?, spec)?;
+        let &RouterSpec { router, top_k, renormalize, ref experts } = spec;
+        let (router, experts) = (Box::new(router.clone()), experts.clone());
+        Ok(Routing::First { choice, router, top_k, renormalize, experts })
     }
 
     /// The experts' sums of all rows.
@@ -220,13 +224,15 @@ impl CudaBackend {
         out: &Tensor,
     ) -> spark_backend::Result<()> {
         match (routing, self.overlap(x.rows())) {
-            (Routing::First { choice, router, top_k, renormalize }, Some(overlap)) => {
+            (Routing::First { choice, router, top_k, renormalize, experts: held }, Some(overlap)) => {
                 let [first, second] = halves(x.rows());
                 self.put_experts(&part(x, &first)?, choice, experts, &part(out, &first)?)?;
                 overlap.mark_first_half(&self.stream, out)?;
                 self.finish_second(overlap)?;
                 let x = part(x, &second)?;
-                let choice = self.put_route(&x, router, *top_k, *renormalize)?;
+                let (top_k, renormalize) = (*top_k, *renormalize);
+                let spec = RouterSpec { router: &**router, top_k, renormalize, experts: held.clone() };
+                let choice = self.put_route(&x, &spec)?;
                 self.put_experts(&x, &choice, experts, &part(out, &second)?)
             }
             (Routing::Whole(choice) | Routing::First { choice, .. }, _) => {

@@ -74,14 +74,24 @@ void __syncthreads() {
 
 static Lanes& own_warp() { return warps[threadIdx.x / 32]; }
 
-unsigned exchanged(unsigned value, unsigned from_lane) {
+unsigned __syncthreads_count(bool is_so) {
+    static unsigned count, result;
+    count += is_so;
+    meet(block_meeting, blockDim.x, [] {
+        result = count;
+        count = 0;
+    });
+    return result;
+}
+
+const unsigned* gathered(unsigned value) {
     Lanes& warp = own_warp();
     const unsigned lane = threadIdx.x % 32;
     warp.in[lane][0] = value;
     meet(warp.meeting, 32, [&] {
         for (int i = 0; i < 32; i++) warp.exchanged[i] = warp.in[i][0];
     });
-    return warp.exchanged[from_lane];
+    return warp.exchanged;
 }
 
 unsigned long long __cvta_generic_to_shared(const void* pointer) {

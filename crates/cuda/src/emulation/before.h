@@ -61,10 +61,39 @@ static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned order) {
 
 void __syncthreads();
 unsigned long long __cvta_generic_to_shared(const void* pointer);
-unsigned exchanged(unsigned value, unsigned from_lane);
+// What all lanes of the warp bring; to be read before they meet again.
+const unsigned* gathered(unsigned value);
+static inline unsigned exchanged(unsigned value, unsigned from_lane) { return gathered(value)[from_lane]; }
 static inline unsigned __shfl_xor_sync(unsigned, unsigned value, int mask) { return exchanged(value, (threadIdx.x % 32) ^ mask); }
 static inline float __shfl_xor_sync(unsigned, float value, int mask) {
     return __uint_as_float(exchanged(__float_as_uint(value), (threadIdx.x % 32) ^ mask));
 }
+static inline unsigned __shfl_sync(unsigned, unsigned value, unsigned lane) { return exchanged(value, lane); }
+static inline float __shfl_sync(unsigned, float value, unsigned lane) { return __uint_as_float(exchanged(__float_as_uint(value), lane)); }
+static inline unsigned __shfl_up_sync(unsigned, unsigned value, unsigned by) {
+    const unsigned lane = threadIdx.x % 32;
+    return exchanged(value, lane >= by ? lane - by : lane);
+}
+static inline unsigned __match_any_sync(unsigned, unsigned value) {
+    const unsigned* all = gathered(value);
+    unsigned same = 0;
+    for (int i = 0; i < 32; i++) same |= unsigned(all[i] == value) << i;
+    return same;
+}
+static inline unsigned __ballot_sync(unsigned, bool is_so) { return __match_any_sync(0, is_so) ^ (is_so ? 0u : 0xffffffffu); }
+static inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    const unsigned* all = gathered(value);
+    for (int i = 0; i < 32; i++) value = max(value, all[i]);
+    return value;
+}
+static inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+    const unsigned* all = gathered(value);
+    for (int i = 0; i < 32; i++) value = min(value, all[i]);
+    return value;
+}
+static inline void __syncwarp() { gathered(0); }
+static inline int __popc(unsigned value) { return __builtin_popcount(value); }
+static inline int __ffs(unsigned value) { return __builtin_ffs(int(value)); }
+unsigned __syncthreads_count(bool is_so);
 
 #line 1 "module"

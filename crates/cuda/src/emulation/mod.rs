@@ -92,6 +92,9 @@ impl Emulated {
         let text = module.text().unwrap().replace("extern __shared__", "extern");
         let mut source =
             format!("{}\n{}\n{}\n", include_str!("before.h"), without_ptx(&text), include_str!("after.h"));
+        if text.contains("struct Group {") && text.contains("load_group") {
+            source.push_str(include_str!("choice.h"));
+        }
         source.push_str("const Entry KERNELS[] = {\n");
         for (kernel, params) in kernels {
             let call = format!("[](const void* p) {{ {kernel}(*static_cast<const {params}*>(p)); }}");

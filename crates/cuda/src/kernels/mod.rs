@@ -4,6 +4,8 @@ mod attention;
 mod embed;
 mod fp8x;
 mod gemm;
+#[cfg(test)]
+mod held_tests;
 mod kv;
 mod linear;
 mod linear_many;
@@ -54,8 +56,8 @@ pub use pack::PackedHost;
 pub use prefill::Prefill;
 pub(crate) use probe::{Empty, MmaType, Probe, ProbeParams};
 pub(crate) use repack::RepackParams;
-pub use router::MAX_ROUTED_EXPERTS;
 pub(crate) use router::RouterParams;
+pub use router::{MAX_ROUTED_EXPERTS, RouterRule};
 pub use rows::RowRange;
 pub(crate) use rows::{ElementsParams, GatherParams, JoinParams};
 pub(crate) use sampler::AdmitParams;

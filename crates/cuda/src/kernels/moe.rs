@@ -1,6 +1,8 @@
 //! A layer of experts: the choice between the kernels for few rows and those for many, and the wrapper of the former
 //! (`kernels/moe.cu`, `kernels/moe_*.cu`). Those for many rows are in `moe_gemm.rs`, the router in `router.rs`.
 
+use std::ops::Range;
+
 use spark_backend::Dtype;
 
 use super::linear::group_index;
@@ -35,37 +37,39 @@ const FEW_PAIRS: usize = 16;
 pub(super) const GROUP_BYTES: usize = 16;
 
 /// `MoeParams` of `kernels/moe.cuh`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct MoeParams {
-    codes: u64,
-    scales: u64,
-    row_scales: u64,
-    x: u64,
-    out: u64,
-    partial: u64,
-    experts: u64,
-    weights: u64,
-    groups: u64,
-    pairs: u64,
-    logits: u64,
-    router_bias: u64,
-    counts: u64,
-    n: u32,
-    padded_n: u32,
-    k: u32,
-    x_columns: u32,
-    rows: u32,
-    top_k: u32,
-    num_experts: u32,
-    max_groups: u32,
-    splits: u32,
-    logits_stride: u32,
-    renormalize: u32,
-    padding: u32,
+    pub(super) codes: u64,
+    pub(super) scales: u64,
+    pub(super) row_scales: u64,
+    pub(super) x: u64,
+    pub(super) out: u64,
+    pub(super) partial: u64,
+    pub(super) experts: u64,
+    pub(super) weights: u64,
+    pub(super) groups: u64,
+    pub(super) pairs: u64,
+    pub(super) logits: u64,
+    pub(super) router_bias: u64,
+    pub(super) counts: u64,
+    pub(super) n: u32,
+    pub(super) padded_n: u32,
+    pub(super) k: u32,
+    pub(super) x_columns: u32,
+    pub(super) rows: u32,
+    pub(super) top_k: u32,
+    pub(super) num_experts: u32,
+    pub(super) max_groups: u32,
+    pub(super) splits: u32,
+    pub(super) logits_stride: u32,
+    pub(super) renormalize: u32,
+    pub(super) num_routed: u32,
+    pub(super) first_held: u32,
+    pub(super) padding: u32,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 13 * 8 + 12 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 13 * 8 + 14 * 4 bytes, no padding.
 unsafe impl Params for MoeParams {
     const NAME: &'static str = "MoeParams";
 }
@@ -74,17 +78,28 @@ unsafe impl Params for MoeParams {
 /// nothing, one that is repeated in a row gives wrong values in that row; nothing outside the given memory is touched.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// `[rows, top_k]` u32, each row without repetition; `u32::MAX` for none. Nothing where [`Kernels::route_for_experts`] has left the
-    /// choice to the experts.
+    /// `[rows, top_k]` u32, each row without repetition; `u32::MAX` for none, or any other number that is not below that of the
+    /// experts. Nothing where [`Kernels::route_for_experts`] has left the choice to the experts.
     pub experts: DeviceSlice,
     /// `[rows, top_k]` f32, or nothing, too.
     pub weights: DeviceSlice,
     /// Experts of a row.
     pub top_k: usize,
+    /// Among which experts, if the router has made it.
+    pub(super) routed: Option<Routed>,
     /// Where the router has made them.
     pub(super) lists: Option<Lists>,
     /// What the choice of a single row is made from, where it is not made yet.
     pub(super) logits: Option<RowLogits>,
+}
+
+/// The experts of a router.
+#[derive(Debug, Clone)]
+pub(super) struct Routed {
+    /// All of them.
+    pub(super) num_experts: usize,
+    /// Those whose products follow; a choice has their numbers, from 0.
+    pub(super) held: Range<usize>,
 }
 
 /// The logits of a single row, in parts, and the rule of its choice.
@@ -98,19 +113,31 @@ pub(super) struct RowLogits {
     pub(super) counts: Option<DeviceSlice>,
     pub(super) splits: usize,
     pub(super) stride: usize,
-    pub(super) num_experts: usize,
     pub(super) renormalize: bool,
 }
 
 impl Choice {
     /// A choice that did not come from [`Kernels::route`].
     pub fn new(experts: DeviceSlice, weights: DeviceSlice, top_k: usize) -> Self {
-        Self { experts, weights, top_k, lists: None, logits: None }
+        Self { experts, weights, top_k, routed: None, lists: None, logits: None }
     }
 
     /// `[rows, top_k]` u32, [`u32::MAX`] for none; not written for a single row whose experts choose for themselves.
     pub fn experts(&self) -> &DeviceSlice {
         &self.experts
+    }
+
+    /// How many experts it was made among, where `experts` are the held ones of them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when as many are not held.
+    pub(super) fn num_routed(&self, op: &'static str, experts: &Experts) -> Result<usize> {
+        let num_experts = experts.num_experts();
+        match &self.routed {
+            None => Ok(num_experts),
+            Some(routed) if routed.held.len() == num_experts => Ok(routed.num_experts),
+            Some(routed) => Err(Error::shape(op, format!("{} experts", routed.held.len()), num_experts)),
+        }
     }
 }
 
@@ -309,7 +336,9 @@ impl Kernels {
 
 /// Whether a call is for the small blocks: up to [`FEW_PAIRS`] pairs, or where there would be a few more large ones than can run at once.
 fn is_few(call: &Call<'_>, multiprocessors: usize) -> bool {
-    let blocks = call.experts.intermediate().div_ceil(MANY_ROWS / 2) * call.max_groups;
+    // Of the experts that are chosen, as many are held here in the mean.
+    let groups = call.num_pairs.min(call.num_routed) * call.experts.num_experts() / call.num_routed;
+    let blocks = call.experts.intermediate().div_ceil(MANY_ROWS / 2) * groups;
     call.num_pairs <= FEW_PAIRS || is_a_little_more(blocks, MANY_BLOCKS * multiprocessors)
 }
 
@@ -347,6 +376,7 @@ struct Call<'a> {
     choice: &'a Choice,
     experts: &'a Experts,
     num_pairs: usize,
+    num_routed: usize,
     max_groups: usize,
     lists: Lists,
     /// `[pairs, intermediate]` bf16.
@@ -365,15 +395,14 @@ impl<'a> Call<'a> {
         let shape = [x.rows(), experts.hidden()];
         x.expect(OP, shape, Dtype::Bf16)?;
         out.expect(OP, shape, Dtype::Bf16)?;
-        let num_pairs = checked_pairs(x.rows(), choice.top_k, experts.num_experts())?;
+        let num_routed = choice.num_routed(OP, experts)?;
+        let num_pairs = checked_pairs(x.rows(), choice.top_k, num_routed)?;
         for slice in [&choice.experts, &choice.weights] {
             words(OP, slice, num_pairs)?;
         }
-        if let Some(logits) = &choice.logits {
-            let (rule, got) = ((1, experts.num_experts()), (x.rows(), logits.num_experts));
-            if rule != got || choice.top_k > ROW_EXPERTS {
-                return Err(Error::shape(OP, format!("logits of (rows, experts) {rule:?}"), got));
-            }
+        if choice.logits.is_some() && (x.rows() != 1 || choice.top_k > ROW_EXPERTS) {
+            let rule = format!("one row with logits, and at most {ROW_EXPERTS} experts of it");
+            return Err(Error::shape(OP, rule, (x.rows(), choice.top_k)));
         }
         let few = if num_pairs > MAX_PAIRS { 0 } else { num_pairs };
         let max_groups = few.min(experts.num_experts());
@@ -398,20 +427,15 @@ impl<'a> Call<'a> {
         }
         read.extend([out.slice(), &lists.groups, &lists.pairs, &inner]);
         stream.uses(OP, &read)?;
-        Ok(Self { stream, pool, x, out, choice, experts, num_pairs, max_groups, lists, inner })
+        Ok(Self { stream, pool, x, out, choice, experts, num_pairs, num_routed, max_groups, lists, inner })
     }
 
     /// What all launches have in common.
     fn params(&self) -> Result<MoeParams> {
-        let logits = self.choice.logits.as_ref();
+        let (logits, routed) = (self.choice.logits.as_ref(), self.choice.routed.as_ref());
         let address = |slice: Option<&DeviceSlice>| slice.map_or(0, DeviceSlice::address);
         Ok(MoeParams {
-            codes: 0,
-            scales: 0,
-            row_scales: 0,
-            x: 0,
             out: self.out.address(),
-            partial: 0,
             experts: self.choice.experts.address(),
             weights: self.choice.weights.address(),
             groups: self.lists.groups.address(),
@@ -419,10 +443,6 @@ impl<'a> Call<'a> {
             logits: address(logits.map(|logits| &logits.partial)),
             router_bias: address(logits.and_then(|logits| logits.bias.as_ref())),
             counts: address(logits.and_then(|logits| logits.counts.as_ref())),
-            n: 0,
-            padded_n: 0,
-            k: 0,
-            x_columns: 0,
             rows: to_u32(OP, self.x.rows())?,
             top_k: to_u32(OP, self.choice.top_k)?,
             num_experts: to_u32(OP, self.experts.num_experts())?,
@@ -430,7 +450,9 @@ impl<'a> Call<'a> {
             splits: to_u32(OP, logits.map_or(0, |logits| logits.splits))?,
             logits_stride: to_u32(OP, logits.map_or(0, |logits| logits.stride))?,
             renormalize: logits.is_some_and(|logits| logits.renormalize).into(),
-            padding: 0,
+            num_routed: to_u32(OP, routed.map_or(0, |routed| routed.num_experts))?,
+            first_held: to_u32(OP, routed.map_or(0, |routed| routed.held.start))?,
+            ..MoeParams::default()
         })
     }
 }

@@ -98,10 +98,11 @@ struct Cut {
 }
 
 impl Cut {
-    /// `is_bf16`: weights of experts are, which the largest blocks are not for.
-    fn new(num_pairs: usize, num_experts: usize, hidden: usize, is_bf16: bool) -> Self {
+    /// `[num_experts, num_routed]`: experts that are held, and all that pairs may have. `is_bf16`: weights of experts are, which
+    /// the largest blocks are not for.
+    fn new(num_pairs: usize, [num_experts, num_routed]: [usize; 2], hidden: usize, is_bf16: bool) -> Self {
         // Measured (docs/kernels/gemm.md): tiles that the mean expert about fills.
-        let block = match num_pairs / num_pairs.min(num_experts).max(1) {
+        let block = match num_pairs / num_pairs.min(num_routed).max(1) {
             0..=22 => Block::Tokens16,
             23..=64 => Block::Tokens32,
             128.. if !is_bf16 => Block::Tokens128,
@@ -354,11 +355,11 @@ impl Call<'_> {
 
 /// Checks what the kernels take for granted.
 fn checked(stream: &Stream, [x, out]: [&Tensor; 2], choice: &Choice, experts: &Experts) -> Result<Cut> {
-    let (rows, hidden, num_experts) = (x.rows(), experts.hidden(), experts.num_experts());
+    let (rows, hidden, num_routed) = (x.rows(), experts.hidden(), choice.num_routed(OP, experts)?);
     x.expect(OP, [rows, hidden], Dtype::Bf16)?;
     out.expect(OP, [rows, hidden], Dtype::Bf16)?;
-    if choice.top_k == 0 || choice.top_k > num_experts {
-        return Err(Error::shape(OP, format!("1 to {num_experts} experts of a row"), choice.top_k));
+    if choice.top_k == 0 || choice.top_k > num_routed {
+        return Err(Error::shape(OP, format!("1 to {num_routed} experts of a row"), choice.top_k));
     }
     let num_pairs = rows.checked_mul(choice.top_k).filter(|&pairs| pairs <= MAX_PAIRS && rows <= MAX_ROWS);
     let num_pairs = num_pairs.ok_or_else(|| {
@@ -376,7 +377,7 @@ fn checked(stream: &Stream, [x, out]: [&Tensor; 2], choice: &Choice, experts: &E
     read.push(out.slice());
     stream.uses(OP, &read)?;
     let is_bf16 = [&experts.gate_up, &experts.down].iter().any(|weight| weight.scheme == Scheme::Bf16);
-    Ok(Cut::new(num_pairs, num_experts, hidden, is_bf16))
+    Ok(Cut::new(num_pairs, [experts.num_experts(), num_routed], hidden, is_bf16))
 }
 
 #[cfg(test)]
@@ -385,11 +386,17 @@ mod tests {
 
     #[test]
     fn tiles_are_as_large_as_experts_fill_and_always_enough() {
-        let tile = |rows: usize| Cut::new(8 * rows, 128, 2048, false).block.tokens();
+        let tile = |rows: usize| Cut::new(8 * rows, [128; 2], 2048, false).block.tokens();
         assert_eq!([129, 160, 512, 1100, 2048, 8192].map(tile), [16, 16, 32, 64, 128, 128]);
-        assert_eq!(Cut::new(65_536, 128, 2048, true).block, Block::Tokens64);
+        assert_eq!(Cut::new(65_536, [128; 2], 2048, true).block, Block::Tokens64);
+        let half = Cut::new(65_536, [64, 128], 2048, false);
+        assert_eq!(
+            (half.block, half.max_tiles),
+            (Block::Tokens128, 512 + 64),
+            "half of the experts, perhaps all pairs"
+        );
         for (num_pairs, num_experts) in [(1, 1), (5, 7), (1032, 128), (4096, 16), (65_536, 128)] {
-            let cut = Cut::new(num_pairs, num_experts, 2048, false);
+            let cut = Cut::new(num_pairs, [num_experts; 2], 2048, false);
             // The worst choice: all experts but one have one pair more than whole tiles.
             let mut left = num_pairs;
             let mut tiles = 0;
@@ -404,9 +411,9 @@ mod tests {
 
     #[test]
     fn results_of_many_pairs_come_in_columns() {
-        assert_eq!(Cut::new(1032, 128, 2048, false).columns, 2048);
-        assert_eq!(Cut::new(65_536, 128, 2048, false).columns, 1024);
-        assert_eq!(Cut::new(MAX_PAIRS, 128, 2048, false).columns, BLOCK_ROWS);
-        assert_eq!(Cut::new(2000, 4, 80, false).columns, 80);
+        assert_eq!(Cut::new(1032, [128; 2], 2048, false).columns, 2048);
+        assert_eq!(Cut::new(65_536, [128; 2], 2048, false).columns, 1024);
+        assert_eq!(Cut::new(MAX_PAIRS, [128; 2], 2048, false).columns, BLOCK_ROWS);
+        assert_eq!(Cut::new(2000, [4; 2], 80, false).columns, 80);
     }
 }

@@ -1,8 +1,10 @@
 //! Wrapper of `kernels/router.cu`: from rows to the experts that compute them. The experts are in `moe.rs`.
 
+use std::ops::Range;
+
 use spark_backend::Dtype;
 
-use super::moe::{GROUP_BYTES, Lists, MAX_PAIRS, MAX_TOP_K, ROW_EXPERTS, RowLogits};
+use super::moe::{GROUP_BYTES, Lists, MAX_PAIRS, MAX_TOP_K, ROW_EXPERTS, Routed, RowLogits};
 use super::pack::{Scheme, padded_k, padded_n};
 use super::{Choice, Kernels, Linear, LoadedModule, PackedWeight, disjoint, to_u32, words};
 use crate::launch::{Kernel, Launch, Params};
@@ -18,30 +20,32 @@ const EXPERTS: usize = 16;
 const BLOCK_K: usize = 1024;
 
 /// `RouterParams` of `kernels/router.cu`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct RouterParams {
-    codes: u64,
-    bias: u64,
-    x: u64,
-    partial: u64,
-    counters: u64,
-    counts: u64,
-    experts: u64,
-    weights: u64,
-    groups: u64,
-    pairs: u64,
-    n: u32,
-    padded_n: u32,
-    k: u32,
-    x_columns: u32,
-    rows: u32,
-    top_k: u32,
-    renormalize: u32,
-    max_groups: u32,
+    pub(super) codes: u64,
+    pub(super) bias: u64,
+    pub(super) x: u64,
+    pub(super) partial: u64,
+    pub(super) counters: u64,
+    pub(super) counts: u64,
+    pub(super) experts: u64,
+    pub(super) weights: u64,
+    pub(super) groups: u64,
+    pub(super) pairs: u64,
+    pub(super) n: u32,
+    pub(super) padded_n: u32,
+    pub(super) k: u32,
+    pub(super) x_columns: u32,
+    pub(super) rows: u32,
+    pub(super) top_k: u32,
+    pub(super) renormalize: u32,
+    pub(super) max_groups: u32,
+    pub(super) first_held: u32,
+    pub(super) num_held: u32,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 10 * 8 + 8 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 10 * 8 + 10 * 4 bytes, no padding.
 unsafe impl Params for RouterParams {
     const NAME: &'static str = "RouterParams";
 }
@@ -76,37 +80,40 @@ impl Router {
     }
 }
 
-/// What a row is routed with.
-#[derive(Debug, Clone, Copy)]
-struct Rule<'a> {
-    router: &'a Linear,
-    top_k: usize,
-    renormalize: bool,
-    counts: Option<&'a DeviceSlice>,
+/// What rows are routed with.
+#[derive(Debug, Clone)]
+pub struct RouterRule<'a> {
+    /// `[experts, k]`.
+    pub router: &'a Linear,
+    /// Experts of a row.
+    pub top_k: usize,
+    /// Whether their weights are made to sum to 1.
+    pub renormalize: bool,
+    /// The experts that are held here: the choice is in their numbers, from 0. All, but for ranks that hold whole experts.
+    pub held: Range<usize>,
+    /// How many rows are real (u32, on the device), where not all are.
+    pub counts: Option<&'a DeviceSlice>,
+}
+
+impl<'a> RouterRule<'a> {
+    /// Among all experts of `router`, for rows that are all real.
+    pub fn new(router: &'a Linear, top_k: usize, renormalize: bool) -> Self {
+        Self { router, top_k, renormalize, held: 0..router.n, counts: None }
+    }
 }
 
 impl Kernels {
-    /// The `top_k` experts of each row of `x` `[rows, k]` bf16: logits of `router`, rounded to bf16, softmax over all in float32, the
-    /// most probable ones by falling probability (ties to the lower expert), weights renormalised if asked and rounded to bf16. Rows
-    /// from the number in `counts` (u32, on the device) on get no experts: their result is 0 and costs no weights.
+    /// The experts of each row of `x` `[rows, k]` bf16: logits of the router, rounded to bf16, softmax over all in float32, the most
+    /// probable ones by falling probability (ties to the lower expert), weights renormalised if asked and rounded to bf16. Rows from
+    /// the number in `counts` on get no experts: their result is 0 and costs no weights. So do experts that are not held.
     ///
     /// A `Kernels` may route on one stream at a time.
     ///
     /// # Errors
     /// [`Error::Shape`], also for more than [`MAX_ROUTED_EXPERTS`] experts or more than 32 of a row; [`Error::Driver`];
     /// [`Error::Memory`] when the pool is too small.
-    #[expect(clippy::too_many_arguments, reason = "the call that the backend makes for each layer")]
-    pub fn route(
-        &self,
-        stream: &Stream,
-        pool: &Pool,
-        x: &Tensor,
-        router: &Linear,
-        top_k: usize,
-        renormalize: bool,
-        counts: Option<&DeviceSlice>,
-    ) -> Result<Choice> {
-        self.route_by(stream, pool, x, &Rule { router, top_k, renormalize, counts }, false)
+    pub fn route(&self, stream: &Stream, pool: &Pool, x: &Tensor, rule: &RouterRule<'_>) -> Result<Choice> {
+        self.route_by(stream, pool, x, rule, false)
     }
 
     /// [`Kernels::route`] for [`Kernels::moe_mlp`] and nothing else: of a single row only the logits may be computed, because each block
@@ -115,18 +122,14 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`Kernels::route`].
-    #[expect(clippy::too_many_arguments, reason = "as `route`")]
     pub fn route_for_experts(
         &self,
         stream: &Stream,
         pool: &Pool,
         x: &Tensor,
-        router: &Linear,
-        top_k: usize,
-        renormalize: bool,
-        counts: Option<&DeviceSlice>,
+        rule: &RouterRule<'_>,
     ) -> Result<Choice> {
-        self.route_by(stream, pool, x, &Rule { router, top_k, renormalize, counts }, true)
+        self.route_by(stream, pool, x, rule, true)
     }
 
     /// Both of the above; `may_leave`: the choice may be left to the experts.
@@ -135,7 +138,7 @@ impl Kernels {
         stream: &Stream,
         pool: &Pool,
         x: &Tensor,
-        rule: &Rule<'_>,
+        rule: &RouterRule<'_>,
         may_leave: bool,
     ) -> Result<Choice> {
         let (rows, n, top_k) = (x.rows(), rule.router.n, rule.top_k);
@@ -150,8 +153,13 @@ impl Kernels {
         let num_pairs = rows
             .checked_mul(top_k)
             .ok_or_else(|| Error::shape(OP, "a number of choices that fits 64 bits", (rows, top_k)))?;
+        let held = &rule.held;
+        if held.is_empty() || held.end > n {
+            return Err(Error::shape(OP, format!("some of the experts 0..{n}"), held));
+        }
         let ids = pool.take("chosen experts", 4 * num_pairs as u64)?;
         let mut choice = Choice::new(ids, pool.take("weights of experts", 4 * num_pairs as u64)?, top_k);
+        choice.routed = Some(Routed { num_experts: n, held: held.clone() });
         match &rule.router.parts[..] {
             [part] if part.scheme == Scheme::Bf16 && rows == 1 && top_k <= ROW_EXPERTS && may_leave => {
                 choice.logits = Some(self.route_row(stream, pool, x, part, rule, &choice)?);
@@ -171,7 +179,7 @@ impl Kernels {
         pool: &Pool,
         x: &Tensor,
         weight: &PackedWeight,
-        rule: &Rule<'_>,
+        rule: &RouterRule<'_>,
         choice: &Choice,
     ) -> Result<RowLogits> {
         let stride = padded_n(weight.n);
@@ -197,7 +205,6 @@ impl Kernels {
             counts: rule.counts.cloned(),
             splits,
             stride,
-            num_experts: weight.n,
             renormalize: rule.renormalize,
         })
     }
@@ -209,11 +216,11 @@ impl Kernels {
         pool: &Pool,
         x: &Tensor,
         weight: &PackedWeight,
-        rule: &Rule<'_>,
+        rule: &RouterRule<'_>,
         choice: &Choice,
     ) -> Result<Lists> {
         let (rows, n) = (x.rows(), padded_n(weight.n));
-        let max_groups = (rows * rule.top_k).min(weight.n);
+        let max_groups = (rows * rule.top_k).min(rule.held.len());
         let lists = Lists {
             groups: pool.take("groups of pairs", (GROUP_BYTES * max_groups) as u64)?,
             pairs: pool.take("pairs by expert", 4 * (rows * rule.top_k) as u64)?,
@@ -257,7 +264,7 @@ impl Kernels {
         stream: &Stream,
         pool: &Pool,
         x: &Tensor,
-        rule: &Rule<'_>,
+        rule: &RouterRule<'_>,
         choice: &Choice,
     ) -> Result<()> {
         let rows = x.rows();
@@ -275,25 +282,19 @@ impl Kernels {
 }
 
 /// What both kernels need; the rest is 0.
-fn params(x: &Tensor, x_columns: usize, rule: &Rule<'_>, choice: &Choice) -> Result<RouterParams> {
+fn params(x: &Tensor, x_columns: usize, rule: &RouterRule<'_>, choice: &Choice) -> Result<RouterParams> {
     Ok(RouterParams {
-        codes: 0,
-        bias: 0,
         x: x.address(),
-        partial: 0,
-        counters: 0,
         counts: rule.counts.map_or(0, DeviceSlice::address),
         experts: choice.experts.address(),
         weights: choice.weights.address(),
-        groups: 0,
-        pairs: 0,
         n: to_u32(OP, rule.router.n)?,
-        padded_n: 0,
-        k: 0,
         x_columns: to_u32(OP, x_columns)?,
         rows: to_u32(OP, x.rows())?,
         top_k: to_u32(OP, rule.top_k)?,
         renormalize: rule.renormalize.into(),
-        max_groups: 0,
+        first_held: to_u32(OP, rule.held.start)?,
+        num_held: to_u32(OP, rule.held.len())?,
+        ..RouterParams::default()
     })
 }

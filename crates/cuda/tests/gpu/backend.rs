@@ -6,7 +6,7 @@ use spark_backend::{Backend, KvDtype, SlotParams, StepInputs, StepOutput};
 use spark_cuda::{CudaBackend, CudaOptions, Profile};
 use spark_testing::{Random, rel_err, tolerance};
 
-use super::tiny::{BLOCK, Chunk, HIDDEN, Tiny, VOCAB, inputs, prompts, state, state_of};
+use super::tiny::{BLOCK, Chunk, HIDDEN, Share, Tiny, VOCAB, inputs, prompts, state, state_of};
 use super::{cpu, kernel_options};
 use spark_backend::{Dtype, TokenInput, VectorWeight};
 
@@ -23,8 +23,13 @@ pub(crate) struct Run<B: Backend> {
 }
 
 impl<B: Backend> Run<B> {
-    pub(crate) fn new(mut backend: B, num_slots: usize, kv_dtype: KvDtype) -> Self {
-        let model = Tiny::load(&backend, SEED).unwrap();
+    pub(crate) fn new(backend: B, num_slots: usize, kv_dtype: KvDtype) -> Self {
+        Self::sharing(Share::Slices, backend, num_slots, kv_dtype)
+    }
+
+    /// A rank's, of which there may be several.
+    pub(crate) fn sharing(share: Share, mut backend: B, num_slots: usize, kv_dtype: KvDtype) -> Self {
+        let model = Tiny::load(&backend, SEED, share).unwrap();
         backend.allocate_state(state_of(backend.rank(), num_slots, kv_dtype)).unwrap();
         backend.prepare(&mut |b| model.forward(b, None, &mut |_| ())).unwrap();
         for slot in 0..num_slots {

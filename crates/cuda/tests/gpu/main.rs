@@ -9,6 +9,7 @@ mod device;
 mod encoder;
 mod fp8x;
 mod gemm;
+mod held;
 mod linear;
 mod moe;
 mod moe_gemm;

@@ -1,12 +1,22 @@
 //! Layers of experts for few rows against the CPU backend. Many rows are in `moe_gemm.rs`, the router in `router.rs`.
 
-use spark_backend::{Backend, Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData};
-use spark_cpu::{CpuBackend, CpuTensor, Routing};
+use spark_backend::{Backend, Bytes, Dtype, ExpertsWeight, LinearWeight, Matrix, MatrixData, RouterSpec};
+use spark_cpu::{CpuBackend, CpuLinear, CpuTensor, Routing};
 use spark_cuda::{Choice, Experts, ExpertsHost, Pool};
 use spark_testing::{Random, tolerance};
 
 use super::gemm::{SCHEMES, Scheme, assert_close, matrix};
 use super::{Bed, cpu, cpu_tensor};
+
+/// A router of the CPU backend whose `num_experts` experts are all held.
+pub(crate) fn all_of(
+    router: &CpuLinear,
+    num_experts: usize,
+    top_k: usize,
+    renormalize: bool,
+) -> RouterSpec<'_, CpuBackend> {
+    RouterSpec { router, top_k, renormalize, experts: 0..num_experts }
+}
 
 /// A layer and its sizes.
 pub(crate) struct Layer {
@@ -58,8 +68,9 @@ impl Layer {
         let router = backend.linear_weight(LinearWeight { parts, bias: None }).unwrap();
         let mut residual = cpu_tensor(backend, &random.normals(rows * hidden, 1.0), [rows, hidden]);
         let norm = cpu_tensor(backend, &vec![0.1; hidden], [1, hidden]);
-        let (x, routing) =
-            backend.reduce_norm_route(None, &mut residual, &norm, 1e-6, &router, top_k, true).unwrap();
+        let (x, routing) = backend
+            .reduce_norm_route(None, &mut residual, &norm, 1e-6, &all_of(&router, num_experts, top_k, true))
+            .unwrap();
         let out = backend.moe_mlp(&x, &routing, &on_cpu).unwrap();
         (x, routing, out)
     }

@@ -6,7 +6,7 @@ use spark_cuda::{CudaBackend, CudaOptions, Driver, Stream, Team};
 
 use super::backend::{bits, cuda, options, pending_steps};
 use super::team::in_ranks;
-use super::tiny::state;
+use super::tiny::{Share, state};
 
 #[test]
 fn a_group_of_one_changes_no_bit() {
@@ -15,7 +15,9 @@ fn a_group_of_one_changes_no_bit() {
 
 #[test]
 fn long_prompts_in_halves_are_those_without_a_group() {
-    in_ranks("one_rank::long_prompts_in_halves_are_those_without_a_group", 1, super::ranks::long_prompts);
+    in_ranks("one_rank::long_prompts_in_halves_are_those_without_a_group", 1, |group| {
+        super::ranks::long_prompts(group, Share::Slices)
+    });
 }
 
 fn changes_no_bit(group: &Group) -> String {

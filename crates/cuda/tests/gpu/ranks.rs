@@ -11,7 +11,7 @@ use spark_testing::Random;
 use super::backend::{Run, assert_rows_alike, bits, cuda, decodes, options, pending_steps};
 use super::kernel_options;
 use super::team::{in_ranks, wait_for_the_first};
-use super::tiny::{Chunk, VOCAB, inputs, prompts};
+use super::tiny::{Chunk, Share, VOCAB, inputs, prompts};
 use spark_backend::Backend as _;
 
 const WORLD: usize = 2;
@@ -106,35 +106,43 @@ fn alone(group: &Group) -> CudaOptions {
 
 #[test]
 fn logits_are_those_of_one_rank() {
-    in_ranks("ranks::logits_are_those_of_one_rank", WORLD, |group| {
-        let mut steps = vec![inputs(&prompts(1))];
-        let all = &mut steps[0];
-        all.logit_rows = (0..all.tokens.len() as u32).collect();
-        all.sample_slots = vec![None; all.tokens.len()];
-        // Asked for, so that no rank keeps its share of the logits to itself.
-        all.prompt_targets = vec![Some((0, 0)); all.tokens.len()];
-        steps.extend(decodes(3));
-        steps.push(inputs(&[
-            Chunk::known(0, 8, &[5]),
-            Chunk::known(3, 0, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11, 12, 13, 14, 15, 16, 17, 18]),
-            Chunk::known(2, 20, &[6]),
-        ]));
-        let logits = |options: &CudaOptions| -> Vec<Vec<Vec<f32>>> {
-            let mut run = Run::new(CudaBackend::new(options).unwrap(), 4, KvDtype::Bf16);
-            steps.iter().map(|step| run.logits(step, None)).collect()
-        };
-        let want = logits(&alone(group));
-        let got = logits(&of_group(group, true));
-        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-            assert_rows_alike(got, want, &format!("rank {} step {i}", group.rank().index()));
-        }
-        // The ranks must have the same bits.
-        hash(&got.concat())
-    });
+    in_ranks("ranks::logits_are_those_of_one_rank", WORLD, |group| same_logits(group, Share::Slices));
+}
+
+#[test]
+fn logits_with_whole_experts_are_those_of_one_rank() {
+    let name = "ranks::logits_with_whole_experts_are_those_of_one_rank";
+    in_ranks(name, WORLD, |group| same_logits(group, Share::Whole));
+}
+
+fn same_logits(group: &Group, share: Share) -> String {
+    let mut steps = vec![inputs(&prompts(1))];
+    let all = &mut steps[0];
+    all.logit_rows = (0..all.tokens.len() as u32).collect();
+    all.sample_slots = vec![None; all.tokens.len()];
+    // Asked for, so that no rank keeps its share of the logits to itself.
+    all.prompt_targets = vec![Some((0, 0)); all.tokens.len()];
+    steps.extend(decodes(3));
+    steps.push(inputs(&[
+        Chunk::known(0, 8, &[5]),
+        Chunk::known(3, 0, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11, 12, 13, 14, 15, 16, 17, 18]),
+        Chunk::known(2, 20, &[6]),
+    ]));
+    let logits = |options: &CudaOptions| -> Vec<Vec<Vec<f32>>> {
+        let mut run = Run::sharing(share, CudaBackend::new(options).unwrap(), 4, KvDtype::Bf16);
+        steps.iter().map(|step| run.logits(step, None)).collect()
+    };
+    let want = logits(&alone(group));
+    let got = logits(&of_group(group, true));
+    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        assert_rows_alike(got, want, &format!("rank {} step {i}", group.rank().index()));
+    }
+    // The ranks must have the same bits.
+    hash(&got.concat())
 }
 
 /// Long prompts whose sums run beside other work, against the same step in order and on one GPU: logits.
-pub(crate) fn long_prompts(group: &Group) -> String {
+pub(crate) fn long_prompts(group: &Group, share: Share) -> String {
     let mut random = Random::new(9);
     let mut prompt = |slot: usize, len: usize| {
         let tokens: Vec<u32> = (0..len).map(|_| random.below(VOCAB) as u32).collect();
@@ -147,7 +155,7 @@ pub(crate) fn long_prompts(group: &Group) -> String {
     let mut of_one = Run::new(CudaBackend::new(&alone(group)).unwrap(), 4, KvDtype::Bf16);
     let want = of_one.logits(&step, None);
     let options = CudaOptions { overlap_rows: Some(130), ..of_group(group, true) };
-    let mut run = Run::new(CudaBackend::new(&options).unwrap(), 4, KvDtype::Bf16);
+    let mut run = Run::sharing(share, CudaBackend::new(&options).unwrap(), 4, KvDtype::Bf16);
     let before = run.backend.num_overlaps();
     let got = run.logits(&step, None);
     // Four norms have something to add, in two halves each.
@@ -171,7 +179,14 @@ fn hash(rows: &[Vec<f32>]) -> String {
 
 #[test]
 fn long_prompts_in_halves_are_those_of_one_rank() {
-    in_ranks("ranks::long_prompts_in_halves_are_those_of_one_rank", WORLD, long_prompts);
+    let name = "ranks::long_prompts_in_halves_are_those_of_one_rank";
+    in_ranks(name, WORLD, |group| long_prompts(group, Share::Slices));
+}
+
+#[test]
+fn long_prompts_in_halves_with_whole_experts_are_those_of_one_rank() {
+    let name = "ranks::long_prompts_in_halves_with_whole_experts_are_those_of_one_rank";
+    in_ranks(name, WORLD, |group| long_prompts(group, Share::Whole));
 }
 
 fn outputs(run: &mut Run<CudaBackend>, steps: &[StepInputs]) -> Vec<StepOutput> {

@@ -4,17 +4,17 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 use spark_backend::{Backend, Dtype, LinearWeight, Matrix, MatrixData};
-use spark_cuda::{Choice, Linear, PackedHost, Pool};
+use spark_cuda::{Choice, Linear, PackedHost, Pool, RouterRule};
 use spark_testing::{Random, tolerance};
 
 use super::gemm::{Scheme, assert_close, matrix};
-use super::moe::Layer;
+use super::moe::{Layer, all_of};
 use super::{Bed, cpu, cpu_tensor};
 
 /// A `Kernels` routes on one stream at a time, and the tests share one.
 static ROUTING: Mutex<()> = Mutex::new(());
 
-fn alone() -> MutexGuard<'static, ()> {
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
     ROUTING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -23,19 +23,19 @@ fn coarse(random: &mut Random, len: usize, divisor: f32) -> Vec<f32> {
     (0..len).map(|_| (random.below(9) as f32 - 4.0) / divisor).collect()
 }
 
-fn dense(values: &[f32], n: usize, k: usize) -> LinearWeight {
+pub(crate) fn dense(values: &[f32], n: usize, k: usize) -> LinearWeight {
     let bytes: Vec<u8> = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
     let data = MatrixData::Dense { dtype: Dtype::Bf16, values: bytes.into() };
     LinearWeight { parts: vec![Matrix { n, k, data }], bias: None }
 }
 
-fn upload(bed: &Bed, weight: &LinearWeight) -> Linear {
+pub(crate) fn upload(bed: &Bed, weight: &LinearWeight) -> Linear {
     let host = PackedHost::pack_parts(weight).unwrap();
     Linear::upload(&bed.stream, &bed.bytes(Linear::num_bytes(&host)), &host).unwrap()
 }
 
 /// Experts and weights of a choice.
-fn downloaded(bed: &Bed, choice: &Choice, rows: usize) -> (Vec<u32>, Vec<f32>) {
+pub(crate) fn downloaded(bed: &Bed, choice: &Choice, rows: usize) -> (Vec<u32>, Vec<f32>) {
     let len = rows * choice.top_k;
     (bed.stream.download(&choice.experts, len).unwrap(), bed.stream.download(&choice.weights, len).unwrap())
 }
@@ -67,12 +67,14 @@ fn choices_are_the_cpu_backends() {
             let mut residual = cpu_tensor(&backend, &x, [rows, k]);
             let norm = cpu_tensor(&backend, &vec![1.0; k], [1, k]);
             let (x, want) = backend
-                .reduce_norm_route(None, &mut residual, &norm, 1e-6, &router, top_k, renormalize)
+                .reduce_norm_route(None, &mut residual, &norm, 1e-6, &all_of(&router, n, top_k, renormalize))
                 .unwrap();
             let router = upload(&bed, &weight);
             let x = bed.tensor(x.values(), [rows, k], Dtype::Bf16);
-            let choice =
-                bed.kernels.route(&bed.stream, &pool, &x, &router, top_k, renormalize, None).unwrap();
+            let choice = bed
+                .kernels
+                .route(&bed.stream, &pool, &x, &RouterRule::new(&router, top_k, renormalize))
+                .unwrap();
             let (experts, weights) = downloaded(&bed, &choice, rows);
             // The norm makes x inexact, so a sum in another order may round a logit to its neighbour, which moves a choice.
             let differ: Vec<usize> = (0..rows)
@@ -112,7 +114,8 @@ fn exact_logits_give_exact_choices() {
         let x = coarse(&mut random, rows * k, 4.0);
         let router = upload(&bed, &dense(&weight, n, k));
         let x_tensor = bed.tensor(&x, [rows, k], Dtype::Bf16);
-        let choice = bed.kernels.route(&bed.stream, &pool, &x_tensor, &router, top_k, true, None).unwrap();
+        let choice =
+            bed.kernels.route(&bed.stream, &pool, &x_tensor, &RouterRule::new(&router, top_k, true)).unwrap();
         let (experts, weights) = downloaded(&bed, &choice, rows);
         for row in 0..rows {
             let logit = |e: usize| {
@@ -142,7 +145,10 @@ fn rows_of_padding_have_no_experts() {
     for (rows, real) in [(1, 1), (1, 0), (8, 5), (32, 9), (300, 299)] {
         let x = bed.tensor(&random.bf16s(rows * k, 1.0), [rows, k], Dtype::Bf16);
         let counts = bed.upload(&[real as u32, 7, 7, 0]);
-        let route = |counts| bed.kernels.route(&bed.stream, &pool, &x, &router, top_k, true, counts).unwrap();
+        let route = |counts| {
+            let rule = RouterRule { counts, ..RouterRule::new(&router, top_k, true) };
+            bed.kernels.route(&bed.stream, &pool, &x, &rule).unwrap()
+        };
         let (all, padded) = (route(None), route(Some(&counts)));
         let ((all_ids, all_weights), (ids, weights)) =
             (downloaded(&bed, &all, rows), downloaded(&bed, &padded, rows));
@@ -173,7 +179,8 @@ fn experts_behind_the_router() {
     for rows in [1, 1, 2, 8, 9, 30, 64, 128, 1] {
         let values = random.bf16s(rows * k, 0.5);
         let x = bed.tensor(&values, [rows, k], Dtype::Bf16);
-        let choice = bed.kernels.route(&bed.stream, &pool, &x, &router, top_k, true, None).unwrap();
+        let choice =
+            bed.kernels.route(&bed.stream, &pool, &x, &RouterRule::new(&router, top_k, true)).unwrap();
         let plain = Choice::new(choice.experts.clone(), choice.weights.clone(), top_k);
         let outs = [&choice, &plain].map(|choice| {
             let out = bed.empty([rows, k], Dtype::Bf16);
@@ -185,11 +192,13 @@ fn experts_behind_the_router() {
         let cpu_router = backend.linear_weight(weight.clone()).unwrap();
         let mut residual = cpu_tensor(&backend, &values, [rows, k]);
         let norm = cpu_tensor(&backend, &vec![1.0; k], [1, k]);
-        let (normed, routing) =
-            backend.reduce_norm_route(None, &mut residual, &norm, 1e-6, &cpu_router, top_k, true).unwrap();
+        let (normed, routing) = backend
+            .reduce_norm_route(None, &mut residual, &norm, 1e-6, &all_of(&cpu_router, n, top_k, true))
+            .unwrap();
         let x = bed.tensor(normed.values(), [rows, k], Dtype::Bf16);
         let want = backend.moe_mlp(&normed, &routing, &on_cpu).unwrap();
-        let choice = bed.kernels.route(&bed.stream, &pool, &x, &router, top_k, true, None).unwrap();
+        let choice =
+            bed.kernels.route(&bed.stream, &pool, &x, &RouterRule::new(&router, top_k, true)).unwrap();
         let (ids, _) = downloaded(&bed, &choice, rows);
         let out = bed.empty([rows, k], Dtype::Bf16);
         bed.kernels.moe_mlp(&bed.stream, &pool, &x, &choice, &experts, &out).unwrap();
@@ -216,7 +225,8 @@ fn a_row_is_routed_alike_alone_and_in_a_batch() {
     let routed = |values: &[f32]| {
         let rows = values.len() / k;
         let x = bed.tensor(values, [rows, k], Dtype::Bf16);
-        let choice = bed.kernels.route(&bed.stream, &pool, &x, &router, top_k, true, None).unwrap();
+        let choice =
+            bed.kernels.route(&bed.stream, &pool, &x, &RouterRule::new(&router, top_k, true)).unwrap();
         downloaded(&bed, &choice, rows)
     };
     let (experts, weights) = routed(&values);
@@ -250,16 +260,15 @@ fn a_single_row_may_choose_late() {
             for real in [Some(1u8), Some(0), None] {
                 let x = bed.tensor(&random.bf16s(k, 1.0), [1, k], Dtype::Bf16);
                 let counts = real.map(|real| bed.upload(&[u32::from(real), 7, 7, 0]));
-                let (kernels, stream, counts) = (&bed.kernels, &bed.stream, counts.as_ref());
+                let rule = RouterRule::new(&router, top_k, real.is_none());
+                let rule = RouterRule { counts: counts.as_ref(), ..rule };
                 let choices = [
-                    kernels.route(stream, &pool, &x, &router, top_k, real.is_none(), counts).unwrap(),
-                    kernels
-                        .route_for_experts(stream, &pool, &x, &router, top_k, real.is_none(), counts)
-                        .unwrap(),
+                    bed.kernels.route(&bed.stream, &pool, &x, &rule).unwrap(),
+                    bed.kernels.route_for_experts(&bed.stream, &pool, &x, &rule).unwrap(),
                 ];
                 let outs = choices.map(|choice| {
                     let out = bed.empty([1, k], Dtype::Bf16);
-                    kernels.moe_mlp(stream, &pool, &x, &choice, &experts, &out).unwrap();
+                    bed.kernels.moe_mlp(&bed.stream, &pool, &x, &choice, &experts, &out).unwrap();
                     bed.values(&out)
                 });
                 assert_eq!(outs[0], outs[1], "{n} experts, {k} x {intermediate}, {scheme:?}, {real:?}");
@@ -283,7 +292,8 @@ fn no_numbers_choose_experts_that_exist() {
         x[k + 1] = f32::INFINITY;
         x[2 * k] = f32::NEG_INFINITY;
         let x = bed.tensor(&x, [rows, k], Dtype::Bf16);
-        let choice = bed.kernels.route(&bed.stream, &pool, &x, &router, top_k, true, None).unwrap();
+        let choice =
+            bed.kernels.route(&bed.stream, &pool, &x, &RouterRule::new(&router, top_k, true)).unwrap();
         let (experts, _) = downloaded(&bed, &choice, rows);
         for row in experts.chunks(top_k) {
             let distinct: std::collections::HashSet<_> = row.iter().filter(|&&id| id < n as u32).collect();
@@ -302,7 +312,7 @@ fn wrong_shapes_are_refused() {
         upload(&bed, &LinearWeight { parts: vec![matrix(&mut random, 257, 64, Scheme::Bf16)], bias: None });
     let route = |columns: usize, router: &Linear, top_k: usize| {
         let x = bed.empty([2, columns], Dtype::Bf16);
-        bed.kernels.route(&bed.stream, &pool, &x, router, top_k, true, None)
+        bed.kernels.route(&bed.stream, &pool, &x, &RouterRule::new(router, top_k, true))
     };
     assert!(route(64, &router, 4).is_ok());
     assert!(route(48, &router, 4).is_err());

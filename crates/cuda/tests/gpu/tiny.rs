@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use spark_backend::{
     ActivationSpec, AttentionSpec, Backend, Dtype, ExpertsWeight, KvDtype, KvSpec, LinearWeight, Matrix,
-    MatrixData, Rank, Result, SeqInput, StateSpec, StepInputs, TokenInput, VectorWeight,
+    MatrixData, Rank, Result, RouterSpec, SeqInput, StateSpec, StepInputs, TokenInput, VectorWeight,
 };
 use spark_testing::Random;
 
@@ -23,6 +23,25 @@ const WIDTH: usize = 192;
 const EPS: f32 = 1e-6;
 pub(crate) const BLOCK: usize = 16;
 
+/// How ranks share the experts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Share {
+    /// A slice of each.
+    Slices,
+    /// Some of them whole.
+    Whole,
+}
+
+impl Share {
+    /// The experts of which a rank has anything.
+    fn held(self, rank: Rank) -> Range<usize> {
+        match self {
+            Share::Slices => 0..EXPERTS,
+            Share::Whole => rank.range(EXPERTS),
+        }
+    }
+}
+
 /// The model.
 pub(crate) struct Tiny<B: Backend> {
     embed: B::Linear,
@@ -31,6 +50,7 @@ pub(crate) struct Tiny<B: Backend> {
     norm: B::Tensor,
     router: B::Linear,
     experts: B::Experts,
+    held: Range<usize>,
     gate_up: B::Linear,
     down: B::Linear,
     inv_freq: Vec<f32>,
@@ -134,7 +154,10 @@ fn times(range: &Range<usize>, size: usize, start: usize) -> Range<usize> {
 }
 
 /// The share of a rank.
-fn shard_experts(rank: Rank, weight: &ExpertsWeight) -> ExpertsWeight {
+fn shard_experts(rank: Rank, share: Share, weight: &ExpertsWeight) -> ExpertsWeight {
+    if let Share::Whole = share {
+        return ExpertsWeight { experts: weight.experts[share.held(rank)].to_vec() };
+    }
     let width = rank.range(EXPERT_WIDTH);
     let expert = |(gate_up, down): &(LinearWeight, LinearWeight)| {
         let parts = gate_up.parts.iter().map(|matrix| part(matrix, &width, &(0..HIDDEN))).collect();
@@ -144,7 +167,7 @@ fn shard_experts(rank: Rank, weight: &ExpertsWeight) -> ExpertsWeight {
 }
 
 impl<B: Backend> Tiny<B> {
-    pub(crate) fn load(b: &B, seed: u64) -> Result<Self> {
+    pub(crate) fn load(b: &B, seed: u64, share: Share) -> Result<Self> {
         let mut w = Weights { random: Random::new(seed) };
         let rank = b.rank();
         let (heads, kv_heads) = (rank.range(HEADS), rank.kv_heads(KV_HEADS));
@@ -174,7 +197,8 @@ impl<B: Backend> Tiny<B> {
             norm: b.vector(w.norm(HIDDEN))?,
             // Far apart, so that roundings seldom change a choice.
             router: b.linear_weight(w.dense(EXPERTS, HIDDEN, 0.5))?,
-            experts: b.experts_weight(shard_experts(rank, &w.experts()))?,
+            experts: b.experts_weight(shard_experts(rank, share, &w.experts()))?,
+            held: share.held(rank),
             gate_up: b.linear_weight(rows_of(
                 &w.dense(2 * WIDTH, HIDDEN, std(HIDDEN)),
                 &[width.clone(), WIDTH + width.start..WIDTH + width.end],
@@ -220,8 +244,13 @@ impl<B: Backend> Tiny<B> {
             let norm = &layer.norms[1];
             partial = Some(match i {
                 0 => {
-                    let (x, routing) =
-                        b.reduce_norm_route(added, &mut residual, norm, EPS, &self.router, TOP_K, true)?;
+                    let router = RouterSpec {
+                        router: &self.router,
+                        top_k: TOP_K,
+                        renormalize: true,
+                        experts: self.held.clone(),
+                    };
+                    let (x, routing) = b.reduce_norm_route(added, &mut residual, norm, EPS, &router)?;
                     b.moe_mlp(&x, &routing, &self.experts)?
                 }
                 _ => {
@@ -268,7 +297,8 @@ pub(crate) fn state_of(rank: Rank, num_slots: usize, kv_dtype: KvDtype) -> State
         intermediate_size: rank.range(WIDTH).len(),
         num_experts: EXPERTS,
         top_k: TOP_K,
-        moe_intermediate_size: rank.range(EXPERT_WIDTH).len(),
+        // Of whole experts; of slices less.
+        moe_intermediate_size: EXPERT_WIDTH,
         num_patches: 256,
         patch_size: 96,
         vision_hidden_size: 144,

@@ -12,7 +12,8 @@ use std::{
 
 use spark_backend::{
     Activation, ActivationSpec, AttentionSpec, Backend, Dtype, Error, ExpertsWeight, LinearWeight, Result,
-    SampledToken, SlotParams, StateSpec, StepInputs, StepOutput, TokenInput, VectorWeight, VisionSpec,
+    RouterSpec, SampledToken, SlotParams, StateSpec, StepInputs, StepOutput, TokenInput, VectorWeight,
+    VisionSpec,
 };
 
 /// Counters that outlive the backend, which the engine owns.
@@ -204,9 +205,7 @@ impl Backend for Fake {
         (): &mut (),
         (): &(),
         _: f32,
-        (): &(),
-        _: usize,
-        _: bool,
+        _: &RouterSpec<'_, Self>,
     ) -> Result<((), ())> {
         Ok(((), ()))
     }

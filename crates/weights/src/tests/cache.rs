@@ -121,6 +121,22 @@ fn a_cache_of_something_else_or_a_broken_one_is_made_anew() {
     assert!(now.len() == 1 && now[0] != path, "{now:?}");
 }
 
+/// Ranks with slices of experts and ranks with whole ones never use each other's caches.
+#[test]
+fn a_cache_is_of_one_way_to_share_experts() {
+    let (tensors, slices) = models().remove(1);
+    let whole: Vec<_> = slices.iter().map(|spec| spec.clone().sharded(Shard::WholeExperts)).collect();
+    let (dir, cache) = (folder(&tensors), tempfile::tempdir().unwrap());
+    let rank = Rank::new(1, 2).unwrap();
+    for specs in [&slices, &whole, &whole, &slices] {
+        let options = LoadOptions { rank, ..LoadOptions::default() };
+        let mut plain = open(dir.path()).unwrap().load(specs, &options).unwrap();
+        let want: Vec<String> = specs.iter().map(|spec| text(&mut plain, spec)).collect();
+        assert!(load(dir.path(), specs, cache.path(), rank).0 == want, "{specs:?}");
+        assert_eq!(caches(cache.path()).len(), 1);
+    }
+}
+
 #[test]
 fn a_folder_that_cannot_be_written_does_not_stop_a_start() {
     let (tensors, specs) = model();

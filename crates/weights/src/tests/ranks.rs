@@ -13,7 +13,7 @@ use crate::{LoadOptions, LoadProgress, LoadStrategy, ParamKind, ParamSpec, Param
 /// Shares of the bytes that each of two ranks may read.
 const LIMITS: [(Format, f64); 3] = [(Format::Awq, 0.85), (Format::Nvfp4, 0.70), (Format::Fp8, 0.70)];
 
-fn rank(index: usize, world: usize) -> Rank {
+pub(super) fn rank(index: usize, world: usize) -> Rank {
     Rank::new(index, world).unwrap()
 }
 
@@ -32,7 +32,7 @@ fn each_of_two_ranks_reads_a_part_of_a_published_checkpoint() {
 }
 
 /// Loads a rank and counts the bytes that its reader has read.
-fn load_counted(dir: &std::path::Path, specs: &[ParamSpec], rank: Rank) -> (Params, u64) {
+pub(super) fn load_counted(dir: &std::path::Path, specs: &[ParamSpec], rank: Rank) -> (Params, u64) {
     let read = Arc::new(Mutex::new(0));
     let progress = Arc::clone(&read);
     let options = LoadOptions {
@@ -54,7 +54,7 @@ fn values(weight: &LinearWeight) -> Vec<Vec<f32>> {
 }
 
 /// The layers of a parameter, three an expert.
-fn matrices(params: &mut Params, spec: &ParamSpec) -> Vec<Vec<f32>> {
+pub(super) fn matrices(params: &mut Params, spec: &ParamSpec) -> Vec<Vec<f32>> {
     if matches!(spec.kind, ParamKind::Linear { .. }) {
         return values(&params.linear(&spec.name).unwrap());
     }
