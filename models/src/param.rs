@@ -27,9 +27,9 @@ impl Specs<'_> {
         self.out.push(ParamSpec::fused(self.name(module), parts, k, shard));
     }
 
-    /// A layer with bias, the same on every rank (vision encoder).
-    pub(crate) fn linear_with_bias(&mut self, module: &str, n: usize, k: usize) {
-        self.out.push(ParamSpec::linear(self.name(module), n, k, Shard::Replicated).with_bias());
+    /// A layer with bias (vision encoder).
+    pub(crate) fn linear_with_bias(&mut self, module: &str, n: usize, k: usize, shard: Shard) {
+        self.out.push(ParamSpec::linear(self.name(module), n, k, shard).with_bias());
     }
 
     /// Routed experts.

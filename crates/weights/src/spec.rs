@@ -59,6 +59,12 @@ pub enum Shard {
         /// Heads in k and in v.
         num_kv_heads: usize,
     },
+    /// As `Rows`, for a linear layer of one module that is several layers of as many outputs, one below the other (the encoder's
+    /// q, k, v): each of them is split, and becomes a part of its own.
+    Stacked {
+        /// Layers.
+        count: usize,
+    },
     /// Each expert is split along its intermediate size.
     Experts,
     /// The vocabulary rows are split.
@@ -95,6 +101,16 @@ impl ParamSpec {
     pub fn experts(name: impl Into<String>, num_experts: usize, hidden: usize, intermediate: usize) -> Self {
         let kind = ParamKind::Experts { num_experts, hidden, intermediate };
         ParamSpec { name: name.into(), kind, shard: Shard::Experts }
+    }
+}
+
+impl Shard {
+    /// Matrices that each module of a linear layer becomes.
+    pub(crate) fn matrices(self) -> usize {
+        match self {
+            Shard::Stacked { count } => count,
+            _ => 1,
+        }
     }
 }
 

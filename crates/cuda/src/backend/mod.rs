@@ -497,6 +497,11 @@ impl Backend for CudaBackend {
         Ok(self.state("keep_rows")?.kept.keep(&self.stream, &part)?)
     }
 
+    fn all_reduce(&self, x: &mut CudaTensor) -> Result<()> {
+        self.settle()?;
+        self.sum_over_ranks(&x.tensor()?)
+    }
+
     fn broadcast(&self, x: Option<CudaTensor>, shape: [usize; 2], root: usize) -> Result<CudaTensor> {
         self.op_broadcast(x, shape, root)
     }

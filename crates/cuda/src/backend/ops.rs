@@ -72,7 +72,7 @@ impl CudaBackend {
             || self.kernels.embed(&self.stream, &step.tokens, last_tokens, table, first_row, &out),
         )?;
         // Rows of the other ranks' tokens are zero here.
-        self.all_reduce(&out)?;
+        self.sum_over_ranks(&out)?;
         Ok(out.into())
     }
 
@@ -99,7 +99,7 @@ impl CudaBackend {
             )?;
             return Ok(out.into());
         }
-        partial.as_ref().map_or(Ok(()), |partial| self.all_reduce(partial))?;
+        partial.as_ref().map_or(Ok(()), |partial| self.sum_over_ranks(partial))?;
         self.measured(|| "reduce_norm".to_owned(), || self.kernels.reduce_norm(&self.stream, args, &out))?;
         Ok(out.into())
     }
