@@ -138,17 +138,17 @@ impl<B: Backend> VisionEncoder<B> {
         })
     }
 
-    /// Encodes `count` media of `grid` `[frames, rows, columns]` patches each, whose pixels follow one another: for each the
-    /// embeddings and one tensor a deepstack level, each `[num_tokens, out_hidden]`, to be kept. `tap` sees named intermediate
-    /// results of all of them. Media are frames to the encoder, which looks at each frame alone.
+    /// Encodes media of `grid` `[frames, rows, columns]` patches each, by their pixels: for each the embeddings and one tensor a
+    /// deepstack level, each `[num_tokens, out_hidden]`, to be kept. `tap` sees named intermediate results of all of them. Media are
+    /// frames to the encoder, which looks at each frame alone.
     pub(crate) fn forward(
         &self,
         b: &B,
-        pixels: &[u8],
+        pixels: &[&[u8]],
         grid: [usize; 3],
-        count: usize,
         tap: &mut dyn FnMut(&str, &B::Tensor),
     ) -> spark_backend::Result<Vec<Encoded<B>>> {
+        let count = pixels.len();
         let num_tokens = grid.iter().product::<usize>() / (self.spec.merge_size * self.spec.merge_size);
         let grid = [grid[0] * count, grid[1], grid[2]];
         let merged = self.merged;

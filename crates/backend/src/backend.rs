@@ -230,12 +230,12 @@ pub trait Backend: Send + Sized + 'static {
 
     // ---- vision encoder, outside a step
 
-    /// Patch rows (`[num_patches, 3, frames, patch, patch]` u8) as the encoder wants them: `(v - mean) / std` of
-    /// `v / 255`, frames repeated up to `temporal`: `[num_patches, 3 * temporal * patch * patch]`.
+    /// Patch rows of media (each `[patches, 3, frames, patch, patch]` u8, all alike) as the encoder wants them: `(v - mean) / std` of
+    /// `v / 255`, frames repeated up to `temporal`: `[num_patches, 3 * temporal * patch * patch]`, one medium after the other.
     ///
     /// # Errors
     /// Shape mismatch or device failure.
-    fn patches(&self, pixels: &[u8], num_patches: usize, spec: &VisionSpec) -> Result<Self::Tensor>;
+    fn patches(&self, pixels: &[&[u8]], num_patches: usize, spec: &VisionSpec) -> Result<Self::Tensor>;
 
     /// Adds the bilinearly interpolated rows of the square position table (`[side * side, hidden]`, corners aligned)
     /// to `x`, `[num_patches, hidden]` in merge-block order, one frame after the other.

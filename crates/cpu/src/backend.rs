@@ -239,7 +239,7 @@ impl Backend for CpuBackend {
         self.state_mut("sample")?.sample(&self.compute, logits)
     }
 
-    fn patches(&self, pixels: &[u8], num_patches: usize, spec: &VisionSpec) -> Result<CpuTensor> {
+    fn patches(&self, pixels: &[&[u8]], num_patches: usize, spec: &VisionSpec) -> Result<CpuTensor> {
         patches(&self.compute, pixels, num_patches, spec)
     }
 

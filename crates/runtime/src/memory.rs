@@ -152,6 +152,7 @@ fn activations(model: &ModelConfig, rank: Rank, options: &EngineOptions) -> Acti
     let moe = text.moe.as_ref();
     let vision = model.vision.as_ref();
     let merge = vision.map_or(0, |v| v.spatial_merge_size * v.spatial_merge_size);
+    let parts = vision.map_or(1, |v| v.parts(world));
     ActivationSpec {
         num_slots: options.max_num_seqs,
         num_tokens: options.batched_tokens(),
@@ -168,8 +169,9 @@ fn activations(model: &ModelConfig, rank: Rank, options: &EngineOptions) -> Acti
         num_patches: options.encoder_cache_tokens * merge,
         patch_size: vision.map_or(0, |v| 3 * v.temporal_patch_size * v.patch_size * v.patch_size),
         vision_hidden_size: vision.map_or(0, |v| v.hidden_size),
+        vision_num_heads: vision.map_or(0, |v| v.num_heads / parts),
         vision_head_dim: vision.map_or(0, |v| v.hidden_size / v.num_heads.max(1)),
-        vision_intermediate_size: vision.map_or(0, |v| v.intermediate_size),
+        vision_intermediate_size: vision.map_or(0, |v| v.intermediate_size / parts),
         patches_per_token: merge,
     }
 }

@@ -425,7 +425,7 @@ impl Backend for CudaBackend {
         self.op_sample(logits)
     }
 
-    fn patches(&self, pixels: &[u8], num_patches: usize, spec: &VisionSpec) -> Result<CudaTensor> {
+    fn patches(&self, pixels: &[&[u8]], num_patches: usize, spec: &VisionSpec) -> Result<CudaTensor> {
         self.op_patches(pixels, num_patches, spec)
     }
 

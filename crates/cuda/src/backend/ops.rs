@@ -310,13 +310,14 @@ impl CudaBackend {
 
     pub(super) fn op_patches(
         &self,
-        pixels: &[u8],
+        pixels: &[&[u8]],
         num_patches: usize,
         spec: &VisionSpec,
     ) -> Result<CudaTensor> {
         let state = self.state("patches")?;
         let columns = 3 * spec.temporal_patch_size * spec.patch_size * spec.patch_size;
-        let on_device = state.pool.take("pixels", pixels.len() as u64)?;
+        let num_bytes: usize = pixels.iter().map(|medium| medium.len()).sum();
+        let on_device = state.pool.take("pixels", num_bytes as u64)?;
         let mut upload = state.pixels.borrow_mut();
         let Some(upload) = upload.as_mut() else {
             let reason = "the state was allocated for a model without an encoder".to_owned();
