@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use spark_backend::Dtype;
-use spark_models::{ModelConfig, published};
+use spark_models::{EncoderSplit, ModelConfig, published};
 use spark_server::SamplingDefaults;
 use spark_weights::{Checkpoint, OpenOptions, ParamSpec};
 
@@ -94,6 +94,20 @@ impl ModelFiles {
         }
         let specs = config.specs(has_lm_head);
         Ok(Self { checkpoint, config, specs, has_lm_head })
+    }
+
+    /// The same model, of whose encoder ranks split what `split` says. Without an encoder there is nothing to split.
+    #[must_use]
+    pub fn with_encoder_split(mut self, split: EncoderSplit) -> Self {
+        match &mut self.config.vision {
+            Some(vision) => vision.split = split,
+            None if split == EncoderSplit::Weights => {
+                tracing::warn!("no effect: --mm-encoder-tp-mode weights: the model has no encoder");
+            }
+            None => {}
+        }
+        self.specs = self.config.specs(self.has_lm_head);
+        self
     }
 
     /// The compute dtype that `auto` means: float32 for a float32 checkpoint, else bfloat16. Half precision

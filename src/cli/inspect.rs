@@ -11,7 +11,7 @@ use spark_engine::{
 use spark_models::ModelConfig;
 use spark_weights::Summary;
 
-use super::{head::HeadArgs, model_name::ModelName};
+use super::{encoder::EncoderArgs, head::HeadArgs, model_name::ModelName};
 
 /// Show architecture, quantisation and sizes.
 #[derive(Args)]
@@ -26,6 +26,8 @@ pub(crate) struct InspectArgs {
     #[arg(long, visible_alias = "tp", default_value_t = 1, value_name = "N")]
     tensor_parallel_size: usize,
     #[command(flatten)]
+    encoder: EncoderArgs,
+    #[command(flatten)]
     head: HeadArgs,
     /// One JSON object instead of text.
     #[arg(long)]
@@ -34,6 +36,7 @@ pub(crate) struct InspectArgs {
 
 pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
     let files = ModelFiles::open(&args.model.choose()?.model, args.revision)?;
+    let files = files.with_encoder_split(args.encoder.split());
     let report = report(&files, args.tensor_parallel_size, args.head.dtype())?;
     let mut stdout = std::io::stdout().lock();
     if args.json {

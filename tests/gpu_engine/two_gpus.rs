@@ -14,7 +14,7 @@ use spark_comm::{
     Listener,
     nccl::{Machine, defaults},
 };
-use spark_engine::{Device, EngineBuilder, Ranks, Role};
+use spark_engine::{Device, EncoderSplit, EngineBuilder, Ranks, Role};
 use spark_testing::model_names;
 
 use crate::{Answer, Comparison, Model, alone, ask};
@@ -37,30 +37,48 @@ const OUTSIDE: [&str; 3] = ["moe_vl_bf16", "moe_vl_bf16_resave", "text_moe_bf16"
 
 #[test]
 fn greedy_ids_over_nvlink_are_those_of_the_cpu() {
-    in_two_ranks("two_gpus::greedy_ids_over_nvlink_are_those_of_the_cpu", "NVLink", &[]);
+    in_two_ranks("two_gpus::greedy_ids_over_nvlink_are_those_of_the_cpu", "NVLink", &[], &Setup::whole());
 }
 
 #[test]
 fn greedy_ids_over_sockets_are_those_of_the_cpu() {
-    in_two_ranks("two_gpus::greedy_ids_over_sockets_are_those_of_the_cpu", "sockets", &SOCKETS);
+    let setup = Setup::whole();
+    in_two_ranks("two_gpus::greedy_ids_over_sockets_are_those_of_the_cpu", "sockets", &SOCKETS, &setup);
 }
 
-fn models() -> Vec<Model> {
-    let mut models: Vec<Model> = model_names("").unwrap().iter().map(|name| Model::fixture(name)).collect();
-    models.extend(["awq", "bf16"].map(Model::demo));
-    models
+/// The demo model's: halves of the fixtures' encoders are 20 features wide, which GPUs do not take.
+#[test]
+fn greedy_ids_with_a_split_encoder_are_those_of_the_cpu() {
+    let setup = Setup { models: ["awq", "bf16"].map(Model::demo).into(), split: EncoderSplit::Weights };
+    in_two_ranks("two_gpus::greedy_ids_with_a_split_encoder_are_those_of_the_cpu", "NVLink", &[], &setup);
+}
+
+/// What is run.
+struct Setup {
+    models: Vec<Model>,
+    split: EncoderSplit,
+}
+
+impl Setup {
+    /// Every fixture and the demo model, with all of the encoder on both ranks.
+    fn whole() -> Self {
+        let mut models: Vec<Model> =
+            model_names("").unwrap().iter().map(|name| Model::fixture(name)).collect();
+        models.extend(["awq", "bf16"].map(Model::demo));
+        Self { models, split: EncoderSplit::Data }
+    }
 }
 
 /// As whichever process this is of the test `name`.
-fn in_two_ranks(name: &str, transport: &str, environment: &[(&str, &str)]) {
+fn in_two_ranks(name: &str, transport: &str, environment: &[(&str, &str)], setup: &Setup) {
     let Ok(rank) = std::env::var(RANK) else {
         let _gpus = alone();
         return start(name, environment);
     };
     let leader: SocketAddr = std::env::var(LEADER).unwrap().parse().unwrap();
     match rank.as_str() {
-        "0" => lead(leader, transport),
-        _ => follow(leader),
+        "0" => lead(leader, transport, setup),
+        _ => follow(leader, setup),
     }
 }
 
@@ -132,11 +150,11 @@ enum Outcome {
 }
 
 /// Rank 0: the answers of two GPUs against those of the CPU, for every model, without graphs and with them.
-fn lead(address: SocketAddr, transport: &str) {
+fn lead(address: SocketAddr, transport: &str, setup: &Setup) {
     let mut all = [Comparison::default(), Comparison::default()];
     let mut outside = Vec::new();
     let listener = Arc::new(Listener::bind(address).unwrap());
-    for model in models() {
+    for model in &setup.models {
         let cpu = model.engine(Device::Cpu, |_| {}).unwrap();
         let bodies = model.bodies(LEN);
         let references: Vec<Answer> = bodies.iter().map(|(_, body)| ask(&cpu, body)).collect();
@@ -144,7 +162,8 @@ fn lead(address: SocketAddr, transport: &str) {
         let compare = |enforce_eager| {
             let listener = Arc::clone(&listener);
             let role = Role::Leader { listener, others: None, rejoin_timeout: Duration::ZERO };
-            let gpus = match builder(&model, 0, role, enforce_eager).build() {
+            let builder = builder(model, 0, role, enforce_eager).encoder_split(setup.split);
+            let gpus = match builder.build() {
                 Ok(engine) => engine,
                 Err(error) => return Outcome::Outside(error.to_string()),
             };
@@ -184,11 +203,12 @@ fn lead(address: SocketAddr, transport: &str) {
 }
 
 /// The other rank: the same engines in the same order.
-fn follow(leader: SocketAddr) {
-    for model in models() {
+fn follow(leader: SocketAddr, setup: &Setup) {
+    for model in &setup.models {
         for enforce_eager in [true, false] {
             let has_images = model.name.contains("vl");
-            let followed = builder(&model, 1, Role::Follower { leader }, enforce_eager).follow(has_images);
+            let builder = builder(model, 1, Role::Follower { leader }, enforce_eager);
+            let followed = builder.encoder_split(setup.split).follow(has_images);
             if let Err(error) = followed {
                 println!("{}, eager {enforce_eager}: {error}", model.name);
                 assert!(OUTSIDE.contains(&model.name.as_str()), "{}: {error}", model.name);

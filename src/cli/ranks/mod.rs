@@ -22,6 +22,7 @@ use spark_engine::{
 use spark_runtime::Error as RuntimeError;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::encoder::EncoderArgs;
 use environment::{DEFAULT_PORT, launched};
 use processes::{Other, Processes};
 
@@ -86,6 +87,8 @@ pub(crate) struct RankArgs {
     /// Use an NCCL that is known to hang on this kind of machine.
     #[arg(long)]
     allow_old_nccl: bool,
+    #[command(flatten)]
+    encoder: EncoderArgs,
 }
 
 /// What the flags and the environment say.
@@ -146,6 +149,7 @@ impl RankArgs {
         let seconds = self.step_timeout.unwrap_or(default);
         let step_timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
         let builder = builder.engine(|options| options.step_timeout = step_timeout);
+        let builder = builder.encoder_split(self.encoder.split());
         Ok(match ranks {
             Some(ranks) => builder.ranks(ranks),
             None => builder,
