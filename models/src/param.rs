@@ -1,6 +1,6 @@
 //! Stating and taking parameters below a name prefix; no mathematics.
 
-use spark_backend::Backend;
+use spark_backend::{Backend, Error};
 use spark_weights::{ParamSpec, Params, Shard};
 
 use crate::Result;
@@ -55,10 +55,20 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     pub(crate) fn linear(&mut self, name: &str) -> Result<B::Linear> {
-        Ok(self.backend.linear_weight(self.params.linear(&format!("{}.{name}", self.prefix))?)?)
+        let name = format!("{}.{name}", self.prefix);
+        Ok(self.backend.linear_weight(self.params.linear(&name)?).map_err(of_parameter(&name))?)
     }
 
     pub(crate) fn experts(&mut self, name: &str) -> Result<B::Experts> {
-        Ok(self.backend.experts_weight(self.params.experts(&format!("{}.{name}", self.prefix))?)?)
+        let name = format!("{}.{name}", self.prefix);
+        Ok(self.backend.experts_weight(self.params.experts(&name)?).map_err(of_parameter(&name))?)
+    }
+}
+
+/// Names the parameter that a backend does not take.
+fn of_parameter(name: &str) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Unsupported { op, reason } => Error::Unsupported { op, reason: format!("{name}: {reason}") },
+        other => other,
     }
 }

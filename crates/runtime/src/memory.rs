@@ -178,6 +178,8 @@ fn activations(model: &ModelConfig, rank: Rank, options: &EngineOptions) -> Acti
 
 #[cfg(test)]
 mod tests {
+    use spark_models::EncoderSplit;
+
     use super::*;
 
     fn model() -> ModelConfig {
@@ -246,6 +248,31 @@ mod tests {
         assert_eq!(sizes(&eight), [heads / 8, 1, features / 8, vocab]);
         assert!(two.activation_bytes < one.activation_bytes);
         assert!(plan(3).unwrap_err().to_string().contains("3 ranks"));
+    }
+
+    #[test]
+    fn ranks_that_split_the_encoder_have_a_part_of_its_heads_and_features() {
+        let options = EngineOptions { max_model_len: Some(4096), ..EngineOptions::default() };
+        let memory = machine(128 * GIB, 100 * GIB);
+        let plan = |split| {
+            let mut model = model();
+            model.vision.as_mut().unwrap().split = split;
+            let rank = Rank::new(1, 2).unwrap();
+            MemoryPlan::new(&model, &options, Dtype::Bf16, memory, rank, bf16).unwrap()
+        };
+        let [whole, split] = [EncoderSplit::Data, EncoderSplit::Weights].map(plan);
+        let sizes = |plan: &MemoryPlan| {
+            let spec = plan.activations;
+            [
+                spec.vision_num_heads,
+                spec.vision_intermediate_size,
+                spec.vision_hidden_size,
+                spec.vision_head_dim,
+            ]
+        };
+        assert_eq!(sizes(&whole), [16, 4304, 1152, 72]);
+        assert_eq!(sizes(&split), [8, 2152, 1152, 72]);
+        assert!(split.activation_bytes < whole.activation_bytes, "the encoder needs the most");
     }
 
     #[test]
