@@ -30,8 +30,10 @@ const RATIOS: [[usize; 2]; 4] = [[1, 1], [4, 3], [3, 2], [16, 9]];
     after_help = "Pictures of an entry:\n  \
     16x512         16 squares of 512 pixels a side\n  \
     4x1280x736     4 that are 1280 wide and 736 high\n  \
-    32xmixed       32 of many sizes, the same in every run: the longer side is 256 to 1536 pixels, in steps of 32; the other one\n                 \
-    1, 3/4, 2/3 or 9/16 of it, rounded to 32, at least 256; upright or not; each choice as likely as the others\n  \
+    32xmixed       32 of many sizes, the same in every run: the longer side is\n                 \
+    256 to 1536 pixels in steps of 32, the other one 1, 3/4, 2/3 or\n                 \
+    9/16 of it (rounded to 32, at least 256), upright or not, all\n                 \
+    equally likely\n  \
     8x256+1x2048   several of these\n\n\
     Examples:\n  \
     spark-engine bench vision --config qwen3-vl-30b-a3b --images 16x256,16x512,1x1024,16x1024\n  \
@@ -138,12 +140,14 @@ pub(super) fn run(args: VisionArgs) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let how = if one_by_one { "one by one" } else { "together" };
     writeln!(out, "{model} (weights {weights}) on {}; pictures {how}\n", measured.device)?;
-    writeln!(out, "| pictures   |             img/s |   patches/s |   ms each | fullest rank |")?;
-    writeln!(out, "| ---------- | ----------------: | ----------: | --------: | -----------: |")?;
+    let width = images.iter().map(|images| images.name.len()).max().unwrap_or(0).max(10);
+    let (title, line) = ("pictures", "-".repeat(width));
+    writeln!(out, "| {title:<width$} |             img/s |   patches/s |   ms each | fullest rank |")?;
+    writeln!(out, "| {line} | ----------------: | ----------: | --------: | -----------: |")?;
     let mut rows = Vec::new();
     for (images, list) in images.iter().zip(&measured.lists) {
         let row = Row::new(images, list);
-        writeln!(out, "{row}")?;
+        writeln!(out, "| {:<width$} {row}", images.name)?;
         rows.push(row.json(one_by_one));
     }
     if let Some(profile) = profile {
@@ -187,13 +191,14 @@ impl<'a> Row<'a> {
     }
 }
 
+/// The columns after the entry's name.
 impl fmt::Display for Row<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, speeds) = (&self.images.name, &self.speeds);
+        let speeds = &self.speeds;
         let shown = format!("{:.2} ± {:.2}", mean(speeds), deviation(speeds));
         let (patches, each) = (self.patches_per_second(), 1e3 / mean(speeds).max(1e-9));
         let share = 100.0 * self.largest_share();
-        write!(f, "| {name:<10} | {shown:>17} | {patches:>11.0} | {each:>9.3} | {share:>10.1} % |")
+        write!(f, "| {shown:>17} | {patches:>11.0} | {each:>9.3} | {share:>10.1} % |")
     }
 }
 
