@@ -9,7 +9,7 @@ use std::{
 
 use spark_backend::{Dtype, ExpertTally};
 use spark_cuda::Profile;
-use spark_models::{HeadDtype, MoeParallel, VisionConfig};
+use spark_models::{EncoderSplit, HeadDtype, MoeParallel, VisionConfig};
 use spark_runtime::EngineOptions;
 use spark_server::{FrontEnd, Options, SamplingDefaults};
 use spark_text::{ChatTemplate, TextError, Tokenizer};
@@ -132,6 +132,12 @@ impl EngineBuilder {
     /// How the output head is kept; by default as the checkpoint has it.
     pub fn lm_head_dtype(mut self, dtype: HeadDtype) -> Self {
         self.settings.lm_head_dtype = dtype;
+        self
+    }
+
+    /// What ranks split of the vision encoder: its media unless said.
+    pub fn encoder_split(mut self, split: EncoderSplit) -> Self {
+        self.settings.encoder_split = split;
         self
     }
 
@@ -293,7 +299,7 @@ impl EngineBuilder {
     }
 
     /// Loads the model and measures its vision encoder alone: every entry of `pictures`, `repetitions` times after one run that does
-    /// not count. The encoder cache is as large as they need. Every rank of a group must call this: pictures of a pass are divided. Blocks.
+    /// not count. The encoder cache is as large as they need. Every rank of a group must call this: pictures of a step are divided. Blocks.
     ///
     /// # Errors
     /// As for [`EngineBuilder::build`]; a text model, or sides that the encoder does not take.
@@ -301,7 +307,7 @@ impl EngineBuilder {
         let files = self.open()?;
         let vision = files.config.vision.as_ref();
         let token = vision.map_or(1, |v| v.patch_size * v.spatial_merge_size).max(1);
-        let most_tokens = pictures.iter().map(|p| p.in_a_pass() * (p.side / token).pow(2)).max();
+        let most_tokens = pictures.iter().map(|pictures| pictures.most_tokens(token)).max();
         self.settings.options.encoder_cache_tokens = most_tokens.unwrap_or(1).max(1);
         self.settings.options.check(&files.config)?;
         let dtype = self.settings.dtype.unwrap_or_else(|| files.auto_dtype());
@@ -322,9 +328,9 @@ impl EngineBuilder {
     fn reopen(&self) -> Reopen {
         let (model, revision) = (self.model.clone(), self.revision.clone());
         let (load_format, quantization) = (self.settings.load_format, self.quantization);
-        let moe_parallel = self.settings.moe_parallel;
+        let (split, moe_parallel) = (self.settings.encoder_split, self.settings.moe_parallel);
         Box::new(move || {
-            let mut files = match (load_format, quantization) {
+            let files = match (load_format, quantization) {
                 (LoadFormat::Auto, None) => ModelFiles::open(&model, revision.clone()),
                 (LoadFormat::Auto, Some(_)) => {
                     let problem =
@@ -335,8 +341,7 @@ impl EngineBuilder {
                     ModelFiles::open_config(&model, revision.clone(), quantization)
                 }
             }?;
-            files.share_experts(moe_parallel)?;
-            Ok(files)
+            files.with_encoder_split(split).with_moe_parallel(moe_parallel)
         })
     }
 

@@ -1,32 +1,60 @@
-//! The vision encoder alone: how long pictures take. No engine, no text; random pixels. Ranks divide the pictures of a pass, as in
-//! a step.
+//! The vision encoder alone: how long pictures take. No engine, no text; random pixels. Passes and ranks are the runtime's, as in a
+//! step.
 
 use std::time::{Duration, Instant};
 
-use spark_backend::{Backend, Rank, VectorWeight};
-use spark_models::{Encoded, Qwen3Vl};
+use spark_backend::{Backend, VectorWeight};
+use spark_models::{ModelConfig, VisionConfig};
+use spark_runtime::{EncodeBatch, Medium};
 
 use crate::{
     Error, ModelFiles, Result,
     start::{Place, Settings, UseBackend},
 };
 
-/// Equal square pictures that are encoded one after the other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Pictures to encode.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pictures {
-    /// How many.
-    pub count: usize,
-    /// Side in pixels, a multiple of what a token covers.
-    pub side: usize,
-    /// All of them in one pass of the encoder instead of one pass each.
+    /// Width and height of each in pixels, multiples of what a token covers.
+    pub sizes: Vec<[usize; 2]>,
+    /// All of them as the media of one step, instead of a step for each.
     pub together: bool,
 }
 
 impl Pictures {
-    /// How many go through the encoder at once.
-    pub(crate) fn in_a_pass(self) -> usize {
-        if self.together { self.count } else { 1 }
+    /// Most tokens that are encoded at once, for a model whose tokens are `side` pixels wide and high.
+    pub(crate) fn most_tokens(&self, side: usize) -> usize {
+        let tokens = self.sizes.iter().map(|[width, height]| (width / side) * (height / side));
+        if self.together { tokens.sum() } else { tokens.max().unwrap_or(0) }
     }
+
+    /// The steps in which they are encoded.
+    fn batches(&self, config: &ModelConfig, world: usize) -> Result<Vec<EncodeBatch>> {
+        let Some(vision) = &config.vision else {
+            return Err(Error::option("MODEL", "a text model has no encoder for pictures"));
+        };
+        if self.sizes.is_empty() {
+            return Err(Error::option("--images", "there is no picture"));
+        }
+        let mut media = self.sizes.iter().map(|&size| medium(size, vision)).collect::<Result<Vec<_>>>()?;
+        if self.together {
+            return Ok(vec![EncodeBatch::new(media, config, world)]);
+        }
+        Ok(media.drain(..).map(|medium| EncodeBatch::new(vec![medium], config, world)).collect())
+    }
+}
+
+/// A picture of noise.
+fn medium([width, height]: [usize; 2], vision: &VisionConfig) -> Result<Medium> {
+    let token = vision.patch_size * vision.spatial_merge_size;
+    if [width, height].iter().any(|&side| side == 0 || !side.is_multiple_of(token)) {
+        let problem = format!("{width}x{height}: the side of a picture must be a multiple of {token} pixels");
+        return Err(Error::option("--images", problem));
+    }
+    // One frame, which the backend repeats to the length of a patch in time.
+    let len = (width * height * 3) as u64;
+    let pixels = (0..len).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
+    Ok(Medium { grid: [1, height / vision.patch_size, width / vision.patch_size], pixels })
 }
 
 /// What was measured.
@@ -34,8 +62,19 @@ impl Pictures {
 pub struct EncoderTimes {
     /// What computed.
     pub device: String,
-    /// For each of the pictures, the time of every repetition.
-    pub times: Vec<Vec<Duration>>,
+    /// For each of the lists of pictures.
+    pub lists: Vec<ListTimes>,
+}
+
+/// What was measured with one list of pictures.
+#[derive(Debug, Clone, Default)]
+pub struct ListTimes {
+    /// The time of every repetition.
+    pub times: Vec<Duration>,
+    /// Patches of all pictures.
+    pub num_patches: usize,
+    /// Patches that the rank with most of them encoded.
+    pub most_patches: usize,
 }
 
 /// Loads a model and encodes pictures; nothing else of it is used.
@@ -54,97 +93,27 @@ impl UseBackend for EncodePictures<'_> {
         let (model, memory) = settings.load(self.files, &backend)?;
         let vocab_size = model.config().text.vocab_size;
         backend.allocate_state(memory.state(&settings.options, vocab_size))?;
-        let mut times = Vec::with_capacity(self.pictures.len());
-        for &pictures in self.pictures {
-            let (pixels, side, passes) = passes(&model, pictures)?;
-            let pass = Pass { pixels, grid: [1, side, side], count: pictures.in_a_pass() };
-            let mut of_pictures = Vec::with_capacity(self.repetitions);
+        let mut lists = Vec::with_capacity(self.pictures.len());
+        for pictures in self.pictures {
+            let batches = pictures.batches(model.config(), backend.rank().world())?;
+            let mut list = ListTimes {
+                times: Vec::with_capacity(self.repetitions),
+                num_patches: batches.iter().map(EncodeBatch::num_patches).sum(),
+                most_patches: batches.iter().map(EncodeBatch::most_patches).sum(),
+            };
             for repetition in 0..=self.repetitions {
                 let began = Instant::now();
-                for _ in 0..passes {
-                    pass.encode(&model, &backend)?;
+                for batch in &batches {
+                    batch.encode(&model, &backend)?;
                 }
                 backend.to_host(&mark)?;
                 // The first one warms up.
                 if repetition > 0 {
-                    of_pictures.push(began.elapsed());
+                    list.times.push(began.elapsed());
                 }
             }
-            times.push(of_pictures);
+            lists.push(list);
         }
-        Ok(EncoderTimes { device: place.device, times })
+        Ok(EncoderTimes { device: place.device, lists })
     }
-}
-
-/// Pictures that go through the encoder together.
-struct Pass {
-    pixels: Vec<u8>,
-    grid: [usize; 3],
-    count: usize,
-}
-
-impl Pass {
-    /// Encodes this rank's share and brings what each rank has to all others.
-    fn encode<B: Backend>(&self, model: &Qwen3Vl<B>, backend: &B) -> Result<Vec<Encoded<B>>> {
-        let (rank, one) = (backend.rank(), self.pixels.len() / self.count);
-        let share = rank.range(self.count);
-        let pixels = &self.pixels[share.start * one..share.end * one];
-        let mut mine = match share.len() {
-            0 => Vec::new(),
-            count => model.encode_all(backend, pixels, self.grid, count, &mut |_, _| {})?,
-        };
-        if rank.world() == 1 {
-            return Ok(mine);
-        }
-        let mut mine = mine.drain(..);
-        let owners = (0..rank.world()).filter_map(|index| Rank::new(index, rank.world()));
-        let owners = owners.flat_map(|owner| owner.range(self.count).map(move |_| owner));
-        owners
-            .map(|owner| self.exchange(model, backend, owner, (owner == rank).then(|| mine.next()).flatten()))
-            .collect()
-    }
-
-    /// A picture of rank `owner`, which alone brings it.
-    fn exchange<B: Backend>(
-        &self,
-        model: &Qwen3Vl<B>,
-        backend: &B,
-        owner: Rank,
-        encoded: Option<Encoded<B>>,
-    ) -> Result<Encoded<B>> {
-        let config = model.config();
-        let merged = config.vision.as_ref().map_or(1, |vision| vision.spatial_merge_size.pow(2));
-        let shape = [self.grid.iter().product::<usize>() / merged, config.text.hidden_size];
-        let exchange = |tensor: Option<B::Tensor>| {
-            let is_mine = tensor.is_some();
-            let tensor = backend.broadcast(tensor, shape, owner.index())?;
-            if is_mine { Ok(tensor) } else { backend.keep(&tensor) }
-        };
-        let (embeddings, deepstack) =
-            encoded.map_or((None, Vec::new()), |encoded| (Some(encoded.embeddings), encoded.deepstack));
-        let mut deepstack = deepstack.into_iter();
-        Ok(Encoded {
-            embeddings: exchange(embeddings)?,
-            deepstack: (0..config.num_deepstack())
-                .map(|_| exchange(deepstack.next()))
-                .collect::<spark_backend::Result<_>>()?,
-        })
-    }
-}
-
-/// Pixels of a pass, patches of a picture's side, and the number of passes.
-fn passes<B: Backend>(model: &Qwen3Vl<B>, pictures: Pictures) -> Result<(Vec<u8>, usize, usize)> {
-    let Some(vision) = &model.config().vision else {
-        return Err(Error::option("MODEL", "a text model has no encoder for pictures"));
-    };
-    let Pictures { count, side, together } = pictures;
-    let token = vision.patch_size * vision.spatial_merge_size;
-    if count == 0 || side == 0 || !side.is_multiple_of(token) {
-        let problem = format!("{count}x{side}: the side of a picture must be a multiple of {token} pixels");
-        return Err(Error::option("--images", problem));
-    }
-    // A picture is one frame, which the backend repeats to the length of a patch in time.
-    let len = pictures.in_a_pass() * side * side * 3;
-    let pixels = (0..len as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
-    Ok((pixels, side / vision.patch_size, if together { 1 } else { count }))
 }

@@ -50,7 +50,7 @@ mod start;
 
 pub use builder::EngineBuilder;
 pub use demo_model::{DEMO_MODEL, find_demo_model};
-pub use encoder::{EncoderTimes, Pictures};
+pub use encoder::{EncoderTimes, ListTimes, Pictures};
 pub use error::{Error, Result};
 pub use facade::{SparkEngine, image_data_url};
 pub use model_files::{DTYPES, ModelFiles, Quantization, generation_defaults};
@@ -61,7 +61,7 @@ pub use spark_api as api;
 pub use spark_backend::{Dtype, ExpertTally, Memory, Rank};
 pub use spark_comm as comm;
 pub use spark_cuda::Profile;
-pub use spark_models::{HeadDtype, MoeParallel};
+pub use spark_models::{EncoderSplit, HeadDtype, MoeParallel};
 pub use spark_runtime::{
     EngineHandle, EngineOptions, Failure, FailureHook, FailureReport, KvCacheDtype, MemoryPlan, MemoryUse,
     Policy, SequenceRecord, StepRecord,

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use spark_backend::Dtype;
-use spark_models::{ModelConfig, MoeParallel, published};
+use spark_models::{EncoderSplit, ModelConfig, MoeParallel, published};
 use spark_server::SamplingDefaults;
 use spark_weights::{Checkpoint, OpenOptions, ParamSpec};
 
@@ -96,16 +96,30 @@ impl ModelFiles {
         Ok(Self { checkpoint, config, specs, has_lm_head })
     }
 
-    /// Says how ranks share the experts.
+    /// The same model, whose experts ranks share so.
     ///
     /// # Errors
     /// Whole experts of a model that has none.
-    pub fn share_experts(&mut self, parallel: MoeParallel) -> Result<()> {
+    pub fn with_moe_parallel(mut self, parallel: MoeParallel) -> Result<Self> {
         self.config
             .share_experts(parallel)
             .map_err(|error| Error::option("--moe-parallel", format!("ep: {error}")))?;
         self.specs = self.config.specs(self.has_lm_head);
-        Ok(())
+        Ok(self)
+    }
+
+    /// The same model, of whose encoder ranks split what `split` says. Without an encoder there is nothing to split.
+    #[must_use]
+    pub fn with_encoder_split(mut self, split: EncoderSplit) -> Self {
+        match &mut self.config.vision {
+            Some(vision) => vision.split = split,
+            None if split == EncoderSplit::Weights => {
+                tracing::warn!("no effect: --mm-encoder-tp-mode weights: the model has no encoder");
+            }
+            None => {}
+        }
+        self.specs = self.config.specs(self.has_lm_head);
+        self
     }
 
     /// The compute dtype that `auto` means: float32 for a float32 checkpoint, else bfloat16. Half precision

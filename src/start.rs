@@ -9,7 +9,7 @@ use std::{
 use spark_backend::{Backend, Dtype, ExpertTally, Memory, Rank};
 use spark_cpu::CpuBackend;
 use spark_cuda::{Arch, CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, Profile};
-use spark_models::{Head, HeadDtype, MoeParallel, Qwen3Vl};
+use spark_models::{EncoderSplit, Head, HeadDtype, MoeParallel, Qwen3Vl};
 use spark_runtime::{EngineHandle, EngineOptions, LeaderGroup, MemoryPlan, MemoryUse, Rebuild, Running};
 use spark_weights::{LoadOptions, LoadStrategy, Params, ProgressFn};
 
@@ -102,6 +102,7 @@ pub(crate) struct Settings {
     pub(crate) load_format: LoadFormat,
     pub(crate) load_strategy: LoadStrategy,
     pub(crate) lm_head_dtype: HeadDtype,
+    pub(crate) encoder_split: EncoderSplit,
     pub(crate) prefill_activations: PrefillActivations,
     pub(crate) native_fp4: NativeFp4,
     pub(crate) moe_parallel: MoeParallel,
@@ -134,6 +135,7 @@ impl Default for Settings {
             load_format: LoadFormat::Auto,
             load_strategy: LoadStrategy::default(),
             lm_head_dtype: HeadDtype::default(),
+            encoder_split: EncoderSplit::default(),
             prefill_activations: PrefillActivations::default(),
             native_fp4: NativeFp4::default(),
             moe_parallel: MoeParallel::default(),
@@ -228,7 +230,7 @@ impl Settings {
             ..self.options.clone()
         };
         let (load_format, seed, eager) = (self.load_format, self.seed, self.enforce_eager);
-        let formats = (self.lm_head_dtype, self.prefill_activations, self.moe_parallel);
+        let formats = (self.lm_head_dtype, self.prefill_activations, self.moe_parallel, self.encoder_split);
         let settings = format!("{device} {dtype:?} {formats:?} {load_format:?} {seed} {eager} {options:?}");
         ranks.gather(joining.model, &settings, joining.timeout).map(Some)
     }

@@ -107,22 +107,56 @@ fn a_table_has_a_row_for_each_size() {
 #[test]
 fn pictures_a_second_are_measured_together_and_one_by_one() {
     let config = fixture("moe_vl_bf16");
+    let images = "3x32,1x64,2x32+1x64x32+1xmixed";
     for (flag, how) in [("--one-by-one", "one by one"), ("--repetitions=2", "together")] {
-        let arguments = ["vision", "--config", &config, "--images", "3x32,1x64", "--repetitions", "2", flag];
+        let arguments = ["vision", "--config", &config, "--images", images, "--repetitions", "2", flag];
         let (text, results) = bench(&arguments);
         assert!(text.contains(&format!("pictures {how}")) && text.contains("| 3x32 "), "{text}");
         let tests = results["tests"].as_array().unwrap();
-        assert_eq!(tests.len(), 2);
-        for test in tests {
+        assert_eq!(tests.len(), 3);
+        for (test, (images, side, patches)) in
+            tests.iter().zip([(3, Some(32), 12), (1, Some(64), 16), (4, None, 8 + 8 + 900)])
+        {
             assert_eq!(test["samples_s"].as_array().unwrap().len(), 2, "{test}");
             assert!(number(&test["avg_images_per_second"]) > 0.0, "{test}");
+            assert!(number(&test["avg_patches_per_second"]) > number(&test["avg_images_per_second"]));
+            assert_eq!(test["images"], images, "{test}");
+            assert_eq!(test["side"].as_u64(), side, "{test}");
+            assert_eq!((&test["patches"], &test["largest_share"]), (&patches.into(), &1.0.into()), "{test}");
         }
+        assert_eq!(tests[2]["sizes"], serde_json::json!([[32, 32], [32, 32], [64, 32], [480, 480]]));
     }
     let text_model = fixture("text_moe_bf16");
     let error = refused(&["vision", "--config", &text_model, "--device", "cpu"]);
     assert!(error.contains("no encoder"), "{error}");
     let error = refused(&["vision", "--config", &config, "--images", "1x50", "--device", "cpu"]);
     assert!(error.contains("a multiple of"), "{error}");
+}
+
+/// Two ranks divide pictures by patches, or split the encoder's weights, if there are heads for that.
+#[test]
+fn pictures_a_second_are_measured_with_ranks() {
+    let config = fixture("moe_vl_bf16");
+    let arguments = ["vision", "--config", &config, "--images", "3x32+1x64x32", "--tp", "2", "-r", "1"];
+    for (mode, share) in [("data", 0.6), ("weights", 1.0)] {
+        let (text, results) = bench(&[&arguments[..], &["--mm-encoder-tp-mode", mode]].concat());
+        assert_eq!(number(&results["tests"][0]["largest_share"]), share, "8 and 4 of 20, or all: {text}");
+    }
+    let one_head = fixture("dense_vl_bf16_tied");
+    let error = refused(&[
+        "vision",
+        "--config",
+        &one_head,
+        "--device",
+        "cpu",
+        "--tp",
+        "2",
+        "--mm-encoder-tp-mode",
+        "weights",
+    ]);
+    for part in ["vision_config.num_heads: 1", "2 ranks", "--mm-encoder-tp-mode data over 1, 2, 4"] {
+        assert!(error.contains(part), "{error}");
+    }
 }
 
 /// The error of `bench` with `arguments`.

@@ -232,6 +232,14 @@ fn inspect_describes_every_fixture() {
     let message = failure(&["inspect", &folder(MODEL), "--tp", "3"]);
     assert!(message.contains("num_attention_heads") && message.contains("over 1, 2, 4 ranks"), "{message}");
     assert!(failure(&["inspect", &folder(MODEL), "--tp", "0"]).contains("0 ranks"));
+    let held = |mode: &str| -> Vec<u64> {
+        let model = folder("moe_vl_bf16");
+        let arguments = ["inspect", &model, "--json", "--tp", "2", "--mm-encoder-tp-mode", mode];
+        let report: Value = serde_json::from_slice(&program(&arguments).output().unwrap().stdout).unwrap();
+        report["ranks"].as_array().unwrap().iter().map(|rank| rank["bytes_held"].as_u64().unwrap()).collect()
+    };
+    let (whole, split) = (held("data"), held("weights"));
+    assert!(split[0] < whole[0] && split[1] < split[0], "{split:?} of {whole:?}: some biases are rank 0's");
 }
 
 /// Of ranks that hold whole experts: which, and that nothing of the others is read.

@@ -15,12 +15,12 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::json;
-use spark_testing::{FaultProxy, model_dir};
+use spark_testing::{FaultProxy, Oracle, model_dir};
 
 use crate::{
-    server::{COMPLETIONS, MODEL, check_canaries, endless},
+    server::{CHAT, COMPLETIONS, MODEL, check_canaries, endless},
     support::{
-        self,
+        self, chat_body,
         server::{DEADLINE, Server, Streamed, program, wait_for_exit},
     },
 };
@@ -121,6 +121,44 @@ fn whole_experts_are_refused_where_there_are_none_or_too_few() {
         assert_eq!(status.code(), Some(1), "{message}");
         assert!(expected.iter().all(|part| message.contains(part)), "{message}");
     }
+}
+
+/// Pictures of the oracle's chats on two ranks that each have a half of the encoder.
+#[test]
+fn a_split_encoder_answers_as_a_whole_one() {
+    for model in ["moe_vl_bf16", "moe_vl_awq", "dense_vl_bf16"] {
+        let server = serve(model, "2", &["--mm-encoder-tp-mode", "weights"]);
+        let oracle = Oracle::load(model).unwrap();
+        let cases: Vec<_> = oracle.cases.values().filter(|case| !case.media.is_empty()).collect();
+        assert!(!cases.is_empty(), "{model}");
+        for case in cases {
+            let answer = server.ask(CHAT, &chat_body(case, case.greedy_ids.len()));
+            let (prompt, output) = support::prompt_and_output(&answer);
+            assert_eq!(prompt, case.prompt_ids, "{model}/{}", case.name);
+            assert_eq!(output, case.greedy_ids, "{model}/{}", case.name);
+        }
+    }
+}
+
+/// Ranks that would split different things do not become a group.
+#[test]
+fn ranks_agree_on_what_they_split() {
+    let leader = format!("127.0.0.1:{}", free_port());
+    std::thread::scope(|scope| {
+        let address = &leader;
+        let rank = scope.spawn(move || {
+            drop(connect(address));
+            Started::new("moe_vl_bf16", "1", address, "secret").end()
+        });
+        let folder = folder("moe_vl_bf16");
+        let mut command = program(&["serve", &folder, "--port", "0", "--rank", "0", "--world", "2"]);
+        command.args(CPU).args(["--leader", address, "--token", "secret", "--join-timeout", "20"]);
+        command.args(["--mm-encoder-tp-mode", "weights"]).stdout(Stdio::null()).stderr(Stdio::null());
+        let _leader = Started(command.spawn().unwrap());
+        let (code, text) = rank.join().unwrap();
+        assert_eq!(code, Some(1), "{text}");
+        assert!(text.contains("refuse") && text.contains("settings"), "{text}");
+    });
 }
 
 #[test]

@@ -111,6 +111,28 @@ pub struct VisionConfig {
     pub num_position_embeddings: usize,
     /// Blocks whose output also enters the decoder.
     pub deepstack_visual_indexes: Vec<usize>,
+    /// What ranks split of it. Not of the checkpoint: [`EncoderSplit::Data`] unless whoever runs the model says otherwise.
+    pub split: EncoderSplit,
+}
+
+impl VisionConfig {
+    /// Into how many parts `world` ranks split its weights: 1 where each has all of them.
+    pub fn parts(&self, world: usize) -> usize {
+        match self.split {
+            EncoderSplit::Data => 1,
+            EncoderSplit::Weights => world,
+        }
+    }
+}
+
+/// What ranks of a group split of the encoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EncoderSplit {
+    /// Its media: every rank has all weights and encodes some of them.
+    #[default]
+    Data,
+    /// Its weights, heads and features as those of the decoder: all ranks encode all media together.
+    Weights,
 }
 
 impl ModelConfig {
@@ -240,6 +262,7 @@ fn parse_vision(f: &Fields<'_>, text: &TextConfig) -> Result<VisionConfig> {
         in_channels: f.size_or("in_channels", 3)?,
         num_position_embeddings: f.size("num_position_embeddings")?,
         deepstack_visual_indexes: f.sizes("deepstack_visual_indexes")?,
+        split: EncoderSplit::default(),
     };
     if !vision.hidden_size.is_multiple_of(4 * vision.num_heads) {
         return Err(f.error(

@@ -17,7 +17,7 @@ mod registry;
 mod rope;
 mod vision;
 
-pub use config::{ModelConfig, MoeConfig, TextConfig, VisionConfig};
+pub use config::{EncoderSplit, ModelConfig, MoeConfig, TextConfig, VisionConfig};
 pub use error::{Error, Result};
 pub use head::{Head, HeadDtype};
 pub use qwen3_vl::{Encoded, Qwen3Vl};

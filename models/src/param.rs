@@ -1,6 +1,6 @@
 //! Stating and taking parameters below a name prefix; no mathematics.
 
-use spark_backend::Backend;
+use spark_backend::{Backend, Error};
 use spark_weights::{ParamSpec, Params, Shard};
 
 use crate::{Result, config::MoeConfig};
@@ -27,9 +27,9 @@ impl Specs<'_> {
         self.out.push(ParamSpec::fused(self.name(module), parts, k, shard));
     }
 
-    /// A layer with bias, the same on every rank (vision encoder).
-    pub(crate) fn linear_with_bias(&mut self, module: &str, n: usize, k: usize) {
-        self.out.push(ParamSpec::linear(self.name(module), n, k, Shard::Replicated).with_bias());
+    /// A layer with bias (vision encoder).
+    pub(crate) fn linear_with_bias(&mut self, module: &str, n: usize, k: usize, shard: Shard) {
+        self.out.push(ParamSpec::linear(self.name(module), n, k, shard).with_bias());
     }
 
     /// The routed experts of a layer.
@@ -56,10 +56,20 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     pub(crate) fn linear(&mut self, name: &str) -> Result<B::Linear> {
-        Ok(self.backend.linear_weight(self.params.linear(&format!("{}.{name}", self.prefix))?)?)
+        let name = format!("{}.{name}", self.prefix);
+        Ok(self.backend.linear_weight(self.params.linear(&name)?).map_err(of_parameter(&name))?)
     }
 
     pub(crate) fn experts(&mut self, name: &str) -> Result<B::Experts> {
-        Ok(self.backend.experts_weight(self.params.experts(&format!("{}.{name}", self.prefix))?)?)
+        let name = format!("{}.{name}", self.prefix);
+        Ok(self.backend.experts_weight(self.params.experts(&name)?).map_err(of_parameter(&name))?)
+    }
+}
+
+/// Names the parameter that a backend does not take.
+fn of_parameter(name: &str) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Unsupported { op, reason } => Error::Unsupported { op, reason: format!("{name}: {reason}") },
+        other => other,
     }
 }

@@ -141,27 +141,25 @@ impl<B: Backend> Qwen3Vl<B> {
         grid: [usize; 3],
         tap: &mut dyn FnMut(&str, &B::Tensor),
     ) -> spark_backend::Result<Encoded<B>> {
-        let one = self.encode_all(b, pixels, grid, 1, tap)?.pop();
+        let one = self.encode_all(b, &[pixels], grid, tap)?.pop();
         Ok(one.expect("as many are encoded as were asked for"))
     }
 
-    /// Encodes `count` media of equal `grid` in one pass; their pixels follow one another. A pass over many small media takes
-    /// little longer than over one.
+    /// Encodes media of equal `grid` in one pass. A pass over many small media takes little longer than over one.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn encode_all(
         &self,
         b: &B,
-        pixels: &[u8],
+        pixels: &[&[u8]],
         grid: [usize; 3],
-        count: usize,
         tap: &mut dyn FnMut(&str, &B::Tensor),
     ) -> spark_backend::Result<Vec<Encoded<B>>> {
         let visual = self.visual.as_ref().ok_or_else(|| spark_backend::Error::Unsupported {
             op: "encode",
             reason: "the model is text-only: it has no encoder for images or videos".into(),
         })?;
-        visual.forward(b, pixels, grid, count, tap)
+        visual.forward(b, pixels, grid, tap)
     }
 }

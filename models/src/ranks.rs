@@ -6,7 +6,7 @@ use std::ops::Range;
 use spark_backend::Rank;
 use spark_weights::Shard;
 
-use crate::config::{ModelConfig, MoeConfig, TextConfig};
+use crate::config::{EncoderSplit, ModelConfig, MoeConfig, TextConfig, VisionConfig};
 use crate::{Error, Result};
 
 /// How ranks share the experts of a layer; everything else they share alike.
@@ -48,6 +48,8 @@ impl MoeConfig {
 
 /// A field of the configuration that ranks share, its value, and what its rule asks for.
 struct Shared {
+    /// What the field is in, in a configuration of both.
+    part: &'static str,
     field: &'static str,
     value: usize,
     rule: &'static str,
@@ -73,76 +75,92 @@ impl ModelConfig {
 
     /// Whether the model can be split over `world` ranks: query heads and intermediate features evenly, KV heads evenly or
     /// each held by several ranks, at least one row of the vocabulary each; where ranks hold whole experts, these evenly instead
-    /// of their features.
+    /// of their features; where the encoder's weights are split, its heads and features evenly.
     ///
     /// # Errors
     /// Names the field that cannot be split, its value, and the numbers of ranks that work.
     pub fn check_ranks(&self, world: usize) -> Result<()> {
-        let fields = shared(&self.text);
+        let mut fields = of_decoder(&self.text);
+        let num_of_decoder = fields.len();
+        fields.extend(self.vision.iter().flat_map(of_encoder));
         let Some(field) = fields.iter().find(|field| !(field.fits)(field.value, world)) else {
             return Ok(());
         };
-        let works = |world: &usize| fields.iter().all(|field| (field.fits)(field.value, *world));
-        let works: Vec<String> =
-            (1..=self.text.num_attention_heads).filter(works).map(|world| world.to_string()).collect();
-        let prefix = if self.vision.is_some() { "text_config." } else { "" };
-        let problem = format!(
+        let works = |fields: &[Shared]| {
+            let works = |world: &usize| fields.iter().all(|field| (field.fits)(field.value, *world));
+            let works = (1..=self.text.num_attention_heads).filter(works);
+            works.map(|world| world.to_string()).collect::<Vec<_>>().join(", ")
+        };
+        let mut problem = format!(
             "{} cannot be shared by {world} ranks: {}; this model can be split over {} ranks",
             field.value,
             field.rule,
-            works.join(", ")
+            works(&fields),
         );
-        Err(Error::config(format!("{prefix}{}", field.field), problem))
+        if fields.len() > num_of_decoder {
+            let others = works(&fields[..num_of_decoder]);
+            problem += &format!(", and with --mm-encoder-tp-mode data over {others}");
+        }
+        let part = if self.vision.is_some() { field.part } else { "" };
+        Err(Error::config(format!("{part}{}", field.field), problem))
     }
 }
 
-fn shared(text: &TextConfig) -> Vec<Shared> {
-    let evenly: fn(usize, usize) -> bool = |value, world| world > 0 && value.is_multiple_of(world);
+fn evenly(value: usize, world: usize) -> bool {
+    world > 0 && value.is_multiple_of(world)
+}
+
+fn of_decoder(text: &TextConfig) -> Vec<Shared> {
+    let shared = |field, value, rule, fits| Shared { part: "text_config.", field, value, rule, fits };
     let mut fields = vec![
-        Shared {
-            field: "num_attention_heads",
-            value: text.num_attention_heads,
-            rule: "every rank takes as many query heads",
-            fits: evenly,
-        },
-        Shared {
-            field: "num_key_value_heads",
-            value: text.num_key_value_heads,
-            rule: "every rank takes as many KV heads, or one that it shares with as many others",
-            fits: |value, world| world > 0 && (value.is_multiple_of(world) || world.is_multiple_of(value)),
-        },
-        Shared {
-            field: "vocab_size",
-            value: text.vocab_size,
-            rule: "every rank takes at least one row",
-            fits: |value, world| world > 0 && value >= world,
-        },
+        shared(
+            "num_attention_heads",
+            text.num_attention_heads,
+            "every rank takes as many query heads",
+            evenly as fn(usize, usize) -> bool,
+        ),
+        shared(
+            "num_key_value_heads",
+            text.num_key_value_heads,
+            "every rank takes as many KV heads, or one that it shares with as many others",
+            |value, world| world > 0 && (value.is_multiple_of(world) || world.is_multiple_of(value)),
+        ),
+        shared("vocab_size", text.vocab_size, "every rank takes at least one row", |value, world| {
+            world > 0 && value >= world
+        }),
     ];
     if let Some(moe) = &text.moe {
         fields.push(match moe.parallel {
-            MoeParallel::Tp => Shared {
-                field: "moe_intermediate_size",
-                value: moe.moe_intermediate_size,
-                rule: "every rank takes as many features of each expert",
-                fits: evenly,
-            },
-            MoeParallel::Ep => Shared {
-                field: "num_experts",
-                value: moe.num_experts,
-                rule: "every rank takes as many whole experts",
-                fits: evenly,
-            },
+            MoeParallel::Tp => {
+                let rule = "every rank takes as many features of each expert";
+                shared("moe_intermediate_size", moe.moe_intermediate_size, rule, evenly)
+            }
+            MoeParallel::Ep => {
+                shared("num_experts", moe.num_experts, "every rank takes as many whole experts", evenly)
+            }
         });
     }
     if (0..text.num_hidden_layers).any(|layer| text.moe_at(layer).is_none()) {
-        fields.push(Shared {
-            field: "intermediate_size",
-            value: text.intermediate_size,
-            rule: "every rank takes as many features",
-            fits: evenly,
-        });
+        let rule = "every rank takes as many features";
+        fields.push(shared("intermediate_size", text.intermediate_size, rule, evenly));
     }
     fields
+}
+
+/// What a merger splits is a multiple of what its heads are.
+fn of_encoder(vision: &VisionConfig) -> Vec<Shared> {
+    let shared = |field, value, rule| Shared { part: "vision_config.", field, value, rule, fits: evenly };
+    match vision.split {
+        EncoderSplit::Data => Vec::new(),
+        EncoderSplit::Weights => vec![
+            shared("num_heads", vision.num_heads, "every rank takes as many heads of the encoder"),
+            shared(
+                "intermediate_size",
+                vision.intermediate_size,
+                "every rank takes as many features of the encoder",
+            ),
+        ],
+    }
 }
 
 #[cfg(test)]
@@ -211,5 +229,33 @@ mod tests {
         dense.share_experts(MoeParallel::Tp).unwrap();
         let message = dense.share_experts(MoeParallel::Ep).unwrap_err().to_string();
         assert!(message.contains("num_experts") && message.contains("qwen3_vl has no experts"), "{message}");
+    }
+
+    #[test]
+    fn encoders_split_by_heads_and_features_where_that_is_asked_for() {
+        let mut model = model("qwen3-vl-30b-a3b");
+        model.vision.as_mut().unwrap().num_heads = 6;
+        model.check_ranks(4).unwrap();
+        model.vision.as_mut().unwrap().split = EncoderSplit::Weights;
+        model.check_ranks(2).unwrap();
+        let message = model.check_ranks(4).unwrap_err().to_string();
+        for part in [
+            "vision_config.num_heads: 6 cannot be shared by 4 ranks",
+            "over 1, 2 ranks",
+            "--mm-encoder-tp-mode data over 1, 2, 4, 8, 16, 32",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
+        let vision = model.vision.as_mut().unwrap();
+        (vision.num_heads, vision.intermediate_size) = (16, 4306);
+        let message = model.check_ranks(4).unwrap_err().to_string();
+        assert!(message.contains("vision_config.intermediate_size: 4306"), "{message}");
+        for (name, _) in crate::PUBLISHED {
+            let mut model = super::tests::model(name);
+            model.vision.iter_mut().for_each(|vision| vision.split = EncoderSplit::Weights);
+            for world in [1, 2, 4, 8] {
+                model.check_ranks(world).unwrap();
+            }
+        }
     }
 }

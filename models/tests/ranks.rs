@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use spark_backend::{
     ActivationSpec, Backend, Dtype, KvDtype, KvSpec, Rank, SlotParams, StateSpec, StepInputs, VisualRows,
 };
-use spark_cpu::CpuBackend;
-use spark_models::{ModelConfig, MoeParallel, Qwen3Vl, RopeIndex};
+use spark_cpu::{CpuBackend, CpuTensor};
+use spark_models::{Encoded, EncoderSplit, ModelConfig, MoeParallel, Qwen3Vl, RopeIndex};
 use spark_testing::{
     LocalGroup, Oracle, Random, model_dir, model_names, rel_err, repository, tolerance::FLOAT32,
 };
@@ -46,6 +46,12 @@ impl Source {
     fn with_whole_experts(mut self) -> Option<Self> {
         self.config.text.moe.is_some().then(|| self.config.share_experts(MoeParallel::Ep).unwrap())?;
         Some(self)
+    }
+
+    /// The same model, of whose encoder ranks split the weights.
+    fn with_split_encoder(mut self) -> Self {
+        self.config.vision.as_mut().unwrap().split = EncoderSplit::Weights;
+        self
     }
 
     /// This model on a rank; alone without a group.
@@ -117,28 +123,42 @@ struct Picture {
     pixels: Arc<[u8]>,
 }
 
+/// Pictures that are encoded, where a prompt has them.
+fn visual_rows<'a>(
+    pictures: &[Picture],
+    encoded: &'a [Encoded<CpuBackend>],
+) -> Vec<VisualRows<'a, CpuTensor>> {
+    let rows = |(p, e): (&Picture, &'a Encoded<CpuBackend>)| VisualRows {
+        embeddings: &e.embeddings,
+        deepstack: &e.deepstack,
+        token_row: p.token_row,
+        source_row: 0,
+        rows: e.embeddings.shape()[0],
+    };
+    pictures.iter().zip(encoded).map(rows).collect()
+}
+
 impl Loaded {
+    /// Positions of a prompt and of what follows it.
+    fn rope(&self, prompt_len: usize, pictures: &[Picture]) -> RopeIndex {
+        let merge = self.model.config().vision.as_ref().map_or(1, |v| v.spatial_merge_size);
+        let media: Vec<_> = pictures.iter().map(|p| (p.token_row, p.grid)).collect();
+        RopeIndex::new(prompt_len, &media, merge)
+    }
+
+    fn encode(&self, pictures: &[Picture]) -> Vec<Encoded<CpuBackend>> {
+        let Self { backend, model } = self;
+        let encode = |p: &Picture| model.encode(backend, &p.pixels, p.grid, &mut |_, _| ()).unwrap();
+        pictures.iter().map(encode).collect()
+    }
+
     /// Logits of every row of a prompt, `[rows, vocab]`.
     fn logits(mut self, ids: &[u32], pictures: &[Picture]) -> Vec<f32> {
+        let (rope, encoded) = (self.rope(ids.len(), pictures), self.encode(pictures));
         let Self { backend, model } = &mut self;
-        let merge = model.config().vision.as_ref().map_or(1, |v| v.spatial_merge_size);
-        let media: Vec<_> = pictures.iter().map(|p| (p.token_row, p.grid)).collect();
-        let rope = RopeIndex::new(ids.len(), &media, merge);
         let positions = (0..ids.len()).map(|i| rope.position(i)).collect();
         let inputs = StepInputs::whole_prompt(ids, positions, BLOCK, (0..ids.len() as u32).collect());
-        let encode = |p: &Picture| model.encode(backend, &p.pixels, p.grid, &mut |_, _| ()).unwrap();
-        let encoded: Vec<_> = pictures.iter().map(encode).collect();
-        let visual: Vec<_> = pictures
-            .iter()
-            .zip(&encoded)
-            .map(|(p, e)| VisualRows {
-                embeddings: &e.embeddings,
-                deepstack: &e.deepstack,
-                token_row: p.token_row,
-                source_row: 0,
-                rows: e.embeddings.shape()[0],
-            })
-            .collect();
+        let visual = visual_rows(pictures, &encoded);
         let mut logits = Vec::new();
         backend.admit(0, SlotParams::greedy()).unwrap();
         backend
@@ -155,20 +175,22 @@ impl Loaded {
     }
 
     /// Answers with `count` tokens, sampled greedily on the rank, one a step.
-    fn greedy(mut self, prompt: &[u32], count: usize) -> Vec<u32> {
+    fn greedy(mut self, prompt: &[u32], pictures: &[Picture], count: usize) -> Vec<u32> {
+        let (rope, encoded) = (self.rope(prompt.len(), pictures), self.encode(pictures));
         self.backend.admit(0, SlotParams::greedy()).unwrap();
         let (mut ids, mut done) = (prompt.to_vec(), 0);
         while ids.len() < prompt.len() + count {
             let rows = ids.len() - done;
-            let positions = (done..ids.len()).map(|i| [i as u32; 3]).collect();
+            let positions = (done..ids.len()).map(|i| rope.position(i)).collect();
             let mut inputs = StepInputs::whole_prompt(&ids[done..], positions, BLOCK, vec![rows as u32 - 1]);
             inputs.slot_mapping = (done as u64..ids.len() as u64).collect();
             inputs.seqs[0].context_len = ids.len();
             inputs.seqs[0].block_table = (0..ids.len().div_ceil(BLOCK) as u32).collect();
             inputs.sample_slots = vec![Some(0)];
+            let visual = if done == 0 { visual_rows(pictures, &encoded) } else { Vec::new() };
             done = ids.len();
             let model = &self.model;
-            self.backend.step(&inputs, &mut |b| model.forward(b, &[], &mut |_, _| ())).unwrap();
+            self.backend.step(&inputs, &mut |b| model.forward(b, &visual, &mut |_, _| ())).unwrap();
             ids.push(self.backend.output().unwrap().sampled[0].token);
         }
         ids.split_off(prompt.len())
@@ -253,7 +275,8 @@ fn check_fixtures(world: usize, parallel: MoeParallel) {
             check_logits(&source, world, &case.prompt_ids, &pictures, &name);
         }
         let case = &oracle.cases["text"];
-        let answers = source.on_ranks(world, |loaded| loaded.greedy(&case.prompt_ids, case.greedy_ids.len()));
+        let answers =
+            source.on_ranks(world, |loaded| loaded.greedy(&case.prompt_ids, &[], case.greedy_ids.len()));
         for answer in answers {
             assert_eq!(answer, case.greedy_ids, "{name} on {world} ranks, {parallel:?}");
         }
@@ -301,6 +324,41 @@ fn the_demo_model_on_two_and_four_ranks() {
             check_logits(&source, world, &ids, &pictures, &format!("{format}, whole experts"));
         }
     }
+}
+
+/// Logits with pictures, and what is answered to them, where ranks split the encoder's weights. One head cannot be split.
+#[test]
+fn encoders_that_are_split_give_what_whole_ones_give() {
+    let mut num_split = 0;
+    let fixtures = model_names("").unwrap().into_iter().map(|name| (model_dir(&name), 2));
+    let demo = repository().join("models/spark-tiny-vl/bf16");
+    for (folder, world) in fixtures.chain([(demo.clone(), 2), (demo, 4)]) {
+        let whole = Source::open(&folder);
+        let Some(num_heads) = whole.config.vision.as_ref().map(|vision| vision.num_heads) else { continue };
+        let split = Source::open(&folder).with_split_encoder();
+        if !num_heads.is_multiple_of(world) {
+            let error = split.config.check_ranks(world).unwrap_err().to_string();
+            assert!(error.contains("vision_config.num_heads: 1 cannot be shared by 2 ranks"), "{error}");
+            continue;
+        }
+        num_split += 1;
+        let name = folder.display().to_string();
+        let vocab = whole.config.text.vocab_size;
+        let mut ids = Random::new(3).token_ids(60, vocab.min(1_200));
+        let placeholder = whole.config.image_token_id.unwrap();
+        ids.iter_mut().filter(|id| **id == placeholder).for_each(|id| *id = 0);
+        ids[10..26].fill(placeholder);
+        ids[30..36].fill(placeholder);
+        let pictures = pictures(&whole.config, &ids, &[[1, 8, 8], [1, 4, 6]]);
+        check_logits(&split, world, &ids, &pictures, &name);
+        let greedy = |source: &Source, world| source.on_ranks(world, |l| l.greedy(&ids, &pictures, 12));
+        let want = greedy(&whole, 1).remove(0);
+        assert_eq!(greedy(&split, 1), [&want[..]], "{name}: one rank splits nothing");
+        for got in greedy(&split, world) {
+            assert_eq!(got, want, "{name} on {world} ranks");
+        }
+    }
+    assert!(num_split > 8, "only {num_split}");
 }
 
 /// Sizes that a real model has relative to its groups: eight ranks, experts of 768 and 384 features.

@@ -17,9 +17,6 @@ pub(crate) struct CompatArgs {
     /// Ignored: prefills are always chunked.
     #[arg(long)]
     enable_chunked_prefill: bool,
-    /// How the vision encoder is divided over ranks: always `data`, every picture is encoded by one rank.
-    #[arg(long, value_name = "MODE", value_parser = ["data", "weights"])]
-    mm_encoder_tp_mode: Option<String>,
     /// Ignored with one rank.
     #[arg(long)]
     enable_expert_parallel: bool,
@@ -49,10 +46,6 @@ impl CompatArgs {
             (
                 self.distributed_executor_backend.is_some(),
                 "--distributed-executor-backend: ranks are our own processes",
-            ),
-            (
-                self.mm_encoder_tp_mode.as_deref() == Some("weights"),
-                "--mm-encoder-tp-mode weights: every rank has the whole encoder, and pictures are divided",
             ),
         ];
         for (_, what) in given.iter().filter(|(given, _)| *given) {

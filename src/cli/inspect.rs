@@ -11,7 +11,7 @@ use spark_engine::{
 use spark_models::ModelConfig;
 use spark_weights::Summary;
 
-use super::{head::HeadArgs, model_name::ModelName, moe_parallel::MoeParallelArgs};
+use super::{encoder::EncoderArgs, head::HeadArgs, model_name::ModelName, moe_parallel::MoeParallelArgs};
 
 /// Show architecture, quantisation and sizes.
 #[derive(Args)]
@@ -28,6 +28,8 @@ pub(crate) struct InspectArgs {
     #[command(flatten)]
     moe_parallel: MoeParallelArgs,
     #[command(flatten)]
+    encoder: EncoderArgs,
+    #[command(flatten)]
     head: HeadArgs,
     /// One JSON object instead of text.
     #[arg(long)]
@@ -35,8 +37,8 @@ pub(crate) struct InspectArgs {
 }
 
 pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
-    let mut files = ModelFiles::open(&args.model.choose()?.model, args.revision)?;
-    files.share_experts(args.moe_parallel.get())?;
+    let files = ModelFiles::open(&args.model.choose()?.model, args.revision)?;
+    let files = files.with_encoder_split(args.encoder.split()).with_moe_parallel(args.moe_parallel.get())?;
     let report = report(&files, args.tensor_parallel_size, args.head.dtype())?;
     let mut stdout = std::io::stdout().lock();
     if args.json {

@@ -12,6 +12,7 @@ mod decode_video;
 mod device;
 mod doctor;
 mod effective;
+mod encoder;
 mod eval;
 mod generate;
 mod head;

@@ -7,6 +7,7 @@
 #[path = "../support/chats.rs"]
 mod chats;
 mod demo;
+mod encoder;
 mod greedy;
 mod idle;
 mod invariance;
@@ -16,6 +17,9 @@ mod soak;
 mod soak_large;
 #[path = "../support/taught.rs"]
 mod taught;
+#[expect(dead_code, reason = "some of it is for the tests of kernels")]
+#[path = "../../crates/cuda/tests/gpu/team.rs"]
+mod team;
 mod two_gpus;
 
 use std::{

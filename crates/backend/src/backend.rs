@@ -230,12 +230,12 @@ pub trait Backend: Send + Sized + 'static {
 
     // ---- vision encoder, outside a step
 
-    /// Patch rows (`[num_patches, 3, frames, patch, patch]` u8) as the encoder wants them: `(v - mean) / std` of
-    /// `v / 255`, frames repeated up to `temporal`: `[num_patches, 3 * temporal * patch * patch]`.
+    /// Patch rows of media (each `[patches, 3, frames, patch, patch]` u8, all alike) as the encoder wants them: `(v - mean) / std` of
+    /// `v / 255`, frames repeated up to `temporal`: `[num_patches, 3 * temporal * patch * patch]`, one medium after the other.
     ///
     /// # Errors
     /// Shape mismatch or device failure.
-    fn patches(&self, pixels: &[u8], num_patches: usize, spec: &VisionSpec) -> Result<Self::Tensor>;
+    fn patches(&self, pixels: &[&[u8]], num_patches: usize, spec: &VisionSpec) -> Result<Self::Tensor>;
 
     /// Adds the bilinearly interpolated rows of the square position table (`[side * side, hidden]`, corners aligned)
     /// to `x`, `[num_patches, hidden]` in merge-block order, one frame after the other.
@@ -323,6 +323,18 @@ pub trait Backend: Send + Sized + 'static {
     /// Rows that `x` does not have, or out of memory.
     fn keep_rows(&self, x: &Self::Tensor, row: usize, rows: usize) -> Result<Self::Tensor>;
 
+    /// `x` becomes the sum of what the ranks have of it, rounded once: for partial sums that no
+    /// [`reduce_norm`](Backend::reduce_norm) takes, as the encoder's. Nothing happens without a group.
+    ///
+    /// # Errors
+    /// Another shape on another rank, device or peer failure; by default for more than one rank.
+    fn all_reduce(&self, _x: &mut Self::Tensor) -> Result<()> {
+        match self.rank() {
+            Rank::SINGLE => Ok(()),
+            _ => Err(no_group("all_reduce")),
+        }
+    }
+
     /// `x` of rank `root` on every rank of the group: `shape`. The root brings it; what others bring is overwritten.
     ///
     /// # Errors
@@ -332,7 +344,7 @@ pub trait Backend: Send + Sized + 'static {
         match (x, self.rank()) {
             (Some(x), Rank::SINGLE) if root == 0 => Ok(x),
             (_, Rank::SINGLE) => Err(Error::shape(OP, format_args!("a tensor {shape:?} of rank 0"), root)),
-            _ => Err(Error::Unsupported { op: OP, reason: "this backend has no group".to_owned() }),
+            _ => Err(no_group(OP)),
         }
     }
 
@@ -341,6 +353,10 @@ pub trait Backend: Send + Sized + 'static {
     /// # Errors
     /// Device failure.
     fn to_host(&self, x: &Self::Tensor) -> Result<(Vec<f32>, [usize; 2])>;
+}
+
+fn no_group(op: &'static str) -> Error {
+    Error::Unsupported { op, reason: "this backend has no group".to_owned() }
 }
 
 /// Elementwise functions.
@@ -393,9 +409,9 @@ pub struct RouterSpec<'a, B: Backend> {
 /// Geometry of the vision encoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VisionSpec {
-    /// Heads.
+    /// Heads of this rank.
     pub num_heads: usize,
-    /// Width of the encoder.
+    /// Width of these heads together: the encoder's where they are all of it.
     pub hidden_size: usize,
     /// Side of a patch in pixels.
     pub patch_size: usize,

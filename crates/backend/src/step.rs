@@ -167,6 +167,8 @@ pub struct ActivationSpec {
     pub patch_size: usize,
     /// Width of the encoder.
     pub vision_hidden_size: usize,
+    /// Heads of the encoder.
+    pub vision_num_heads: usize,
     /// Width of a head of the encoder.
     pub vision_head_dim: usize,
     /// Width inside the encoder's MLP.
@@ -183,7 +185,7 @@ impl ActivationSpec {
         let inner = self.intermediate_size.max(self.top_k * self.moe_intermediate_size);
         let step = self.num_tokens * (4 * self.hidden_size + 2 * qkv.max(2 * inner)) * element_size;
         let logits = self.num_logit_rows * self.vocab_rows * 4;
-        let widest = (6 * self.vision_hidden_size)
+        let widest = (2 * self.vision_hidden_size + 4 * self.vision_num_heads * self.vision_head_dim)
             .max(2 * self.vision_hidden_size + 2 * self.vision_intermediate_size)
             .max(self.patch_size + self.vision_hidden_size);
         (step + logits).max(self.num_patches * widest * element_size) as u64

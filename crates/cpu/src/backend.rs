@@ -155,9 +155,7 @@ impl Backend for CpuBackend {
     ) -> Result<CpuTensor> {
         if let Some(partial) = &mut partial {
             partial.expect("reduce_norm partial", residual.shape)?;
-            if self.group.all_reduce(&mut partial.values)? {
-                self.compute.round(&mut partial.values);
-            }
+            self.all_reduce(partial)?;
         }
         reduce_norm(&self.compute, partial, residual, weight, eps)
     }
@@ -240,7 +238,7 @@ impl Backend for CpuBackend {
         self.state_mut("sample")?.sample(&self.compute, logits)
     }
 
-    fn patches(&self, pixels: &[u8], num_patches: usize, spec: &VisionSpec) -> Result<CpuTensor> {
+    fn patches(&self, pixels: &[&[u8]], num_patches: usize, spec: &VisionSpec) -> Result<CpuTensor> {
         patches(&self.compute, pixels, num_patches, spec)
     }
 
@@ -279,6 +277,13 @@ impl Backend for CpuBackend {
         }
         let rows = x.values.len() / columns;
         Ok(CpuTensor::new(x.values.clone(), [rows, columns]))
+    }
+
+    fn all_reduce(&self, x: &mut CpuTensor) -> Result<()> {
+        if self.group.all_reduce(&mut x.values)? {
+            self.compute.round(&mut x.values);
+        }
+        Ok(())
     }
 
     fn broadcast(&self, x: Option<CpuTensor>, shape: [usize; 2], root: usize) -> Result<CpuTensor> {

@@ -13,20 +13,24 @@ const TILE: usize = 256;
 /// Normalised patch rows; see [`spark_backend::Backend::patches`]. Frames that are missing repeat the last one.
 pub(crate) fn patches(
     compute: &Compute,
-    pixels: &[u8],
+    pixels: &[&[u8]],
     num_patches: usize,
     spec: &VisionSpec,
 ) -> Result<CpuTensor> {
     let area = spec.patch_size * spec.patch_size;
     let temporal = spec.temporal_patch_size;
     let columns = 3 * temporal * area;
-    let frames = pixels.len().checked_div(num_patches * 3 * area).unwrap_or(0);
-    if num_patches == 0
-        || pixels.len() != num_patches * 3 * area * frames
+    let of_medium = num_patches.checked_div(pixels.len()).unwrap_or(0);
+    let len = pixels.first().map_or(0, |medium| medium.len());
+    let frames = len.checked_div(of_medium * 3 * area).unwrap_or(0);
+    if of_medium * pixels.len() != num_patches
+        || pixels.iter().any(|medium| medium.len() != of_medium * 3 * area * frames)
         || !(1..=temporal).contains(&frames)
     {
-        let expected = format!("{num_patches} patches of 3 x (1 to {temporal}) x {area} bytes");
-        return Err(Error::shape("patches", expected, pixels.len()));
+        let lengths: Vec<usize> = pixels.iter().map(|medium| medium.len()).collect();
+        let expected =
+            format!("equal media, together {num_patches} patches of 3 x (1 to {temporal}) x {area} bytes");
+        return Err(Error::shape("patches", expected, lengths));
     }
     let mut values = vec![0.0; num_patches * columns];
     compute.for_chunks(&mut values, columns, num_patches * columns, |patch, out| {
@@ -34,7 +38,8 @@ pub(crate) fn patches(
             let (channel, frame) = (i / temporal, (i % temporal).min(frames - 1));
             // Rescaling and normalising in one, as Hugging Face fuses them.
             let (mean, std) = (spec.image_mean[channel] * 255.0, spec.image_std[channel] * 255.0);
-            let source = &pixels[((patch * 3 + channel) * frames + frame) * area..][..area];
+            let row = ((patch % of_medium * 3 + channel) * frames + frame) * area;
+            let source = &pixels[patch / of_medium][row..][..area];
             for (out, &value) in out.iter_mut().zip(source) {
                 *out = compute.rounded((f32::from(value) - mean) / std);
             }
@@ -207,7 +212,7 @@ mod tests {
     fn patches_repeat_the_frame_and_normalise() {
         let b = backend(Dtype::F32);
         let pixels: Vec<u8> = (0..12).map(|i| i * 20).collect();
-        let got = b.patches(&pixels, 1, &spec(1, 8)).unwrap();
+        let got = b.patches(&[&pixels], 1, &spec(1, 8)).unwrap();
         assert_eq!(got.shape(), [1, 24]);
         let mut want = Vec::new();
         for (channel, (mean, std)) in [(0.5, 0.5), (0.25, 0.5), (0.0, 1.0)].into_iter().enumerate() {
@@ -217,11 +222,23 @@ mod tests {
         }
         assert_close(got.values(), &want, 1e-6);
         let two: Vec<u8> = (0..24).collect();
-        let got = b.patches(&two, 1, &spec(1, 8)).unwrap();
+        let got = b.patches(&[&two], 1, &spec(1, 8)).unwrap();
         assert_close(&[got.values()[23]], &[23.0 / 255.0], 1e-6);
-        assert!(b.patches(&pixels[..11], 1, &spec(1, 8)).is_err());
+        assert!(b.patches(&[&pixels[..11]], 1, &spec(1, 8)).is_err());
         assert!(b.patches(&[], 0, &spec(1, 8)).is_err());
-        assert!(b.patches(&[0; 36], 1, &spec(1, 8)).is_err(), "three frames in a patch of two");
+        assert!(b.patches(&[&[]], 0, &spec(1, 8)).is_err());
+        assert!(b.patches(&[&[0; 36]], 1, &spec(1, 8)).is_err(), "three frames in a patch of two");
+    }
+
+    #[test]
+    fn media_follow_one_another() {
+        let b = backend(Dtype::F32);
+        let pixels: Vec<u8> = (0..48).collect();
+        let together = b.patches(&[&pixels], 4, &spec(1, 8)).unwrap();
+        let apart = b.patches(&[&pixels[..24], &pixels[24..]], 4, &spec(1, 8)).unwrap();
+        assert_eq!((apart.values(), apart.shape()), (together.values(), [4, 24]));
+        assert!(b.patches(&[&pixels[..12], &pixels[12..]], 4, &spec(1, 8)).is_err(), "unlike media");
+        assert!(b.patches(&[&pixels[..24], &pixels[24..]], 3, &spec(1, 8)).is_err());
     }
 
     #[test]

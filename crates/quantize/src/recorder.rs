@@ -258,7 +258,7 @@ impl Backend for Recorder {
         self.inner.sample(logits)
     }
 
-    fn patches(&self, pixels: &[u8], num_patches: usize, spec: &VisionSpec) -> Result<CpuTensor> {
+    fn patches(&self, pixels: &[&[u8]], num_patches: usize, spec: &VisionSpec) -> Result<CpuTensor> {
         self.inner.patches(pixels, num_patches, spec)
     }
 

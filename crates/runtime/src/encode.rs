@@ -1,28 +1,26 @@
-//! The encoder's part of a step: which pictures a rank encodes, in which passes, and how all ranks get them.
+//! Media through the encoder: which rank encodes which, in which passes, and how all ranks get them. When is not known here.
 //!
-//! The encoder's weights are on every rank, and each picture is encoded by one. A picture takes as long as it has patches, so
-//! those are what is divided evenly.
+//! Where every rank has the encoder's weights, each medium is encoded by one. A medium takes as long as it has patches, so those are
+//! what is divided evenly. Where ranks have parts of the weights, all of them encode all media.
 
-use std::{borrow::Cow, collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
-use spark_api::MediaHash;
-use spark_backend::{Backend, Result};
-use spark_models::Encoded;
+use spark_backend::{Backend, Rank, Result};
+use spark_models::{Encoded, ModelConfig, Qwen3Vl};
 use spark_scheduler::StepPlan;
 
 use crate::ModelRunner;
 
-/// A medium that a plan wants encoded.
-struct Wanted {
-    hash: MediaHash,
-    grid: [usize; 3],
-    pixels: Arc<[u8]>,
-    num_tokens: usize,
-    /// The rank that encodes it.
-    rank: usize,
+/// A medium to be encoded.
+#[derive(Debug, Clone)]
+pub struct Medium {
+    /// Frames, rows and columns of patches.
+    pub grid: [usize; 3],
+    /// `[patches, 3, frames, patch, patch]`.
+    pub pixels: Arc<[u8]>,
 }
 
-impl Wanted {
+impl Medium {
     fn num_patches(&self) -> usize {
         self.grid.iter().product()
     }
@@ -33,90 +31,133 @@ impl Wanted {
     }
 }
 
+/// Media that the ranks of a group encode together, each rank with the same list.
+#[derive(Debug)]
+pub struct EncodeBatch {
+    media: Vec<Medium>,
+    /// For each the rank that encodes it; `None` where every rank takes part in all of them.
+    ranks: Option<Vec<usize>>,
+}
+
+impl EncodeBatch {
+    /// Divides `media` among `world` ranks as `model` says.
+    pub fn new(media: Vec<Medium>, model: &ModelConfig, world: usize) -> Self {
+        let is_split = model.vision.as_ref().is_some_and(|vision| vision.parts(world) > 1);
+        let divided = (world > 1 && !is_split).then(|| {
+            let sizes: Vec<usize> = media.iter().map(Medium::num_patches).collect();
+            divide(&sizes, world)
+        });
+        Self { media, ranks: divided }
+    }
+
+    /// Patches of all of them.
+    pub fn num_patches(&self) -> usize {
+        self.media.iter().map(Medium::num_patches).sum()
+    }
+
+    /// Patches of the rank that has most.
+    pub fn most_patches(&self) -> usize {
+        let Some(ranks) = &self.ranks else { return self.num_patches() };
+        let mut loads = vec![0; ranks.iter().max().map_or(0, |rank| rank + 1)];
+        for (medium, &rank) in self.media.iter().zip(ranks) {
+            loads[rank] += medium.num_patches();
+        }
+        loads.into_iter().max().unwrap_or(0)
+    }
+
+    /// Encodes this rank's share and brings what each rank has to all others: all media, in order, to be kept. The backend's
+    /// encoder cache must hold them.
+    ///
+    /// # Errors
+    /// A model without an encoder, pixels that do not fit their grid; device or peer failure.
+    pub fn encode<B: Backend>(&self, model: &Qwen3Vl<B>, backend: &B) -> Result<Vec<Encoded<B>>> {
+        let mut all = self.encode_share(model, backend)?;
+        if let Some(ranks) = &self.ranks {
+            // In the order of the list, which is the same everywhere.
+            for ((medium, &rank), encoded) in self.media.iter().zip(ranks).zip(&mut all) {
+                *encoded = Some(exchange(model, backend, medium, rank, encoded.take())?);
+            }
+        }
+        Ok(all.into_iter().map(|encoded| encoded.expect("each medium is of a rank")).collect())
+    }
+
+    /// Whether `rank` encodes medium `index`.
+    fn is_of(&self, index: usize, rank: Rank) -> bool {
+        self.ranks.as_ref().is_none_or(|ranks| ranks[index] == rank.index())
+    }
+
+    /// What this rank encodes, at its place; pictures of equal size share a pass.
+    fn encode_share<B: Backend>(&self, model: &Qwen3Vl<B>, backend: &B) -> Result<Vec<Option<Encoded<B>>>> {
+        let mut passes: Vec<Vec<usize>> = Vec::new();
+        for (index, medium) in self.media.iter().enumerate() {
+            if !self.is_of(index, backend.rank()) {
+                continue;
+            }
+            match passes.iter_mut().find(|pass| self.media[pass[0]].is_like(medium)) {
+                Some(pass) => pass.push(index),
+                None => passes.push(vec![index]),
+            }
+        }
+        let mut all: Vec<Option<Encoded<B>>> = self.media.iter().map(|_| None).collect();
+        for pass in passes {
+            let pixels: Vec<&[u8]> = pass.iter().map(|&index| &*self.media[index].pixels).collect();
+            let encoded = model.encode_all(backend, &pixels, self.media[pass[0]].grid, &mut |_, _| {})?;
+            for (index, encoded) in pass.into_iter().zip(encoded) {
+                all[index] = Some(encoded);
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Brings a medium from the rank that has encoded it to all others.
+fn exchange<B: Backend>(
+    model: &Qwen3Vl<B>,
+    backend: &B,
+    medium: &Medium,
+    rank: usize,
+    encoded: Option<Encoded<B>>,
+) -> Result<Encoded<B>> {
+    let config = model.config();
+    let patches_per_token = config.vision.as_ref().map_or(1, |vision| vision.spatial_merge_size.pow(2));
+    let shape = [medium.num_patches() / patches_per_token, config.text.hidden_size];
+    let exchange = |tensor: Option<B::Tensor>| {
+        let is_mine = tensor.is_some();
+        let tensor = backend.broadcast(tensor, shape, rank)?;
+        // What the encoder gave is kept already.
+        if is_mine { Ok(tensor) } else { backend.keep(&tensor) }
+    };
+    let (embeddings, mut deepstack) = match encoded {
+        Some(Encoded { embeddings, deepstack }) => (Some(embeddings), deepstack.into_iter()),
+        None => (None, Vec::new().into_iter()),
+    };
+    Ok(Encoded {
+        embeddings: exchange(embeddings)?,
+        deepstack: (0..config.num_deepstack()).map(|_| exchange(deepstack.next())).collect::<Result<_>>()?,
+    })
+}
+
 impl<B: Backend> ModelRunner<B> {
-    /// Drops and fills encoder-cache entries as the plan says.
+    /// Drops and fills encoder-cache entries as the plan says. All media fit a pass: the plan has reserved their rows of the
+    /// encoder cache, which is what the encoder's memory is sized by.
     pub(crate) fn encode(&mut self, plan: &StepPlan) -> Result<()> {
         for hash in &plan.evict_media {
             self.encoder_cache.remove(hash);
         }
-        let rank = self.backend.rank();
-        let wanted = self.wanted(plan, rank.world());
-        let mut mine =
-            self.encode_mine(wanted.iter().filter(|medium| medium.rank == rank.index()).collect())?;
-        // In the order of the plan, which is the same everywhere.
-        for medium in &wanted {
-            let encoded = mine.remove(&medium.hash);
-            let encoded = if rank.world() == 1 { encoded } else { Some(self.exchange(medium, encoded)?) };
-            self.encoder_cache.extend(encoded.map(|encoded| (medium.hash, encoded)));
+        if plan.encode.is_empty() {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    /// What `plan` wants encoded, divided among `world` ranks.
-    fn wanted(&self, plan: &StepPlan, world: usize) -> Vec<Wanted> {
         let medium = |encode: &spark_scheduler::EncodeMedia| {
             let planned = plan.seqs.iter().find(|p| p.seq == encode.seq);
             let slot = planned.expect("media are encoded in a step that uses them").slot;
             let item = &self.occupant(slot).media[encode.media_idx];
-            Wanted {
-                hash: encode.hash,
-                grid: [item.grid.t, item.grid.h, item.grid.w],
-                pixels: item.patches.clone(),
-                num_tokens: encode.num_tokens,
-                rank: 0,
-            }
+            Medium { grid: [item.grid.t, item.grid.h, item.grid.w], pixels: item.patches.clone() }
         };
-        let mut wanted: Vec<Wanted> = plan.encode.iter().map(medium).collect();
-        let sizes: Vec<usize> = wanted.iter().map(Wanted::num_patches).collect();
-        for (medium, rank) in wanted.iter_mut().zip(divide(&sizes, world)) {
-            medium.rank = rank;
-        }
-        wanted
-    }
-
-    /// Encodes; pictures of equal size, of whatever sequences, share a pass. All of them fit it: the plan has reserved their
-    /// rows of the encoder cache, which is what the encoder's memory is sized by.
-    fn encode_mine(&self, media: Vec<&Wanted>) -> Result<HashMap<MediaHash, Encoded<B>>> {
-        let mut passes: Vec<Vec<&Wanted>> = Vec::new();
-        for medium in media {
-            match passes.iter_mut().find(|pass| pass[0].is_like(medium)) {
-                Some(pass) => pass.push(medium),
-                None => passes.push(vec![medium]),
-            }
-        }
-        let mut all = HashMap::new();
-        for pass in passes {
-            let pixels: Cow<'_, [u8]> = match &pass[..] {
-                [one] => Cow::Borrowed(&one.pixels),
-                several => several.iter().map(|medium| &*medium.pixels).collect::<Vec<_>>().concat().into(),
-            };
-            let (grid, count) = (pass[0].grid, pass.len());
-            let encoded = self.model.encode_all(&self.backend, &pixels, grid, count, &mut |_, _| {})?;
-            all.extend(pass.iter().map(|medium| medium.hash).zip(encoded));
-        }
-        Ok(all)
-    }
-
-    /// Brings a medium from the rank that has encoded it to all others.
-    fn exchange(&self, medium: &Wanted, encoded: Option<Encoded<B>>) -> Result<Encoded<B>> {
-        let (backend, config) = (&self.backend, self.model.config());
-        let shape = [medium.num_tokens, config.text.hidden_size];
-        let exchange = |tensor: Option<B::Tensor>| {
-            let is_mine = tensor.is_some();
-            let tensor = backend.broadcast(tensor, shape, medium.rank)?;
-            // What the encoder gave is kept already.
-            if is_mine { Ok(tensor) } else { backend.keep(&tensor) }
-        };
-        let (embeddings, mut deepstack) = match encoded {
-            Some(Encoded { embeddings, deepstack }) => (Some(embeddings), deepstack.into_iter()),
-            None => (None, Vec::new().into_iter()),
-        };
-        Ok(Encoded {
-            embeddings: exchange(embeddings)?,
-            deepstack: (0..config.num_deepstack())
-                .map(|_| exchange(deepstack.next()))
-                .collect::<Result<_>>()?,
-        })
+        let media = plan.encode.iter().map(medium).collect();
+        let batch = EncodeBatch::new(media, self.model.config(), self.backend.rank().world());
+        let encoded = batch.encode(&self.model, &self.backend)?;
+        self.encoder_cache.extend(plan.encode.iter().map(|encode| encode.hash).zip(encoded));
+        Ok(())
     }
 }
 

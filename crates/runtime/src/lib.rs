@@ -31,6 +31,7 @@ mod running;
 mod sequence;
 mod wire;
 
+pub use encode::{EncodeBatch, Medium};
 pub use error::{Error, Result};
 pub use flight::{FailureHook, FailureReport, SequenceRecord, StepRecord};
 pub use follower::follow;

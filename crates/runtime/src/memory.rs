@@ -152,6 +152,7 @@ fn activations(model: &ModelConfig, rank: Rank, options: &EngineOptions) -> Acti
     let moe = text.moe.as_ref();
     let vision = model.vision.as_ref();
     let merge = vision.map_or(0, |v| v.spatial_merge_size * v.spatial_merge_size);
+    let parts = vision.map_or(1, |v| v.parts(world));
     ActivationSpec {
         num_slots: options.max_num_seqs,
         num_tokens: options.batched_tokens(),
@@ -168,14 +169,17 @@ fn activations(model: &ModelConfig, rank: Rank, options: &EngineOptions) -> Acti
         num_patches: options.encoder_cache_tokens * merge,
         patch_size: vision.map_or(0, |v| 3 * v.temporal_patch_size * v.patch_size * v.patch_size),
         vision_hidden_size: vision.map_or(0, |v| v.hidden_size),
+        vision_num_heads: vision.map_or(0, |v| v.num_heads / parts),
         vision_head_dim: vision.map_or(0, |v| v.hidden_size / v.num_heads.max(1)),
-        vision_intermediate_size: vision.map_or(0, |v| v.intermediate_size),
+        vision_intermediate_size: vision.map_or(0, |v| v.intermediate_size / parts),
         patches_per_token: merge,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use spark_models::EncoderSplit;
+
     use super::*;
 
     fn model() -> ModelConfig {
@@ -249,6 +253,31 @@ mod tests {
         let rank = Rank::new(1, 2).unwrap();
         let whole = MemoryPlan::new(&model, &options, Dtype::Bf16, memory, rank, bf16).unwrap();
         assert_eq!(sizes(&whole), [heads / 2, kv_heads / 2, features, vocab], "whole experts");
+    }
+
+    #[test]
+    fn ranks_that_split_the_encoder_have_a_part_of_its_heads_and_features() {
+        let options = EngineOptions { max_model_len: Some(4096), ..EngineOptions::default() };
+        let memory = machine(128 * GIB, 100 * GIB);
+        let plan = |split| {
+            let mut model = model();
+            model.vision.as_mut().unwrap().split = split;
+            let rank = Rank::new(1, 2).unwrap();
+            MemoryPlan::new(&model, &options, Dtype::Bf16, memory, rank, bf16).unwrap()
+        };
+        let [whole, split] = [EncoderSplit::Data, EncoderSplit::Weights].map(plan);
+        let sizes = |plan: &MemoryPlan| {
+            let spec = plan.activations;
+            [
+                spec.vision_num_heads,
+                spec.vision_intermediate_size,
+                spec.vision_hidden_size,
+                spec.vision_head_dim,
+            ]
+        };
+        assert_eq!(sizes(&whole), [16, 4304, 1152, 72]);
+        assert_eq!(sizes(&split), [8, 2152, 1152, 72]);
+        assert!(split.activation_bytes < whole.activation_bytes, "the encoder needs the most");
     }
 
     #[test]

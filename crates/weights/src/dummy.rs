@@ -118,7 +118,15 @@ impl Dummy {
                     let module = join(&spec.name, part);
                     let gain = if module.ends_with("o_proj") { ATTENTION_GAIN } else { 1.0 };
                     let (shape, scheme) = ([*n, *k], part_scheme(&module, self.scheme));
-                    drafts.push(random.matrix(shape, scheme, gain, kept(slot, shape)?));
+                    let (count, seed) = (spec.shard.matrices(), random.seed);
+                    let rows = n / count;
+                    for matrix in 0..count {
+                        // All are rows of one matrix, as they would be stored.
+                        random.seed = seed;
+                        let [kept, columns] = kept(slot, [rows, *k])?;
+                        let kept = kept.start + matrix * rows..kept.end + matrix * rows;
+                        drafts.push(random.matrix(shape, scheme, gain, [kept, columns]));
+                    }
                     if *bias {
                         floats.push(vec![0.0; *n]);
                     }

@@ -299,7 +299,7 @@ fn assemblies(items: &[Item], specs: &[ParamSpec]) -> Vec<Mutex<Assembly>> {
     }
     let slots = |spec: &ParamSpec| match &spec.kind {
         ParamKind::Vector { .. } => 1,
-        ParamKind::Linear { parts, .. } => parts.len(),
+        ParamKind::Linear { parts, .. } => parts.len() * spec.shard.matrices(),
         ParamKind::Experts { num_experts, .. } => 3 * num_experts,
     };
     let empty = |(spec, &missing): (&ParamSpec, &usize)| {

@@ -143,8 +143,14 @@ impl<'a> Planner<'a> {
                 self.floats(index, 0, &name, *shape)
             }
             ParamKind::Linear { parts, k, bias } => {
+                let outputs = spec.shard.matrices();
                 for (slot, (part, n)) in parts.iter().enumerate() {
-                    self.linear(index, slot, &join(&spec.name, part), [*n, *k], *bias)?;
+                    if !n.is_multiple_of(outputs) {
+                        let reason = format!("{n} features are not {outputs} layers of as many");
+                        return Err(Error::Param { name: spec.name.clone(), reason });
+                    }
+                    let wanted = Wanted { n: *n, k: *k, outputs, transposed: false };
+                    self.linear(index, slot * outputs, &join(&spec.name, part), wanted, *bias)?;
                 }
                 Ok(())
             }
@@ -208,11 +214,11 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    fn linear(&mut self, spec: usize, slot: usize, name: &str, [n, k]: [usize; 2], bias: bool) -> Result<()> {
+    fn linear(&mut self, spec: usize, slot: usize, name: &str, wanted: Wanted, bias: bool) -> Result<()> {
         // The rules for prefixes look at whole tensor names.
         let weight = normalise(&format!("{name}.weight"));
         let base = weight.strip_suffix(".weight").unwrap_or(&weight).to_owned();
-        let found = detect(&self.module(base.clone(), None), Wanted { n, k, outputs: 1, transposed: false })?;
+        let found = detect(&self.module(base.clone(), None), wanted)?;
         match found {
             Some((layout, segments)) => {
                 self.items.push(Item {
@@ -226,7 +232,7 @@ impl<'a> Planner<'a> {
             None => self.unfilled.push(weight),
         }
         if bias {
-            self.floats(spec, slot, &format!("{base}.bias"), [1, n])?;
+            self.floats(spec, slot, &format!("{base}.bias"), [1, wanted.n])?;
         }
         Ok(())
     }
@@ -258,7 +264,8 @@ impl<'a> Planner<'a> {
                 } else {
                     format!("{base}.{expert}.{projection}")
                 };
-                self.linear(spec, 3 * expert + slot, &name, [n, k], false)?;
+                let wanted = Wanted { n, k, outputs: 1, transposed: false };
+                self.linear(spec, 3 * expert + slot, &name, wanted, false)?;
             }
         }
         Ok(())

@@ -67,7 +67,7 @@ pub(crate) fn part(
     Ok(match (spec.shard, &spec.kind) {
         (Shard::Replicated, _) | (Shard::WholeExperts, ParamKind::Experts { .. }) => [0..n, 0..k],
         (Shard::Vocab, _) => [rank.range(n), 0..k],
-        (Shard::Rows, _) => [even(spec, n, rank)?, 0..k],
+        (Shard::Rows | Shard::Stacked { .. }, _) => [even(spec, n, rank)?, 0..k],
         (Shard::Columns, _) => [0..n, even(spec, k, rank)?],
         (Shard::Qkv { num_kv_heads }, ParamKind::Linear { .. }) => {
             [heads(spec, slot, n, num_kv_heads, rank)?, 0..k]
@@ -105,11 +105,13 @@ pub(crate) fn shard_bias(spec: &ParamSpec, parts: Vec<Vec<f32>>, rank: Rank) -> 
     }
     let mut bias = Vec::new();
     for (slot, values) in parts.into_iter().enumerate() {
-        let [range, _] = match spec.shard {
-            Shard::Columns => [0..values.len(), 0..1],
-            _ => part(spec, slot, [values.len(), 1], rank)?,
-        };
-        bias.extend_from_slice(&values[range]);
+        for values in values.chunks_exact((values.len() / spec.shard.matrices()).max(1)) {
+            let [range, _] = match spec.shard {
+                Shard::Columns => [0..values.len(), 0..1],
+                _ => part(spec, slot, [values.len(), 1], rank)?,
+            };
+            bias.extend_from_slice(&values[range]);
+        }
     }
     Ok(Some(bias))
 }

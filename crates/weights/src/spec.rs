@@ -59,6 +59,12 @@ pub enum Shard {
         /// Heads in k and in v.
         num_kv_heads: usize,
     },
+    /// As `Rows`, for a linear layer of one module that is several layers of as many outputs, one below the other (the encoder's
+    /// q, k, v): each of them is split, and becomes a part of its own.
+    Stacked {
+        /// Layers.
+        count: usize,
+    },
     /// Each expert is split along its intermediate size.
     Experts,
     /// Every rank holds some experts whole: its [range](spark_backend::Rank::range) of them.
@@ -103,6 +109,16 @@ impl ParamSpec {
     #[must_use]
     pub fn sharded(self, shard: Shard) -> Self {
         Self { shard, ..self }
+    }
+}
+
+impl Shard {
+    /// Matrices that each module of a linear layer becomes.
+    pub(crate) fn matrices(self) -> usize {
+        match self {
+            Shard::Stacked { count } => count,
+            _ => 1,
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! `spark-engine bench vision`: pictures a second through the vision encoder alone.
 
-use std::{io::Write, path::PathBuf, str::FromStr};
+use std::{fmt, io::Write, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Args;
-use serde_json::json;
-use spark_engine::Pictures;
+use serde_json::{Value, json};
+use spark_engine::{ListTimes, Pictures};
 
 use super::{
     super::ranks::RankArgs,
@@ -13,22 +13,41 @@ use super::{
     stats::{deviation, mean},
 };
 
+/// Of the sizes of `mixed`: the same pictures in every run, so that runs can be compared.
+const MIX_SEED: u64 = 5;
+/// Sides of these pictures are multiples of this.
+const MIX_STEP: usize = 32;
+/// Shortest and longest side, in steps.
+const MIX_SHORTEST: usize = 8;
+const MIX_LONGEST: usize = 48;
+/// Their longer side to their shorter one, as cameras and screens have them.
+const RATIOS: [[usize; 2]; 4] = [[1, 1], [4, 3], [3, 2], [16, 9]];
+
 /// Measure the vision encoder.
 #[derive(Args)]
 #[command(
     args_override_self = true,
-    after_help = "Example:\n  \
-    spark-engine bench vision --config qwen3-vl-30b-a3b --images 16x256,16x512,1x1024,16x1024"
+    after_help = "Pictures of an entry:\n  \
+    16x512         16 squares of 512 pixels a side\n  \
+    4x1280x736     4 that are 1280 wide and 736 high\n  \
+    32xmixed       32 of many sizes, the same in every run: the longer side is\n                 \
+    256 to 1536 pixels in steps of 32, the other one 1, 3/4, 2/3 or\n                 \
+    9/16 of it (rounded to 32, at least 256), upright or not, all\n                 \
+    equally likely\n  \
+    8x256+1x2048   several of these\n\n\
+    Examples:\n  \
+    spark-engine bench vision --config qwen3-vl-30b-a3b --images 16x256,16x512,1x1024,16x1024\n  \
+    spark-engine bench vision --config qwen3-vl-30b-a3b --images 32xmixed --tp 2"
 )]
 pub(super) struct VisionArgs {
     #[command(flatten)]
     model: BenchModel,
-    /// Pictures to encode: how many, and their side in pixels.
+    /// Pictures to encode, as many entries as wanted: how many pictures, and their side, width and height, or `mixed`.
     #[arg(
         long,
         value_delimiter = ',',
         default_value = "16x256,16x512,1x1024,16x1024,4x2048",
-        value_name = "NxSIDE,..."
+        value_name = "NxSIZE[+...],..."
     )]
     images: Vec<Images>,
     /// One picture after the other, instead of all of an entry together.
@@ -49,22 +68,53 @@ impl VisionArgs {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Pictures that are encoded together, or one by one.
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Images {
-    count: usize,
-    side: usize,
+    name: String,
+    /// Widths and heights.
+    sizes: Vec<[usize; 2]>,
 }
 
 impl FromStr for Images {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // Sizes of which no product overflows.
-        let number = |part: &str| part.trim().parse().ok().filter(|number| (1..=1 << 16).contains(number));
-        let parts = text.split_once('x').and_then(|(count, side)| Some((number(count)?, number(side)?)));
-        let (count, side) = parts.ok_or_else(|| format!("`{text}` is not NxSIDE, such as 16x512"))?;
-        Ok(Self { count, side })
+        let parts = text.split('+').map(|part| {
+            sizes(part).ok_or_else(|| {
+                format!("`{part}` is not NxSIDE, NxWIDTHxHEIGHT or Nxmixed, such as 16x512, 4x1280x736 or 32xmixed")
+            })
+        });
+        let sizes: Vec<Vec<_>> = parts.collect::<Result<_, _>>()?;
+        Ok(Self { name: text.to_owned(), sizes: sizes.concat() })
     }
+}
+
+/// The pictures of a part of an entry.
+fn sizes(part: &str) -> Option<Vec<[usize; 2]>> {
+    // Sizes of which no product overflows.
+    let number = |text: &str| text.trim().parse().ok().filter(|number| (1..=1 << 16).contains(number));
+    let (count, size) = part.split_once('x')?;
+    let count: usize = number(count)?;
+    if size.trim() == "mixed" {
+        return Some(mixed(count));
+    }
+    let (width, height) = size.split_once('x').unwrap_or((size, size));
+    Some(vec![[number(width)?, number(height)?]; count])
+}
+
+/// Pictures of many sizes, by the rule that `--help` states. Fewer are the first ones of more.
+fn mixed(count: usize) -> Vec<[usize; 2]> {
+    let mut random = fastrand::Rng::with_seed(MIX_SEED);
+    let mut picture = || {
+        let long = random.usize(MIX_SHORTEST..=MIX_LONGEST);
+        let [a, b] = RATIOS[random.usize(..RATIOS.len())];
+        // Half a step and more is rounded up.
+        let short = ((2 * long * b + a) / (2 * a)).max(MIX_SHORTEST);
+        let [width, height] = if random.bool() { [short, long] } else { [long, short] };
+        [width * MIX_STEP, height * MIX_STEP]
+    };
+    (0..count).map(|_| picture()).collect()
 }
 
 pub(super) fn run(args: VisionArgs) -> anyhow::Result<()> {
@@ -78,10 +128,8 @@ pub(super) fn run(args: VisionArgs) -> anyhow::Result<()> {
         options.max_num_batched_tokens = Some(64);
         options.max_model_len = Some(64);
     })?;
-    let pictures: Vec<Pictures> = images
-        .iter()
-        .map(|&Images { count, side }| Pictures { count, side, together: !one_by_one })
-        .collect();
+    let pictures: Vec<Pictures> =
+        images.iter().map(|images| Pictures { sizes: images.sizes.clone(), together: !one_by_one }).collect();
     let is_follower = ranks.is_follower()?;
     let measured = ranks.apply(builder)?.measure_encoder(&pictures, repetitions);
     bar.finish();
@@ -92,19 +140,15 @@ pub(super) fn run(args: VisionArgs) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let how = if one_by_one { "one by one" } else { "together" };
     writeln!(out, "{model} (weights {weights}) on {}; pictures {how}\n", measured.device)?;
-    writeln!(out, "| pictures   |             img/s |   ms each |")?;
-    writeln!(out, "| ---------- | ----------------: | --------: |")?;
+    let width = images.iter().map(|images| images.name.len()).max().unwrap_or(0).max(10);
+    let (title, line) = ("pictures", "-".repeat(width));
+    writeln!(out, "| {title:<width$} |             img/s |   patches/s |   ms each | fullest rank |")?;
+    writeln!(out, "| {line} | ----------------: | ----------: | --------: | -----------: |")?;
     let mut rows = Vec::new();
-    for (images, times) in images.iter().zip(&measured.times) {
-        let name = format!("{}x{}", images.count, images.side);
-        let speed = |time: &std::time::Duration| images.count as f64 / time.as_secs_f64().max(1e-9);
-        let speeds: Vec<f64> = times.iter().map(speed).collect();
-        let each = 1e3 / mean(&speeds).max(1e-9);
-        let shown = format!("{:.2} ± {:.2}", mean(&speeds), deviation(&speeds));
-        writeln!(out, "| {name:<10} | {shown:>17} | {each:>9.3} |")?;
-        rows.push(json!({"images": images.count, "side": images.side, "together": !one_by_one,
-            "avg_images_per_second": mean(&speeds), "stddev_images_per_second": deviation(&speeds),
-            "samples_s": times.iter().map(std::time::Duration::as_secs_f64).collect::<Vec<_>>()}));
+    for (images, list) in images.iter().zip(&measured.lists) {
+        let row = Row::new(images, list);
+        writeln!(out, "| {:<width$} {row}", images.name)?;
+        rows.push(row.json(one_by_one));
     }
     if let Some(profile) = profile {
         writeln!(out, "\n{profile}")?;
@@ -113,15 +157,81 @@ pub(super) fn run(args: VisionArgs) -> anyhow::Result<()> {
     save(output_json.as_deref(), &report)
 }
 
+/// What was measured with an entry.
+struct Row<'a> {
+    images: &'a Images,
+    list: &'a ListTimes,
+    /// Pictures a second, of each measurement.
+    speeds: Vec<f64>,
+}
+
+impl<'a> Row<'a> {
+    fn new(images: &'a Images, list: &'a ListTimes) -> Self {
+        let speed = |time: &Duration| images.sizes.len() as f64 / time.as_secs_f64().max(1e-9);
+        Self { images, list, speeds: list.times.iter().map(speed).collect() }
+    }
+
+    fn patches_per_second(&self) -> f64 {
+        mean(&self.speeds) * self.list.num_patches as f64 / self.images.sizes.len().max(1) as f64
+    }
+
+    /// Part of all patches that the rank with most of them has encoded.
+    fn largest_share(&self) -> f64 {
+        self.list.most_patches as f64 / self.list.num_patches.max(1) as f64
+    }
+
+    fn json(&self, one_by_one: bool) -> Value {
+        let sizes = &self.images.sizes;
+        let side = sizes.first().filter(|first| first[0] == first[1] && sizes.iter().all(|s| s == *first));
+        json!({"name": self.images.name, "images": sizes.len(), "side": side.map(|side| side[0]), "sizes": sizes,
+            "patches": self.list.num_patches, "together": !one_by_one,
+            "avg_images_per_second": mean(&self.speeds), "stddev_images_per_second": deviation(&self.speeds),
+            "avg_patches_per_second": self.patches_per_second(), "largest_share": self.largest_share(),
+            "samples_s": self.list.times.iter().map(Duration::as_secs_f64).collect::<Vec<_>>()})
+    }
+}
+
+/// The columns after the entry's name.
+impl fmt::Display for Row<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let speeds = &self.speeds;
+        let shown = format!("{:.2} ± {:.2}", mean(speeds), deviation(speeds));
+        let (patches, each) = (self.patches_per_second(), 1e3 / mean(speeds).max(1e-9));
+        let share = 100.0 * self.largest_share();
+        write!(f, "| {shown:>17} | {patches:>11.0} | {each:>9.3} | {share:>10.1} % |")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn pictures_are_a_count_and_a_side() {
-        assert_eq!("16x512".parse(), Ok(Images { count: 16, side: 512 }));
-        for wrong in ["512", "0x512", "1x0", "x", "1x99999999999"] {
-            assert!(wrong.parse::<Images>().is_err(), "{wrong}");
+    fn entries_are_counts_and_sizes() {
+        let parsed = |text: &str| text.parse::<Images>().unwrap().sizes;
+        assert_eq!(parsed("3x512"), [[512, 512]; 3]);
+        assert_eq!(parsed("1x1024x768"), [[1024, 768]]);
+        assert_eq!(parsed("2x32+1x64x32+1xmixed"), [vec![[32, 32]; 2], vec![[64, 32]], mixed(1)].concat());
+        for wrong in
+            ["512", "0x512", "1x0", "x", "1x99999999999", "1x2x3x4", "1x2+", "mixed", "0xmixed", "1xmix"]
+        {
+            assert!(wrong.parse::<Images>().unwrap_err().contains("32xmixed"), "{wrong}");
+        }
+    }
+
+    /// What is measured with them is compared over time.
+    #[test]
+    fn mixed_pictures_are_the_known_ones() {
+        let sizes = mixed(32);
+        assert_eq!(sizes[..3], [[480, 480], [320, 576], [1312, 736]]);
+        assert_eq!(mixed(5), sizes[..5]);
+        let pixels: usize = sizes.iter().map(|[width, height]| width * height).sum();
+        assert_eq!(pixels / (16 * 16), 102_044);
+        for [width, height] in mixed(1000) {
+            let (long, short) = (width.max(height), width.min(height));
+            assert!(short.is_multiple_of(32) && long.is_multiple_of(32) && short >= 256 && long <= 1536);
+            let is_known = |[a, b]: &[usize; 2]| (short * a).abs_diff(long * b) <= 16 * a;
+            assert!(short == 256 || RATIOS.iter().any(is_known), "{width}x{height}");
         }
     }
 }

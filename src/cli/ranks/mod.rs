@@ -22,7 +22,7 @@ use spark_engine::{
 use spark_runtime::Error as RuntimeError;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::moe_parallel::MoeParallelArgs;
+use super::{encoder::EncoderArgs, moe_parallel::MoeParallelArgs};
 use environment::{DEFAULT_PORT, launched};
 use processes::{Other, Processes};
 
@@ -89,6 +89,8 @@ pub(crate) struct RankArgs {
     /// Use an NCCL that is known to hang on this kind of machine.
     #[arg(long)]
     allow_old_nccl: bool,
+    #[command(flatten)]
+    encoder: EncoderArgs,
 }
 
 /// What the flags and the environment say.
@@ -149,7 +151,7 @@ impl RankArgs {
         let seconds = self.step_timeout.unwrap_or(default);
         let step_timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
         let builder = builder.engine(|options| options.step_timeout = step_timeout);
-        let builder = builder.moe_parallel(self.moe_parallel.get());
+        let builder = builder.moe_parallel(self.moe_parallel.get()).encoder_split(self.encoder.split());
         Ok(match ranks {
             Some(ranks) => builder.ranks(ranks),
             None => {

@@ -423,7 +423,7 @@ impl Backend for CudaBackend {
         self.op_sample(logits)
     }
 
-    fn patches(&self, pixels: &[u8], num_patches: usize, spec: &VisionSpec) -> Result<CudaTensor> {
+    fn patches(&self, pixels: &[&[u8]], num_patches: usize, spec: &VisionSpec) -> Result<CudaTensor> {
         self.op_patches(pixels, num_patches, spec)
     }
 
@@ -493,6 +493,11 @@ impl Backend for CudaBackend {
         let part = x.slice().slice(offset as u64, num_bytes as u64)?;
         let part = crate::Tensor::new(&part, [rows, columns], x.dtype())?;
         Ok(self.state("keep_rows")?.kept.keep(&self.stream, &part)?)
+    }
+
+    fn all_reduce(&self, x: &mut CudaTensor) -> Result<()> {
+        self.settle()?;
+        self.sum_over_ranks(&x.tensor()?)
     }
 
     fn broadcast(&self, x: Option<CudaTensor>, shape: [usize; 2], root: usize) -> Result<CudaTensor> {

@@ -72,7 +72,7 @@ impl CudaBackend {
             || self.kernels.embed(&self.stream, &step.tokens, last_tokens, table, first_row, &out),
         )?;
         // Rows of the other ranks' tokens are zero here.
-        self.all_reduce(&out)?;
+        self.sum_over_ranks(&out)?;
         Ok(out.into())
     }
 
@@ -99,7 +99,7 @@ impl CudaBackend {
             )?;
             return Ok(out.into());
         }
-        partial.as_ref().map_or(Ok(()), |partial| self.all_reduce(partial))?;
+        partial.as_ref().map_or(Ok(()), |partial| self.sum_over_ranks(partial))?;
         self.measured(|| "reduce_norm".to_owned(), || self.kernels.reduce_norm(&self.stream, args, &out))?;
         Ok(out.into())
     }
@@ -297,13 +297,14 @@ impl CudaBackend {
 
     pub(super) fn op_patches(
         &self,
-        pixels: &[u8],
+        pixels: &[&[u8]],
         num_patches: usize,
         spec: &VisionSpec,
     ) -> Result<CudaTensor> {
         let state = self.state("patches")?;
         let columns = 3 * spec.temporal_patch_size * spec.patch_size * spec.patch_size;
-        let on_device = state.pool.take("pixels", pixels.len() as u64)?;
+        let num_bytes: usize = pixels.iter().map(|medium| medium.len()).sum();
+        let on_device = state.pool.take("pixels", num_bytes as u64)?;
         let mut upload = state.pixels.borrow_mut();
         let Some(upload) = upload.as_mut() else {
             let reason = "the state was allocated for a model without an encoder".to_owned();

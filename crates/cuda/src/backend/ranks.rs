@@ -18,7 +18,7 @@ impl CudaBackend {
     }
 
     /// `x` becomes the sum over the ranks, if there are any.
-    pub(super) fn all_reduce(&self, x: &Tensor) -> Result<()> {
+    pub(super) fn sum_over_ranks(&self, x: &Tensor) -> Result<()> {
         match &self.team {
             Some(team) => self.measured(|| "all_reduce".to_owned(), || team.all_reduce(&self.stream, x)),
             None => Ok(()),

@@ -77,10 +77,10 @@ fn encoder_bytes(spec: &ActivationSpec) -> u64 {
         return 0;
     }
     let row = 2 * patches as u64;
-    let num_heads = hidden / spec.vision_head_dim.max(1);
-    let rotated = Kernels::vision_attend_scratch_bytes(patches, num_heads, spec.vision_head_dim);
-    // x, q, k and v, what attention gives, and what it needs or what follows.
-    let attention = 5 * row * hidden as u64 + rotated.max(row * hidden as u64);
+    let heads = spec.vision_num_heads * spec.vision_head_dim;
+    let rotated = Kernels::vision_attend_scratch_bytes(patches, spec.vision_num_heads, spec.vision_head_dim);
+    // x, q, k and v, what attention gives where normalised x was, and what it needs or what follows.
+    let attention = row * (2 * hidden + 3 * heads) as u64 + rotated.max(row * hidden as u64);
     let mlp = row * (2 * hidden + spec.vision_intermediate_size) as u64;
     // Pixels are a byte each.
     let embedding = row * (spec.patch_size + spec.patch_size / 2 + hidden) as u64;
@@ -111,6 +111,7 @@ mod tests {
         num_patches: 65_536,
         patch_size: 1536,
         vision_hidden_size: 1152,
+        vision_num_heads: 16,
         vision_head_dim: 72,
         vision_intermediate_size: 4304,
         patches_per_token: 4,
@@ -252,16 +253,18 @@ mod tests {
         let mut pool = Simulated(FreeRuns::new(0, 1 << 60));
         let row = 2 * patches;
         let hidden = row * spec.vision_hidden_size;
+        let heads = row * spec.vision_num_heads * spec.vision_head_dim;
         let [pixels, rows] = [pool.take(row / 2 * spec.patch_size), pool.take(row * spec.patch_size)];
         pool.drop([pixels]);
         let x = pool.take(hidden);
         pool.drop([rows]);
         for _ in 0..2 {
             let norm = pool.take(hidden);
-            let qkv = pool.take(3 * hidden);
+            let qkv = pool.take(3 * heads);
             pool.drop([norm]);
-            let attended = pool.take(hidden);
-            let rotated = pool.take(Kernels::vision_attend_scratch_bytes(patches, 16, 72) as usize);
+            let attended = pool.take(heads);
+            let scratch = Kernels::vision_attend_scratch_bytes(patches, spec.vision_num_heads, 72);
+            let rotated = pool.take(scratch as usize);
             pool.drop([rotated]);
             let projected = pool.take(hidden);
             pool.drop([projected, attended, qkv]);
@@ -280,8 +283,10 @@ mod tests {
 
     #[test]
     fn media_of_every_size_fit() {
-        for num_patches in [4096, 65_536] {
-            let spec = ActivationSpec { num_tokens: 64, num_patches, ..LARGE };
+        // Of two ranks that split the encoder's weights, or of one.
+        let half = ActivationSpec { vision_num_heads: 8, vision_intermediate_size: 2152, ..LARGE };
+        for (num_patches, of) in [(4096, LARGE), (65_536, LARGE), (4096, half), (65_536, half)] {
+            let spec = ActivationSpec { num_tokens: 64, num_patches, ..of };
             let bytes = activation_bytes(&spec, Rank::SINGLE, Prefill::default());
             for patches in
                 [4, 1024, 4096, 30_000, 65_536].into_iter().filter(|&patches| patches <= num_patches)
@@ -290,10 +295,12 @@ mod tests {
                 assert!(used <= bytes, "{patches} of {num_patches} patches: {used} of {bytes} bytes");
             }
         }
-        let (used, bytes) = (
-            simulated_encoder(&LARGE, 65_536) as f64,
-            activation_bytes(&LARGE, Rank::SINGLE, Prefill::default()) as f64,
-        );
-        assert!(used > 0.7 * bytes, "{used} of {bytes} bytes");
+        let [whole, split] = [LARGE, half].map(|spec| {
+            let bytes = activation_bytes(&spec, Rank::SINGLE, Prefill::default()) as f64;
+            let used = simulated_encoder(&spec, 65_536) as f64;
+            assert!(used > 0.7 * bytes, "{used} of {bytes} bytes");
+            bytes
+        });
+        assert!(split < 0.75 * whole, "{split} of {whole}: x stays as wide");
     }
 }

@@ -53,13 +53,17 @@ impl Upload {
         self.send(stream, target, |bytes| pack(inputs, key, vocab_size, bytes))
     }
 
-    /// `pixels` to `target`, piece by piece.
-    pub(super) fn pixels(&mut self, stream: &Stream, target: &DeviceSlice, pixels: &[u8]) -> Result<()> {
-        for (i, piece) in pixels.chunks(PIECE).enumerate() {
-            let target = target.slice((i * PIECE) as u64, piece.len() as u64)?;
+    /// The pixels of media, one after the other, to `target`, piece by piece: a piece may have the end of one medium and all of
+    /// others.
+    pub(super) fn pixels(&mut self, stream: &Stream, target: &DeviceSlice, media: &[&[u8]]) -> Result<()> {
+        let total: usize = media.iter().map(|medium| medium.len()).sum();
+        let mut rest = Rest { current: &[], media };
+        for offset in (0..total).step_by(PIECE) {
+            let len = PIECE.min(total - offset);
+            let target = target.slice(offset as u64, len as u64)?;
             self.send(stream, &target, |bytes| {
-                bytes[..piece.len()].copy_from_slice(piece);
-                Ok(piece.len())
+                rest.take(&mut bytes[..len]);
+                Ok(len)
             })?;
         }
         Ok(())
@@ -81,6 +85,28 @@ impl Upload {
         done.record(stream)?;
         self.next = 1 - self.next;
         Ok(())
+    }
+}
+
+/// Bytes of media that have not been taken.
+struct Rest<'a> {
+    current: &'a [u8],
+    media: &'a [&'a [u8]],
+}
+
+impl Rest<'_> {
+    /// Fills `bytes` with the next ones; there are as many.
+    fn take(&mut self, mut bytes: &mut [u8]) {
+        while !bytes.is_empty() {
+            let (now, later) = self.current.split_at(self.current.len().min(bytes.len()));
+            let (filled, left) = bytes.split_at_mut(now.len());
+            filled.copy_from_slice(now);
+            (self.current, bytes) = (later, left);
+            if !bytes.is_empty() {
+                let Some((next, others)) = self.media.split_first() else { return };
+                (self.current, self.media) = (next, others);
+            }
+        }
     }
 }
 
@@ -135,5 +161,21 @@ impl Download {
         done.wait()?;
         self.num_waiting -= 1;
         Ok(host.bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_run_over_the_ends_of_media() {
+        let media: [&[u8]; 4] = [&[1, 2, 3], &[], &[4], &[5, 6, 7, 8]];
+        for len in 1..=8 {
+            let mut rest = Rest { current: &[], media: &media };
+            let mut bytes = [0; 8];
+            bytes.chunks_mut(len).for_each(|piece| rest.take(piece));
+            assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 7, 8], "pieces of {len}");
+        }
     }
 }

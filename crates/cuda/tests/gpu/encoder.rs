@@ -73,7 +73,7 @@ impl<B: Backend> Encoder<B> {
     ) -> Result<B::Tensor> {
         let spec = spec();
         let norm = |x: &B::Tensor, i: usize| b.layer_norm(x, &self.norms[i][0], &self.norms[i][1], 1e-6);
-        let patches = b.patches(pixels, NUM_PATCHES, &spec)?;
+        let patches = b.patches(&[pixels], NUM_PATCHES, &spec)?;
         tap("patches", &patches);
         let mut x = b.linear(&patches, &self.embed)?;
         b.add_position(&mut x, &self.positions, GRID, &spec)?;
@@ -151,7 +151,7 @@ fn kept_tensors_survive_a_move() {
     let rows = |rows: usize, seed: usize| {
         let num_patches = rows / 3 * 8;
         let bytes: Vec<u8> = pixels.iter().cycle().skip(7 * seed).take(96 * num_patches).copied().collect();
-        b.reshape(&b.patches(&bytes, num_patches, &spec()).unwrap(), HIDDEN).unwrap()
+        b.reshape(&b.patches(&[&bytes], num_patches, &spec()).unwrap(), HIDDEN).unwrap()
     };
     let host = |x: &CudaTensor| b.to_host(x).unwrap().0;
     let mut kept: Vec<(CudaTensor, Vec<f32>)> = Vec::new();
@@ -183,5 +183,5 @@ fn a_text_model_has_no_place_for_pixels() {
     state.encoder_cache_bytes = 0;
     backend.allocate_state(state).unwrap();
     backend.admit(0, SlotParams::greedy()).unwrap();
-    assert!(backend.patches(&[0; 96], 1, &spec()).is_err());
+    assert!(backend.patches(&[&[0; 96]], 1, &spec()).is_err());
 }

@@ -302,6 +302,7 @@ pub(crate) fn state_of(rank: Rank, num_slots: usize, kv_dtype: KvDtype) -> State
         num_patches: 256,
         patch_size: 96,
         vision_hidden_size: 144,
+        vision_num_heads: 2,
         vision_head_dim: 72,
         vision_intermediate_size: 208,
         patches_per_token: 4,

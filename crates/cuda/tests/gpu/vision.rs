@@ -32,7 +32,7 @@ fn patches_are_the_cpu_backends() {
     ] {
         let spec = spec(patch_size, temporal, 2);
         let pixels = random.bytes(num_patches * 3 * frames * patch_size * patch_size);
-        let want = backend.patches(&pixels, num_patches, &spec).unwrap();
+        let want = backend.patches(&[&pixels], num_patches, &spec).unwrap();
         let out = bed.empty(want.shape(), Dtype::Bf16);
         bed.kernels.patches(&bed.stream, &bed.upload(&pixels), &spec, &out).unwrap();
         assert_eq!(bed.values(&out), want.values(), "{num_patches} {patch_size} {temporal} {frames}");

@@ -234,8 +234,8 @@ impl Backend for Fake {
         Ok(())
     }
 
-    fn patches(&self, pixels: &[u8], _: usize, _: &VisionSpec) -> Result<()> {
-        let sum = pixels.iter().map(|&byte| usize::from(byte)).sum();
+    fn patches(&self, pixels: &[&[u8]], _: usize, _: &VisionSpec) -> Result<()> {
+        let sum = pixels.iter().copied().flatten().map(|&byte| usize::from(byte)).sum();
         self.seen.pixels.fetch_add(sum, Ordering::Relaxed);
         Ok(())
     }

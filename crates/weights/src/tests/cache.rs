@@ -49,7 +49,33 @@ fn models() -> Vec<(Vec<Tensor>, Vec<ParamSpec>)> {
     let bias = super::files::f32s("o.bias", &[2], &[0.5, -1.0]);
     let weight = super::files::bf16s("o.weight", &[2, 4], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
     all.push((vec![weight, bias], vec![ParamSpec::linear("o", 2, 4, Shard::Columns).with_bias()]));
+    let (tensors, spec) = qkv();
+    all.push((tensors, vec![spec]));
     all
+}
+
+/// Three layers that are stored as one, and split.
+fn qkv() -> (Vec<Tensor>, ParamSpec) {
+    let values: Vec<f32> = (0..12u8).map(f32::from).collect();
+    let weight = super::files::bf16s("visual.qkv.weight", &[6, 2], &values);
+    let bias = super::files::f32s("visual.qkv.bias", &[6], &values[..6]);
+    let spec = ParamSpec::linear("visual.qkv", 6, 2, Shard::Stacked { count: 3 }).with_bias();
+    (vec![weight, bias], spec)
+}
+
+#[test]
+fn a_cache_is_of_one_way_to_split() {
+    let (tensors, split) = qkv();
+    let whole = ParamSpec { shard: Shard::Replicated, ..split.clone() };
+    let (dir, cache) = (folder(&tensors), tempfile::tempdir().unwrap());
+    let rank = Rank::new(1, 2).unwrap();
+    let both = [whole, split].map(|spec| {
+        let [first, second] =
+            [(); 2].map(|()| load(dir.path(), std::slice::from_ref(&spec), cache.path(), rank).0);
+        assert_eq!(first, second, "from the checkpoint and from the cache");
+        first
+    });
+    assert_ne!(both[0], both[1]);
 }
 
 #[test]

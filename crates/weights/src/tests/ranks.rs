@@ -261,6 +261,7 @@ fn random_weights_of_a_rank_are_a_part_of_those_of_one() {
         ),
         ParamSpec::linear("model.layers.0.self_attn.o_proj", 64, 192, Shard::Columns).with_bias(),
         ParamSpec::experts("model.layers.0.mlp.experts", 2, 64, 384),
+        ParamSpec::linear("model.visual.blocks.0.attn.qkv", 288, 64, Shard::Stacked { count: 3 }),
     ];
     let schemes = [
         json!({}),
@@ -275,7 +276,9 @@ fn random_weights_of_a_rank_are_a_part_of_those_of_one() {
         for spec in &specs {
             let all = matrices(&mut whole, spec);
             let shapes: Vec<[usize; 2]> = match &spec.kind {
-                ParamKind::Linear { parts, k, .. } => parts.iter().map(|part| [part.1, *k]).collect(),
+                ParamKind::Linear { parts, k, .. } => {
+                    parts.iter().map(|part| [part.1 / spec.shard.matrices(), *k]).collect()
+                }
                 _ => vec![[384, 64], [384, 64], [64, 384]],
             };
             for (index, world) in [(0, 2), (1, 2), (3, 4), (1, 3)] {
@@ -288,6 +291,13 @@ fn random_weights_of_a_rank_are_a_part_of_those_of_one() {
                 assert!(got == parts(spec, &all, &shapes, rank(index, world)), "{scheme}: {}", spec.name);
             }
         }
+        let qkv = ParamSpec { shard: Shard::Replicated, ..specs[4].clone() };
+        let mut unsplit = crate::dummy(&config, std::slice::from_ref(&qkv), 9, Rank::SINGLE).unwrap();
+        let stacked = matrices(&mut load(Rank::SINGLE), &specs[4]);
+        assert!(
+            matrices(&mut unsplit, &qkv) == [stacked.concat()],
+            "{scheme}: split or not, the same numbers"
+        );
         let o = load(rank(1, 2)).linear(&specs[2].name).unwrap();
         assert!(o.bias.is_none(), "the bias is rank 0's");
     }

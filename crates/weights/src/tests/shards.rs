@@ -86,6 +86,7 @@ fn ranks_load_their_parts_and_the_summary_counts_them() {
     let specs = [
         ParamSpec::fused("a", &[("q", 4), ("k", 2)], 2, Shard::Rows).with_bias(),
         ParamSpec::linear("o", 2, 4, Shard::Columns).with_bias(),
+        ParamSpec::linear("visual.qkv", 6, 2, Shard::Stacked { count: 3 }).with_bias(),
         ParamSpec::linear("lm_head", 3, 2, Shard::Vocab),
         ParamSpec::experts("mlp.experts", 1, 2, 2),
         ParamSpec::vector("norm", [1, 2]),
@@ -98,6 +99,8 @@ fn ranks_load_their_parts_and_the_summary_counts_them() {
         f32s("a.k.bias", &[2], &count(2)),
         f32s("o.weight", &[2, 4], &count(8)),
         f32s("o.bias", &[2], &count(2)),
+        f32s("visual.qkv.weight", &[6, 2], &count(12)),
+        f32s("visual.qkv.bias", &[6], &count(6)),
         f32s("lm_head.weight", &[3, 2], &count(6)),
         f32s("mlp.experts.0.gate_proj.weight", &[2, 2], &count(4)),
         f32s("mlp.experts.0.up_proj.weight", &[2, 2], &count(4)),
@@ -121,6 +124,10 @@ fn ranks_load_their_parts_and_the_summary_counts_them() {
         let c = 2.0 * first;
         assert_eq!(dequantize(&o.parts[0]), [c, c + 1.0, c + 4.0, c + 5.0]);
         assert_eq!(o.bias.is_some(), rank == 0);
+        let qkv = params.linear("visual.qkv").unwrap();
+        let parts: Vec<_> = qkv.parts.iter().map(dequantize).collect();
+        assert_eq!(parts, [0.0, 4.0, 8.0].map(|row| from(row + c, 2)), "a row of each of q, k and v");
+        assert_eq!(qkv.bias.unwrap(), [first, first + 2.0, first + 4.0]);
         assert_eq!(params.linear("lm_head").unwrap().n(), 2 - rank);
         let experts = params.experts("mlp.experts").unwrap();
         let (gate_up, down) = &experts.experts[0];
@@ -131,6 +138,16 @@ fn ranks_load_their_parts_and_the_summary_counts_them() {
     }
     let uneven = LoadOptions { rank: Rank::new(0, 3).unwrap(), ..LoadOptions::default() };
     assert!(checkpoint.load(&specs, &uneven).is_err());
+    let qkv = checkpoint.load(&specs, &LoadOptions::default()).unwrap().linear("visual.qkv").unwrap();
+    assert_eq!(
+        qkv.parts.iter().flat_map(dequantize).collect::<Vec<_>>(),
+        count(12),
+        "one rank has all of it"
+    );
+    assert_eq!(qkv.bias.unwrap(), count(6));
+    let uneven = [ParamSpec::linear("visual.qkv", 6, 2, Shard::Stacked { count: 4 })];
+    let error = checkpoint.load(&uneven, &LoadOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("visual.qkv") && error.contains("4 layers"), "{error}");
 }
 
 #[test]
