@@ -9,9 +9,10 @@ use std::{
 
 use spark_backend::{Collective, Rank};
 use spark_comm::{
-    Hello, Leader, Listener, Monitor,
+    Hello, Leader, Listener, Monitor, Parcels,
     nccl::{self, Nccl, UniqueId},
 };
+use spark_weights::{Exchange, ExchangeError};
 
 use crate::{Error, Result};
 
@@ -140,6 +141,17 @@ impl Team {
         }))
     }
 
+    /// The way on which ranks send each other what they read of a checkpoint.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub(crate) fn exchange(&mut self) -> Result<Arc<dyn Exchange>> {
+        Ok(Arc::new(Way(match self {
+            Self::Leader(leader) => leader.parcels()?,
+            Self::Follower(follower) => follower.parcels()?,
+        })))
+    }
+
     /// A group of GPUs that the backend connects. It is given up when a rank is lost.
     ///
     /// # Errors
@@ -186,6 +198,23 @@ impl Team {
             Self::Leader(leader) => leader.monitor(),
             Self::Follower(follower) => follower.monitor(),
         }
+    }
+}
+
+/// Neither of the two crates that meet here knows the other.
+struct Way(Parcels);
+
+impl Exchange for Way {
+    fn send(&self, rank: usize, tag: u32, bytes: &[u8]) -> Result<(), ExchangeError> {
+        Ok(self.0.send(rank, tag, bytes)?)
+    }
+
+    fn receive(&self, rank: usize) -> Result<(u32, Vec<u8>), ExchangeError> {
+        Ok(self.0.receive(rank)?)
+    }
+
+    fn close(&self) {
+        self.0.close();
     }
 }
 
