@@ -3,13 +3,14 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use spark_backend::{Collective, Rank};
 use spark_comm::{
-    Hello, Leader, Listener, Monitor, Parcels,
+    Hello, Leader, Listener, LossReason, Monitor, Parcels,
     nccl::{self, Nccl, UniqueId},
 };
 use spark_weights::{Exchange, ExchangeError};
@@ -175,8 +176,13 @@ impl Team {
             }
         };
         let group = nccl::Group::new(&nccl, id, self.rank(), NCCL_CONNECTS_WITHIN);
-        let aborter = group.aborter();
-        self.monitor().watch(move |lost| {
+        let (aborter, checked) = (group.aborter(), group.aborter());
+        let monitor = self.monitor();
+        monitor.watch_link(move || checked.check().err().map(|error| error.to_string()));
+        monitor.watch(move |lost| {
+            if lost.reason == LossReason::Link {
+                tell_of_rails();
+            }
             if !aborter.abort(&lost.to_string()) {
                 tracing::error!(
                     "NCCL does not let go of the lost group: only the end of this process frees its GPU"
@@ -198,6 +204,16 @@ impl Team {
             Self::Leader(leader) => leader.monitor(),
             Self::Follower(follower) => follower.monitor(),
         }
+    }
+}
+
+/// Says which of the rails that NCCL was given are down.
+fn tell_of_rails() {
+    let hcas = std::env::var("NCCL_IB_HCA").unwrap_or_default();
+    let machine = nccl::Machine::read(Path::new("/"), None, None);
+    for rail in nccl::lost_rails(&hcas, &machine) {
+        let left: Vec<String> = machine.rails.iter().map(|rail| format!("{}:{}", rail.hca, rail.port)).collect();
+        tracing::error!("the rail {rail} is down; what is left: {}", left.join(", "));
     }
 }
 

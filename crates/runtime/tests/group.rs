@@ -8,7 +8,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -324,6 +324,60 @@ fn a_rank_that_hangs_while_its_heart_beats_is_given_up() {
     });
     assert!(first.join().unwrap().is_err());
     assert_eq!(engine.health(), Health::Ready);
+}
+
+#[test]
+fn a_broken_link_between_living_ranks_costs_no_answer() {
+    const MODEL: &str = "dense_vl_bf16";
+    let listener = listener();
+    let address = listener.local_addr();
+    let (is_broken, has_rebuilt) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let first = thread::spawn({
+        let is_broken = is_broken.clone();
+        move || {
+            let (_, parts) = observed(2, MODEL);
+            let Parts { backend, model, options, plan, .. } = parts();
+            let follower = join(address, 1, 2, &hello(), DEADLINE).unwrap();
+            let broken = move || is_broken.load(Ordering::Relaxed).then(|| "cut".to_owned());
+            follower.monitor().watch_link(broken);
+            follow(backend, model, &options, &plan, follower)
+        }
+    });
+    let (ours, parts) = observed(2, MODEL);
+    let running = leader(&listener, 2, parts()).unwrap();
+    let rebuilt = has_rebuilt.clone();
+    let rebuild = Box::new(move || {
+        rebuilt.store(true, Ordering::Relaxed);
+        let (_, parts) = observed(2, MODEL);
+        drop(follower(address, 1, 2, parts));
+        let (_, parts) = observed(2, MODEL);
+        leader(&listener, 2, parts()).map_err(|error| error.to_string())
+    });
+    let engine = EngineHandle::start(running, &EngineOptions::default(), Some(rebuild)).unwrap();
+    let vocab_size = engine.info().limits.vocab_size as u32;
+    let (steps, freed) = (ours.clone(), ours);
+    let answers = thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_for("some have begun", || steps.num_steps.load(Ordering::Relaxed) > 30);
+            // As in a collective of which nothing comes any more, until the group is given up.
+            steps.hangs.store(true, Ordering::Relaxed);
+            is_broken.store(true, Ordering::Relaxed);
+            wait_for("the follower is told", || first.is_finished());
+            freed.hangs.store(false, Ordering::Relaxed);
+        });
+        answers(&engine, &prompts(), MANY)
+    });
+    for (prompt, answer) in prompts().iter().zip(answers) {
+        assert!(matches!(answer.reason, FinishReason::Length), "{:?}", answer.reason);
+        let mut tokens = prompt.clone();
+        (0..MANY).for_each(|_| tokens.push(next_token(&tokens, vocab_size)));
+        assert!(answer.tokens == tokens[prompt.len()..], "none is lost, doubled or different");
+    }
+    let error = first.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("rank 1") && error.contains("lives"), "{error}");
+    assert!(has_rebuilt.load(Ordering::Relaxed), "there was a rebuild");
+    assert_eq!(engine.health(), Health::Ready);
+    assert_eq!((engine.failure(), stats(&engine).num_running), (None, 0));
 }
 
 #[test]

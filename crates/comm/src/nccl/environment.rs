@@ -40,6 +40,14 @@ pub fn defaults(machine: &Machine) -> Vec<(&'static str, String)> {
     all
 }
 
+/// The ports of `hcas`, a list as [`defaults`] makes it for NCCL_IB_HCA, that `machine` does not have among its rails: they are down, or
+/// have lost their network.
+pub fn lost_rails(hcas: &str, machine: &Machine) -> Vec<String> {
+    let ports = hcas.trim_start_matches('=').split(',').filter(|port| !port.is_empty());
+    let is_up = |port: &str| machine.rails.iter().any(|rail| format!("{}:{}", rail.hca, rail.port) == port);
+    ports.filter(|port| !is_up(port)).map(str::to_owned).collect()
+}
+
 /// What is wrong with a value that somebody set, on a [GB10](Machine::is_gb10) or another machine; `None` if nothing is known against
 /// it. The only list of such settings: what is warned of at a start is what `doctor` finds.
 pub fn harm(is_gb10: bool, name: &str, value: &str) -> Option<&'static str> {
