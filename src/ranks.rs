@@ -212,7 +212,8 @@ fn tell_of_rails() {
     let hcas = std::env::var("NCCL_IB_HCA").unwrap_or_default();
     let machine = nccl::Machine::read(Path::new("/"), None, None);
     for rail in nccl::lost_rails(&hcas, &machine) {
-        let left: Vec<String> = machine.rails.iter().map(|rail| format!("{}:{}", rail.hca, rail.port)).collect();
+        let left: Vec<String> =
+            machine.rails.iter().map(|rail| format!("{}:{}", rail.hca, rail.port)).collect();
         tracing::error!("the rail {rail} is down; what is left: {}", left.join(", "));
     }
 }

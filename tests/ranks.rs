@@ -3,6 +3,7 @@
 
 mod copies;
 mod exchange;
+mod link;
 mod networks;
 
 use std::{

@@ -180,7 +180,8 @@ impl ModelArgs {
                 let bar = bar.clone();
                 move |progress| bar.update(progress.bytes_read, progress.bytes_total)
             }));
-        builder = self.loading.head.apply(self.device.apply(builder)).load_exchange(self.loading.load_exchange);
+        builder =
+            self.loading.head.apply(self.device.apply(builder)).load_exchange(self.loading.load_exchange);
         if let Some(folder) = self.loading.weight_cache {
             builder = builder.weight_cache(folder);
         }

@@ -76,12 +76,7 @@ fn local_addr(listener: &TcpListener) -> Result<SocketAddr> {
 }
 
 /// Connects to all lower ranks and takes the connections of all higher ones.
-fn connect(
-    key: Key,
-    listener: &TcpListener,
-    addresses: &Addresses,
-    monitor: &Monitor,
-) -> Result<Streams> {
+fn connect(key: Key, listener: &TcpListener, addresses: &Addresses, monitor: &Monitor) -> Result<Streams> {
     let rank = monitor.rank();
     let until = Instant::now() + MESH_TIMEOUT;
     let acceptor = Acceptor::start(listener, key)?;

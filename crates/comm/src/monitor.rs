@@ -239,7 +239,8 @@ impl Shared {
     fn look_at_link(&self, broken_since: &mut Option<Instant>) {
         let link = self.state().link.clone();
         let Some(problem) = link.and_then(|check| check()) else { return *broken_since = None };
-        if broken_since.get_or_insert_with(Instant::now).elapsed() < LINK_WAIT || self.state().lost.is_some() {
+        if broken_since.get_or_insert_with(Instant::now).elapsed() < LINK_WAIT || self.state().lost.is_some()
+        {
             return;
         }
         tracing::error!("data do not reach the other ranks, which live: {problem}");

@@ -33,7 +33,8 @@ impl Engine {
         };
         let reason = failure.message();
         let is_link = self.link.lost_reason() == Some(LossReason::Link);
-        let what = if is_link { "all requests go on" } else { "requests that have begun end, the others go on" };
+        let what =
+            if is_link { "all requests go on" } else { "requests that have begun end, the others go on" };
         tracing::error!("{reason}; {what} when the ranks have come back");
         self.set_health(Health::Failed(format!("{reason}; waiting for the ranks to come back")));
         self.keep(reason, is_link);

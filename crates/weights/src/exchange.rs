@@ -227,9 +227,8 @@ impl Exchanging {
         let awaited: Vec<(u32, Vec<Request>)> = awaited.into_iter().collect();
         let fail = |error: &Error| self.give_up(&error.to_string());
         let (read, received) = std::thread::scope(|scope| {
-            let read = scope.spawn(|| {
-                reader.read(own, threads, progress, &send_and_deliver).inspect_err(fail)
-            });
+            let read =
+                scope.spawn(|| reader.read(own, threads, progress, &send_and_deliver).inspect_err(fail));
             let received = run_workers(threads, awaited.len(), |next| {
                 while let Some(index) = next.take() {
                     let (number, requests) = &awaited[index];
@@ -265,7 +264,7 @@ impl Exchanging {
 
     /// Ends the load on all ranks, unless it has ended.
     pub(crate) fn give_up(&self, reason: &str) {
-        self.shared.fail(self.shared.rank.index(), reason.to_owned());
+        self.shared.fail(self.shared.rank.index(), reason);
     }
 }
 
@@ -303,12 +302,12 @@ impl Shared {
     }
 
     /// Notes the first failure, tells the other ranks, and ends everything.
-    fn fail(&self, rank: usize, reason: String) {
+    fn fail(&self, rank: usize, reason: &str) {
         let mut state = lock(&self.state);
         if state.failure.is_some() {
             return;
         }
-        state.failure = Some(Failure { rank, reason: reason.clone() });
+        state.failure = Some(Failure { rank, reason: reason.to_owned() });
         state.arrived.clear();
         drop(state);
         self.changed.notify_all();
@@ -333,7 +332,7 @@ impl Shared {
         let state = lock(&self.state);
         let waited = self.changed.wait_timeout_while(state, VERDICT_WAIT, |state| state.failure.is_none());
         drop(waited);
-        self.fail(peer, error.to_string());
+        self.fail(peer, &error.to_string());
         self.alive().map(drop)
     }
 
@@ -364,8 +363,8 @@ impl Shared {
             match heard.and_then(|(tag, bytes)| self.hear(peer, tag, bytes)) {
                 Ok(Next::More) => {}
                 Ok(Next::Done) => return,
-                Ok(Next::Failed(failure)) => return self.fail(failure.rank, failure.reason),
-                Err(reason) => return self.fail(peer, reason),
+                Ok(Next::Failed(failure)) => return self.fail(failure.rank, &failure.reason),
+                Err(reason) => return self.fail(peer, &reason),
             }
         }
     }

@@ -301,9 +301,10 @@ impl Parts {
         self.exchange = Exchanging::agree(way, *rank, table, specs.len())?;
         if let Some(exchange) = &self.exchange {
             let items = &self.plan.items;
-            let (mut own, others): (Vec<_>, Vec<_>) = requests(checkpoint, items).into_iter().partition(|request| {
-                exchange.table().is_read_by(rank.index(), items[request.item].spec, request)
-            });
+            let (mut own, others): (Vec<_>, Vec<_>) =
+                requests(checkpoint, items).into_iter().partition(|request| {
+                    exchange.table().is_read_by(rank.index(), items[request.item].spec, request)
+                });
             let own = self.reader.num_bytes(&mut own);
             let others: u64 = others.iter().map(|request| request.len as u64).sum();
             tracing::info!(

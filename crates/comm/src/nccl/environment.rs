@@ -206,7 +206,12 @@ mod tests {
     #[test]
     fn one_rail_is_not_merged_and_none_is_not_named() {
         let mut machine = read_spark(ROUTES, [192, 168, 100, 11]);
+        let both = value(&defaults(&machine), "NCCL_IB_HCA").unwrap().to_owned();
+        assert_eq!(lost_rails(&both, &machine), [""; 0]);
         machine.rails.remove(0);
+        assert_eq!(lost_rails(&both, &machine), ["roceP2p1s0f0:1"]);
+        assert_eq!(lost_rails(&both, &Machine::default()).len(), 2);
+        assert_eq!(lost_rails("", &machine), [""; 0]);
         let all = defaults(&machine);
         assert_eq!(value(&all, "NCCL_IB_HCA"), Some("=rocep1s0f0:1"));
         assert_eq!(value(&all, "NCCL_IB_MERGE_NICS"), Some("0"));

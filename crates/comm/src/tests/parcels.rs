@@ -1,5 +1,7 @@
 //! Parcels between all ranks at once, and how they end.
 
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
 
 use spark_testing::Direction;
@@ -50,6 +52,20 @@ fn all_ranks_send_to_all_at_once_in_order() {
         leader.send_bulk(&7_u8).unwrap();
         assert_eq!(followers[0].recv_bulk::<u8>().unwrap(), 7);
     }
+}
+
+#[test]
+fn garbage_between_parcels_ends_the_team() {
+    let (leader, _followers) = team(2);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (near, _) = listener.accept().unwrap();
+    let parcels = Parcels::new(&leader.monitor(), vec![None, Some(near)]).unwrap();
+    // Tag 7, three bytes; then a length that nothing has.
+    far.write_all(&[&[7, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0][..], b"abc", &[0xee; 4096]].concat()).unwrap();
+    assert!(parcels.receive(1).unwrap() == (7, b"abc".to_vec()));
+    let Error::Lost(lost) = parcels.receive(1).unwrap_err() else { panic!("a loss") };
+    assert!(lost.rank == 1 && matches!(lost.reason, LossReason::Garbage(_)), "{lost}");
 }
 
 #[test]

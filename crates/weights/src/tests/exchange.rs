@@ -14,8 +14,14 @@ use crate::{Error, Exchange, ExchangeError, LoadOptions, LoadProgress, ParamKind
 /// Messages from one rank to another: at most [`WIRE`] bytes are under way.
 #[derive(Default)]
 struct Wire {
-    state: Mutex<(VecDeque<(u32, Vec<u8>)>, bool)>,
+    state: Mutex<Queue>,
     changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    messages: VecDeque<(u32, Vec<u8>)>,
+    is_cut: bool,
 }
 
 /// Less than most tensors: senders wait for receivers.
@@ -24,27 +30,28 @@ const WIRE: usize = 1000;
 impl Wire {
     fn send(&self, tag: u32, bytes: &[u8]) -> Result<(), ExchangeError> {
         let state = self.state.lock().unwrap();
-        let is_full = |state: &mut (VecDeque<(u32, Vec<u8>)>, bool)| {
-            !state.1 && state.0.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() > WIRE
+        let is_full = |state: &mut Queue| {
+            !state.is_cut && state.messages.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() > WIRE
         };
         let mut state = self.changed.wait_while(state, is_full).unwrap();
-        if state.1 {
+        if state.is_cut {
             return Err("the wire is cut".into());
         }
-        state.0.push_back((tag, bytes.to_vec()));
+        state.messages.push_back((tag, bytes.to_vec()));
         self.changed.notify_all();
         Ok(())
     }
 
     fn receive(&self) -> Result<(u32, Vec<u8>), ExchangeError> {
         let state = self.state.lock().unwrap();
-        let mut state = self.changed.wait_while(state, |state| state.0.is_empty() && !state.1).unwrap();
+        let mut state =
+            self.changed.wait_while(state, |state| state.messages.is_empty() && !state.is_cut).unwrap();
         self.changed.notify_all();
-        state.0.pop_front().ok_or_else(|| "the wire is cut".into())
+        state.messages.pop_front().ok_or_else(|| "the wire is cut".into())
     }
 
     fn cut(&self) {
-        self.state.lock().unwrap().1 = true;
+        self.state.lock().unwrap().is_cut = true;
         self.changed.notify_all();
     }
 }
@@ -270,9 +277,7 @@ fn other_files_are_noticed_before_anything_is_read() {
     let mut others = tensors.clone();
     others.swap(1, 2);
     let dirs = [folder(&tensors), folder(&others)];
-    let ends = together(2, |rank, options| {
-        stream(dirs[rank.index()].path(), &specs, &options).map(drop)
-    });
+    let ends = together(2, |rank, options| stream(dirs[rank.index()].path(), &specs, &options).map(drop));
     for (end, other) in ends.into_iter().zip([1, 0]) {
         let Err(Error::Exchange { rank, reason }) = end else { panic!("{end:?}") };
         assert!(rank == other && reason.contains("same files"), "{reason}");
