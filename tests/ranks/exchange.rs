@@ -25,8 +25,9 @@ use crate::{
     },
 };
 
-fn check_fixtures(world: &str) {
-    for model in model_names("").unwrap() {
+/// The fixtures whose names begin with `prefix` answer the oracle's chats as the oracle does.
+fn check_fixtures(prefix: &str, world: &str) {
+    for model in model_names(prefix).unwrap() {
         let server = serve(&model, world, &["--load-exchange"]);
         let log = server.wait_for_log("GB of weights are read here");
         assert!(log.contains("come from other ranks"), "{model}: {log}");
@@ -40,12 +41,13 @@ fn check_fixtures(world: &str) {
 
 #[test]
 fn fixtures_read_by_two_ranks_for_each_other_answer_as_on_one() {
-    check_fixtures("2");
+    check_fixtures("", "2");
 }
 
 #[test]
 fn fixtures_read_by_four_ranks_for_each_other_answer_as_on_one() {
-    check_fixtures("4");
+    check_fixtures("moe_vl", "4");
+    check_fixtures("dense_vl", "4");
 }
 
 /// A checkpoint of Qwen3-30B-A3B's layout with few experts, of random numbers, and a fixture's tokenizer.
