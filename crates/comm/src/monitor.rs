@@ -228,6 +228,7 @@ impl Shared {
         shut(&state.sockets);
         state.sockets.clear();
         let watchers = std::mem::take(&mut state.watchers);
+        state.link = None;
         drop(state);
         self.changed.notify_all();
         for watcher in watchers {
