@@ -165,6 +165,13 @@ impl EngineBuilder {
         self
     }
 
+    /// Lets the ranks of a group read for each other: each reads about its share of the checkpoint and sends the others what they
+    /// need of it. Faster than reading alone where the way between the ranks is faster than their disks.
+    pub fn load_exchange(mut self, exchange: bool) -> Self {
+        self.settings.load_exchange = exchange;
+        self
+    }
+
     /// Threads of the CPU backend; by default one per core.
     pub fn threads(mut self, threads: usize) -> Self {
         self.settings.threads = Some(threads);

@@ -87,10 +87,10 @@ pub(crate) struct EncodePictures<'a> {
 impl UseBackend for EncodePictures<'_> {
     type Output = EncoderTimes;
 
-    fn run<B: Backend>(self, settings: &Settings, mut backend: B, place: Place) -> Result<EncoderTimes> {
+    fn run<B: Backend>(self, settings: &Settings, mut backend: B, mut place: Place) -> Result<EncoderTimes> {
         // Reading it back waits for all work before it.
         let mark = backend.vector(VectorWeight { values: vec![0.0; 16], shape: [1, 16] })?;
-        let (model, memory) = settings.load(self.files, &backend)?;
+        let (model, memory) = settings.load(self.files, &backend, place.team.as_mut())?;
         let vocab_size = model.config().text.vocab_size;
         backend.allocate_state(memory.state(&settings.options, vocab_size))?;
         let mut lists = Vec::with_capacity(self.pictures.len());

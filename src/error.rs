@@ -1,7 +1,7 @@
 //! Why an engine could not be built. Each text says what was wrong and where.
 
 /// Result of the library.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why an engine could not be built.
 #[derive(Debug, thiserror::Error)]

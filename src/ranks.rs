@@ -3,15 +3,17 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use spark_backend::{Collective, Rank};
 use spark_comm::{
-    Hello, Leader, Listener, Monitor,
+    Hello, Leader, Listener, LossReason, Monitor, Parcels,
     nccl::{self, Nccl, UniqueId},
 };
+use spark_weights::{Exchange, ExchangeError};
 
 use crate::{Error, Result};
 
@@ -140,6 +142,17 @@ impl Team {
         }))
     }
 
+    /// The way on which ranks send each other what they read of a checkpoint.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub(crate) fn exchange(&mut self) -> Result<Arc<dyn Exchange>> {
+        Ok(Arc::new(Way(match self {
+            Self::Leader(leader) => leader.parcels()?,
+            Self::Follower(follower) => follower.parcels()?,
+        })))
+    }
+
     /// A group of GPUs that the backend connects. It is given up when a rank is lost.
     ///
     /// # Errors
@@ -163,8 +176,13 @@ impl Team {
             }
         };
         let group = nccl::Group::new(&nccl, id, self.rank(), NCCL_CONNECTS_WITHIN);
-        let aborter = group.aborter();
-        self.monitor().watch(move |lost| {
+        let (aborter, checked) = (group.aborter(), group.aborter());
+        let monitor = self.monitor();
+        monitor.watch_link(move || checked.check().err().map(|error| error.to_string()));
+        monitor.watch(move |lost| {
+            if lost.reason == LossReason::Link {
+                tell_of_rails();
+            }
             if !aborter.abort(&lost.to_string()) {
                 tracing::error!(
                     "NCCL does not let go of the lost group: only the end of this process frees its GPU"
@@ -186,6 +204,34 @@ impl Team {
             Self::Leader(leader) => leader.monitor(),
             Self::Follower(follower) => follower.monitor(),
         }
+    }
+}
+
+/// Says which of the rails that NCCL was given are down.
+fn tell_of_rails() {
+    let hcas = std::env::var("NCCL_IB_HCA").unwrap_or_default();
+    let machine = nccl::Machine::read(Path::new("/"), None, None);
+    for rail in nccl::lost_rails(&hcas, &machine) {
+        let left: Vec<String> =
+            machine.rails.iter().map(|rail| format!("{}:{}", rail.hca, rail.port)).collect();
+        tracing::error!("the rail {rail} is down; what is left: {}", left.join(", "));
+    }
+}
+
+/// Neither of the two crates that meet here knows the other.
+struct Way(Parcels);
+
+impl Exchange for Way {
+    fn send(&self, rank: usize, tag: u32, bytes: &[u8]) -> Result<(), ExchangeError> {
+        Ok(self.0.send(rank, tag, bytes)?)
+    }
+
+    fn receive(&self, rank: usize) -> Result<(u32, Vec<u8>), ExchangeError> {
+        Ok(self.0.receive(rank)?)
+    }
+
+    fn close(&self) {
+        self.0.close();
     }
 }
 

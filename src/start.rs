@@ -3,6 +3,7 @@
 
 use std::{
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -11,7 +12,7 @@ use spark_cpu::CpuBackend;
 use spark_cuda::{Arch, CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, Profile};
 use spark_models::{EncoderSplit, Head, HeadDtype, MoeParallel, Qwen3Vl};
 use spark_runtime::{EngineHandle, EngineOptions, LeaderGroup, MemoryPlan, MemoryUse, Rebuild, Running};
-use spark_weights::{LoadOptions, LoadStrategy, Params, ProgressFn};
+use spark_weights::{Exchange, LoadOptions, LoadStrategy, Params, ProgressFn};
 
 use crate::{Error, ModelFiles, Ranks, Result, fingerprint, ranks::Team};
 
@@ -107,6 +108,7 @@ pub(crate) struct Settings {
     pub(crate) native_fp4: NativeFp4,
     pub(crate) moe_parallel: MoeParallel,
     pub(crate) weight_cache: Option<PathBuf>,
+    pub(crate) load_exchange: bool,
     pub(crate) threads: Option<usize>,
     pub(crate) options: EngineOptions,
     pub(crate) progress: Option<ProgressFn>,
@@ -140,6 +142,7 @@ impl Default for Settings {
             native_fp4: NativeFp4::default(),
             moe_parallel: MoeParallel::default(),
             weight_cache: None,
+            load_exchange: false,
             threads: None,
             options: EngineOptions::default(),
             progress: None,
@@ -230,8 +233,10 @@ impl Settings {
             ..self.options.clone()
         };
         let (load_format, seed, eager) = (self.load_format, self.seed, self.enforce_eager);
-        let formats = (self.lm_head_dtype, self.prefill_activations, self.moe_parallel, self.encoder_split);
-        let settings = format!("{device} {dtype:?} {formats:?} {load_format:?} {seed} {eager} {options:?}");
+        let formats = (self.lm_head_dtype, self.prefill_activations);
+        let shared = (self.moe_parallel, self.encoder_split, self.load_exchange);
+        let settings =
+            format!("{device} {dtype:?} {formats:?} {shared:?} {load_format:?} {seed} {eager} {options:?}");
         ranks.gather(joining.model, &settings, joining.timeout).map(Some)
     }
 
@@ -323,14 +328,17 @@ impl Settings {
         self.ranks.as_ref().map_or(0, |ranks| ranks.local_rank)
     }
 
-    /// Takes the model to `backend`, and divides the memory that is left.
+    /// Takes the model to `backend`, one of `team` if it is a rank of a group, and divides the memory that is left.
     pub(crate) fn load<B: Backend>(
         &self,
         files: ModelFiles,
         backend: &B,
+        team: Option<&mut Team>,
     ) -> Result<(Qwen3Vl<B>, MemoryPlan)> {
         let before = self.share_of_memory(backend.memory()?);
-        let mut params = self.params(&files, before, backend.rank())?;
+        let reads = self.load_exchange && self.load_format == LoadFormat::Auto;
+        let exchange = team.filter(|_| reads).map(Team::exchange).transpose()?;
+        let mut params = self.params(&files, before, backend.rank(), exchange)?;
         let mean_std = self.options.image_mean_std;
         let head = Head { is_own: files.has_lm_head, dtype: self.lm_head_dtype };
         let model = Qwen3Vl::load(files.config, head, mean_std, &mut params, backend)?;
@@ -383,7 +391,13 @@ impl Settings {
     }
 
     /// Parameters that are read, or made up, while the model takes them.
-    fn params(&self, files: &ModelFiles, memory: Memory, rank: Rank) -> Result<Params> {
+    fn params(
+        &self,
+        files: &ModelFiles,
+        memory: Memory,
+        rank: Rank,
+        exchange: Option<Arc<dyn Exchange>>,
+    ) -> Result<Params> {
         let config = files.checkpoint.config();
         Ok(match self.load_format {
             // Only memory that is not the machine's holds what the machine's does not.
@@ -398,6 +412,7 @@ impl Settings {
                     progress: self.progress.clone(),
                     threads: self.threads.unwrap_or(0),
                     cache: self.weight_cache.clone(),
+                    exchange,
                 };
                 files.checkpoint.stream(&files.specs, &options)?
             }
@@ -442,10 +457,10 @@ struct Made {
 impl UseBackend for MakeRunning {
     type Output = Made;
 
-    fn run<B: Backend>(self, settings: &Settings, backend: B, place: Place) -> Result<Made> {
+    fn run<B: Backend>(self, settings: &Settings, backend: B, mut place: Place) -> Result<Made> {
         let Self { files, vocab_size, began } = self;
         let kernels = began.elapsed();
-        let (model, memory) = settings.load(files, &backend)?;
+        let (model, memory) = settings.load(files, &backend, place.team.as_mut())?;
         let load = began.elapsed() - kernels;
         let group = match place.team {
             Some(Team::Leader(leader)) => Some(LeaderGroup::new(leader)),
@@ -468,11 +483,11 @@ struct Follow {
 impl UseBackend for Follow {
     type Output = ();
 
-    fn run<B: Backend>(self, settings: &Settings, backend: B, place: Place) -> Result<()> {
+    fn run<B: Backend>(self, settings: &Settings, backend: B, mut place: Place) -> Result<()> {
+        let (model, memory) = settings.load(self.files, &backend, place.team.as_mut())?;
         let Some(Team::Follower(follower)) = place.team else {
             return Err(Error::option("--rank", "rank 0 has nobody to follow"));
         };
-        let (model, memory) = settings.load(self.files, &backend)?;
         Ok(spark_runtime::follow(backend, model, &settings.options, &memory, follower)?)
     }
 }

@@ -222,6 +222,8 @@ fn inspect_describes_every_fixture() {
             assert_eq!(rank["kv_bytes_per_token"]["bf16"], kv.iter().product::<u64>() * 2, "{model}");
             let (read, held) = (rank["bytes_read"].as_u64().unwrap(), rank["bytes_held"].as_u64().unwrap());
             assert!(read > 0 && held > 0 && rank["tensors"].as_u64().unwrap() > 0, "{model}: {rank}");
+            let exchanged = rank["bytes_read_in_exchange"].as_u64().unwrap();
+            assert!(exchanged > 0 && exchanged <= read, "{model}: {rank}");
         }
         assert_eq!(report["tensor_parallel_size"], 2, "{model}");
     }

@@ -2,6 +2,8 @@
 //! network or to the head ends as promised, within seconds. The protocol itself is tested in `crates/comm`.
 
 mod copies;
+mod exchange;
+mod link;
 mod networks;
 
 use std::{

@@ -58,6 +58,7 @@ fn report(files: &ModelFiles, world: usize, head: HeadDtype) -> anyhow::Result<V
         (0..world).map_while(|index| Rank::new(index, world)).zip(&summary.ranks).map(|(rank, held)| {
             json!({
                 "tensors": held.tensors, "bytes_read": held.bytes_read,
+                "bytes_read_in_exchange": held.bytes_read_in_exchange,
                 "bytes_held": head_bytes.held(held.bytes_held, rank), "kv_bytes_per_token": kv_bytes(config, rank),
                 "experts": text.moe.as_ref().map(|moe| moe.experts_of(rank)),
             })
@@ -193,7 +194,8 @@ fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {
     )?;
     let world = &report["tensor_parallel_size"];
     for (index, rank) in report["ranks"].as_array().into_iter().flatten().enumerate() {
-        let [read, held] = ["bytes_read", "bytes_held"].map(|key| grouped(&rank[key]));
+        let [read, exchanged, held] =
+            ["bytes_read", "bytes_read_in_exchange", "bytes_held"].map(|key| grouped(&rank[key]));
         let [bf16, fp8] = ["bf16", "fp8"].map(|dtype| grouped(&rank["kv_bytes_per_token"][dtype]));
         let tensors = grouped(&rank["tensors"]);
         let experts = match &rank["experts"] {
@@ -204,8 +206,8 @@ fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {
         };
         writeln!(
             out,
-            "rank {index} of {world}   {experts}{tensors} tensors: reads {read} bytes, holds {held}; KV cache {bf16} bytes a \
-             token in bf16, {fp8} in fp8"
+            "rank {index} of {world}   {experts}{tensors} tensors: reads {read} bytes ({exchanged} with --load-exchange), holds {held}; \
+             KV cache {bf16} bytes a token in bf16, {fp8} in fp8"
         )?;
     }
     Ok(())

@@ -150,6 +150,9 @@ impl TcpCollective {
         }
         self.exchange.run(call, out, expected, &mut self.received).map_err(|failure| {
             let (rank, reason, error) = match failure {
+                Failure::Lost(rank, LossReason::Closed) => {
+                    return self.monitor.explain(rank, LossReason::Link);
+                }
                 Failure::Lost(rank, reason) => return self.monitor.explain(rank, reason),
                 Failure::Diverged { rank, theirs, ours } => {
                     (rank, LossReason::Diverged, Error::Diverged { rank, theirs, ours })

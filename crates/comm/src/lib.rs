@@ -9,7 +9,8 @@
 //! | bulk | admissions, addresses, memory plans, both ways | `u64` length, then postcard; at most [`BULK_LIMIT`] bytes |
 //! | liveness | heartbeats, losses, the wish to stop, the goodbye | one byte |
 //!
-//! [`TcpCollective`] adds one connection between each two ranks. All integers are little-endian.
+//! [`TcpCollective`] adds one connection between each two ranks, and so does [`Parcels`] (`u32` tag, `u64` length, bytes; at most
+//! [`BULK_LIMIT`]). All integers are little-endian.
 //!
 //! Each connection begins with the same handshake (`handshake.rs`), within [`HANDSHAKE_TIMEOUT`], on a thread of its own:
 //! 1. The joiner knocks: 8 bytes that name this protocol, its version, 32 random bytes. Anything else is a stranger and
@@ -53,6 +54,7 @@ mod mesh;
 mod monitor;
 #[allow(unsafe_code, reason = "functions of another library")]
 pub mod nccl;
+mod parcels;
 mod team;
 #[cfg(test)]
 mod tests;
@@ -66,6 +68,7 @@ pub use handshake::{Hello, PROTOCOL};
 pub use join::join;
 pub use listener::{JoinEvent, Listener, Stopper};
 pub use monitor::{LossReason, Monitor, PeerLost};
+pub use parcels::Parcels;
 pub use team::{Follower, Leader};
 
 /// Most ranks of a group.

@@ -1,4 +1,4 @@
-//! One connection between each two ranks, for collectives. Not what they carry.
+//! One connection between each two ranks, for collectives and parcels. Not what they carry.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use crate::channel::{BulkFollower, BulkLeader};
 use crate::handshake::{Failure, Hello, Introduction, Key, Purpose, random};
 use crate::join::open;
 use crate::monitor::{LossReason, Monitor};
-use crate::{Error, Refusal, Result, TcpCollective};
+use crate::{Error, Refusal, Result};
 
 /// All ranks begin at the same moment, so this is ample.
 const MESH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -19,11 +19,14 @@ const MESH_TIMEOUT: Duration = Duration::from_secs(10);
 /// What the leader tells all: where each rank listens.
 #[derive(Serialize, Deserialize)]
 struct Addresses {
-    /// Which collective: later ones have another.
+    /// Which mesh: later ones have another.
     group: [u8; 32],
     /// `[rank]`; of rank 0 only the port counts, its host is where each rank reached the leader.
     by_rank: Vec<SocketAddr>,
 }
+
+/// A connection to each other rank, `[rank]`.
+pub(crate) type Streams = Vec<Option<TcpStream>>;
 
 /// The leader's side.
 pub(crate) fn lead(
@@ -31,7 +34,7 @@ pub(crate) fn lead(
     interface: SocketAddr,
     bulk: &mut BulkLeader,
     monitor: &Monitor,
-) -> Result<TcpCollective> {
+) -> Result<Streams> {
     let listener = listen(interface)?;
     let mut by_rank = vec![local_addr(&listener)?];
     by_rank.extend(bulk.gather::<SocketAddr>()?);
@@ -47,7 +50,7 @@ pub(crate) fn follow(
     plan: &TcpStream,
     bulk: &mut BulkFollower,
     monitor: &Monitor,
-) -> Result<TcpCollective> {
+) -> Result<Streams> {
     let ends = || -> io::Result<_> { Ok((plan.local_addr()?, plan.peer_addr()?)) };
     let (mine, leader) = ends().map_err(|_| monitor.explain(0, LossReason::Closed))?;
     let listener = listen(mine)?;
@@ -73,16 +76,11 @@ fn local_addr(listener: &TcpListener) -> Result<SocketAddr> {
 }
 
 /// Connects to all lower ranks and takes the connections of all higher ones.
-fn connect(
-    key: Key,
-    listener: &TcpListener,
-    addresses: &Addresses,
-    monitor: &Monitor,
-) -> Result<TcpCollective> {
+fn connect(key: Key, listener: &TcpListener, addresses: &Addresses, monitor: &Monitor) -> Result<Streams> {
     let rank = monitor.rank();
     let until = Instant::now() + MESH_TIMEOUT;
     let acceptor = Acceptor::start(listener, key)?;
-    let mut streams: Vec<Option<TcpStream>> = (0..rank.world()).map(|_| None).collect();
+    let mut streams: Streams = (0..rank.world()).map(|_| None).collect();
     for (peer, &address) in addresses.by_rank.iter().enumerate().take(rank.index()) {
         streams[peer] = Some(reach(address, peer, key, addresses.group, monitor, until)?);
     }
@@ -104,7 +102,7 @@ fn connect(
             streams[peer] = Some(stream);
         }
     }
-    TcpCollective::new(monitor, streams)
+    Ok(streams)
 }
 
 fn reach(

@@ -4,20 +4,26 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use spark_backend::Rank;
 
 use crate::{Error, HEARTBEAT, Result, SILENCE};
 
-/// Bytes of a liveness connection below [`crate::MAX_WORLD`] name a lost rank.
+/// Bytes of a liveness connection below [`crate::MAX_WORLD`] name a lost rank, those below twice of it a lost [`LINK`].
 const ALIVE: u8 = 0xff;
 const GOODBYE: u8 = 0xfe;
 const STOP: u8 = 0xfd;
+/// With a rank in the lower bits: the team is lost because of data connections to it alone.
+const LINK: u8 = 0x40;
+const _: () = assert!(crate::MAX_WORLD <= LINK as usize);
 
 /// A broken connection waits so long for the liveness connection to say why: both break at the same moment when a
 /// process ends, and a rank that tells of another's loss does so before it shuts its own sockets.
 const VERDICT_WAIT: Duration = Duration::from_millis(150);
+
+/// A data connection breaks with its rank's process as well: after this time every loss of a process has shown.
+const LINK_WAIT: Duration = SILENCE.saturating_add(HEARTBEAT);
 
 /// A rank of the team is gone, and with it the team.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,6 +56,9 @@ pub enum LossReason {
     /// Another rank noticed it.
     #[error("rank {0} says so")]
     ReportedBy(usize),
+    /// Data do not reach it, or do not come from it, while its heart beats: a connection or a rail broke, and no process.
+    #[error("it lives, but data between it and other ranks do not arrive")]
+    Link,
     /// [`Monitor::abort`] or [`crate::AbortHandle::abort`] was called.
     #[error("the team was given up here")]
     Aborted,
@@ -83,7 +92,11 @@ struct State {
     stop_watchers: Vec<StopWatcher>,
     /// All sockets on which a call of this team may block.
     sockets: Vec<TcpStream>,
+    /// Looks at each heartbeat whether data reach the other ranks, and says why not.
+    link: Option<LinkCheck>,
 }
+
+type LinkCheck = Arc<dyn Fn() -> Option<String> + Send + Sync>;
 
 impl Monitor {
     /// Begins to listen to `peers` (rank, liveness connection) and to send heartbeats.
@@ -145,6 +158,12 @@ impl Monitor {
         self.shared.state().stop_watchers.push(Box::new(on_request));
     }
 
+    /// Asks `check` with every heartbeat whether data reach the other ranks. When it says why not, and no rank turns out to be lost
+    /// meanwhile, the team is lost for [`LossReason::Link`].
+    pub fn watch_link(&self, check: impl Fn() -> Option<String> + Send + Sync + 'static) {
+        self.shared.state().link = Some(Arc::new(check));
+    }
+
     /// Ends the team here and tells the other ranks: every blocked call returns. For a rank that hangs while its heart
     /// beats.
     pub fn abort(&self) {
@@ -168,11 +187,12 @@ impl Monitor {
     /// What a failed read or write on a connection to `rank` is called: the loss that the liveness connections tell of
     /// within a moment, else this one, which is reported.
     pub(crate) fn explain(&self, rank: usize, reason: LossReason) -> Error {
+        let wait = if reason == LossReason::Link { LINK_WAIT } else { VERDICT_WAIT };
         let state = self.shared.state();
         let (state, _) = self
             .shared
             .changed
-            .wait_timeout_while(state, VERDICT_WAIT, |state| state.lost.is_none())
+            .wait_timeout_while(state, wait, |state| state.lost.is_none())
             .unwrap_or_else(PoisonError::into_inner);
         let known = state.lost.clone();
         drop(state);
@@ -203,15 +223,29 @@ impl Shared {
         }
         state.lost = Some(lost.clone());
         // Told first, so that peers hear the reason before they see their connections end.
-        self.say(lost.rank as u8);
+        let is_link = lost.reason == LossReason::Link;
+        self.say(lost.rank as u8 | if is_link { LINK } else { 0 });
         shut(&state.sockets);
         state.sockets.clear();
         let watchers = std::mem::take(&mut state.watchers);
+        state.link = None;
         drop(state);
         self.changed.notify_all();
         for watcher in watchers {
             watcher(lost.clone());
         }
+    }
+
+    /// Reports the link when it has been broken for so long that a lost process would have shown.
+    fn look_at_link(&self, broken_since: &mut Option<Instant>) {
+        let link = self.state().link.clone();
+        let Some(problem) = link.and_then(|check| check()) else { return *broken_since = None };
+        if broken_since.get_or_insert_with(Instant::now).elapsed() < LINK_WAIT || self.state().lost.is_some()
+        {
+            return;
+        }
+        tracing::error!("data do not reach the other ranks, which live: {problem}");
+        self.report(&PeerLost { rank: self.rank.index(), reason: LossReason::Link });
     }
 
     /// Who cannot be told is noticed by its silence.
@@ -241,8 +275,10 @@ fn shut(sockets: &[TcpStream]) {
 }
 
 fn beat(shared: &Weak<Shared>, stopped: &Receiver<()>) {
+    let mut broken_since = None;
     while let Some(shared) = shared.upgrade() {
         shared.say(ALIVE);
+        shared.look_at_link(&mut broken_since);
         drop(shared);
         if stopped.recv_timeout(HEARTBEAT) != Err(RecvTimeoutError::Timeout) {
             return;
@@ -281,6 +317,9 @@ fn meaning(shared: &Shared, peer: usize, word: u8) -> Option<PeerLost> {
             let watchers = std::mem::take(&mut shared.state().stop_watchers);
             watchers.into_iter().for_each(|watcher| watcher(peer));
             None
+        }
+        link if link & LINK != 0 && usize::from(link & !LINK) < shared.rank.world() => {
+            Some(PeerLost { rank: usize::from(link & !LINK), reason: LossReason::Link })
         }
         rank if usize::from(rank) < shared.rank.world() => {
             Some(PeerLost { rank: usize::from(rank), reason: LossReason::ReportedBy(peer) })

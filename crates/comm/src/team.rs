@@ -10,7 +10,7 @@ use spark_backend::Rank;
 use crate::channel::{BulkFollower, BulkLeader, PlanReceiver, PlanSender};
 use crate::handshake::Key;
 use crate::monitor::Monitor;
-use crate::{Error, Result, TcpCollective, mesh};
+use crate::{Error, Parcels, Result, TcpCollective, mesh};
 
 /// First byte of a plan connection after the handshake: all ranks are there.
 pub(crate) const START: u8 = 1;
@@ -105,6 +105,20 @@ impl Leader {
     /// # Errors
     /// [`Error::Lost`], [`Error::System`].
     pub fn collective(&mut self) -> Result<TcpCollective> {
+        let streams = self.mesh()?;
+        TcpCollective::new(&self.monitor, streams)
+    }
+
+    /// Connections for parcels among all ranks; every rank calls this at the same place of its bulk messages.
+    ///
+    /// # Errors
+    /// [`Error::Lost`], [`Error::System`].
+    pub fn parcels(&mut self) -> Result<Parcels> {
+        let streams = self.mesh()?;
+        Parcels::new(&self.monitor, streams)
+    }
+
+    fn mesh(&mut self) -> Result<mesh::Streams> {
         mesh::lead(self.key, self.interface, &mut self.bulk, &self.monitor)
     }
 
@@ -168,6 +182,20 @@ impl Follower {
     /// # Errors
     /// [`Error::Lost`], [`Error::System`].
     pub fn collective(&mut self) -> Result<TcpCollective> {
+        let streams = self.mesh()?;
+        TcpCollective::new(&self.monitor, streams)
+    }
+
+    /// Connections for parcels among all ranks; every rank calls this at the same place of its bulk messages.
+    ///
+    /// # Errors
+    /// [`Error::Lost`], [`Error::System`].
+    pub fn parcels(&mut self) -> Result<Parcels> {
+        let streams = self.mesh()?;
+        Parcels::new(&self.monitor, streams)
+    }
+
+    fn mesh(&mut self) -> Result<mesh::Streams> {
         mesh::follow(self.key, self.plan.stream(), &mut self.bulk, &self.monitor)
     }
 

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use spark_comm::Monitor;
+use spark_comm::{LossReason, Monitor};
 use spark_scheduler::{Scheduler, StepId};
 
 use crate::{
@@ -63,6 +63,11 @@ impl Link {
     pub(crate) fn loss(&self) -> Option<Failure> {
         let lost = self.monitor.as_ref()?.lost()?;
         Some(Failure::Group(lost.to_string()))
+    }
+
+    /// How the loss was noticed, if there is one.
+    pub(crate) fn lost_reason(&self) -> Option<LossReason> {
+        Some(self.monitor.as_ref()?.lost()?.reason)
     }
 
     /// Nothing runs and nothing waits.

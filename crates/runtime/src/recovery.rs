@@ -4,6 +4,7 @@
 use std::{sync::mpsc::RecvTimeoutError, time::Duration};
 
 use spark_api::{FinishReason, Health};
+use spark_comm::LossReason;
 
 use crate::{
     Failure, Rebuild, Running,
@@ -31,9 +32,12 @@ impl Engine {
             return false;
         };
         let reason = failure.message();
-        tracing::error!("{reason}; requests that have begun end, the others wait for the ranks to come back");
+        let is_link = self.link.lost_reason() == Some(LossReason::Link);
+        let what =
+            if is_link { "all requests go on" } else { "requests that have begun end, the others go on" };
+        tracing::error!("{reason}; {what} when the ranks have come back");
         self.set_health(Health::Failed(format!("{reason}; waiting for the ranks to come back")));
-        self.keep_untouched(reason);
+        self.keep(reason, is_link);
         if let Err(error) = self.begin(rebuild) {
             self.fail(Failure::Defect(error.to_string()));
             return false;
@@ -48,15 +52,16 @@ impl Engine {
         }
     }
 
-    /// Ends every sequence that somebody has seen something of; the others wait, in their order.
-    fn keep_untouched(&mut self, reason: &str) {
+    /// Lets sequences wait, in their order. Those that somebody has seen something of end, with `keeps_all` not: what is known of
+    /// them is right where no rank was lost, and is computed anew.
+    fn keep(&mut self, reason: &str, keeps_all: bool) {
         let mut all: Vec<_> = std::mem::take(&mut self.sequences).into_iter().collect();
         all.sort_by_key(|(id, _)| *id);
         let uploading = std::mem::take(&mut self.uploading).into_values();
         let all: Vec<Sequence> = all.into_iter().map(|(_, sequence)| sequence).chain(uploading).collect();
         for mut sequence in all {
-            if sequence.is_untouched {
-                sequence.upload = None;
+            if keeps_all || sequence.is_untouched {
+                sequence.preempt();
                 self.kept.push_back(sequence);
             } else {
                 self.end(sequence, FinishReason::EngineFailed(reason.to_owned()));

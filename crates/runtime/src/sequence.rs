@@ -38,6 +38,9 @@ pub(crate) struct Sequence {
     first_scheduled: Option<Instant>,
     first_token: Option<Instant>,
     num_preemptions: usize,
+    /// Those that its present scheduler does not know of.
+    num_earlier_preemptions: usize,
+    has_prompt_sent: bool,
 }
 
 impl Sequence {
@@ -74,14 +77,24 @@ impl Sequence {
             first_scheduled: None,
             first_token: None,
             num_preemptions: 0,
+            num_earlier_preemptions: 0,
+            has_prompt_sent: false,
         }
     }
 
-    /// What the scheduler needs to know of it, before its first token.
+    /// Its group is gone: what was computed of it has to be computed anew, and what its client has seen stays.
+    pub(crate) fn preempt(&mut self) {
+        self.upload = None;
+        self.num_preemptions += usize::from(self.first_scheduled.is_some());
+        self.num_earlier_preemptions = self.num_preemptions;
+    }
+
+    /// What a scheduler needs to know of it, before its first token or after some that another scheduler planned.
     pub(crate) fn to_schedule(&self) -> NewSequence {
         let span = |m: &MediaItem| MediaSpan { hash: m.hash, offset: m.offset, num_tokens: m.num_tokens };
         NewSequence {
             prompt: self.prompt.to_vec(),
+            output: self.output.clone(),
             media: self.media.iter().map(span).collect(),
             max_tokens: self.sampling.max_tokens,
             min_tokens: self.sampling.min_tokens,
@@ -165,6 +178,9 @@ impl Sequence {
 
     /// The prompt is computed.
     pub(crate) fn send_prompt(&mut self, num_cached_tokens: usize) {
+        if std::mem::replace(&mut self.has_prompt_sent, true) {
+            return;
+        }
         let logprobs = self.sampling.prompt_logprobs.map(|_| std::mem::take(&mut self.prompt_logprobs));
         self.send(Event::Prompt { num_cached_tokens, logprobs });
     }
@@ -178,7 +194,7 @@ impl Sequence {
     }
 
     pub(crate) fn set_preemptions(&mut self, num_preemptions: usize) {
-        self.num_preemptions = num_preemptions;
+        self.num_preemptions = self.num_earlier_preemptions + num_preemptions;
     }
 
     /// The end. Consumes the sequence, which closes the stream.

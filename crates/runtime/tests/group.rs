@@ -8,13 +8,16 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use spark_api::{Engine, Event, FinishReason, GridThw, Health, MediaItem, Request, SamplingParams};
+use spark_api::{
+    ConstraintError, Engine, Event, FinishReason, GridThw, Health, MediaItem, Request, SamplingParams,
+    TokenConstraint,
+};
 use spark_comm::{Hello, Listener, join};
 use spark_runtime::{EngineHandle, EngineOptions, Failure, LeaderGroup, Result, Running, follow};
 use support::{
@@ -140,7 +143,7 @@ fn the_smallest_rank_decides_the_size_of_the_cache() {
 }
 
 /// Prompt of a picture of 2 x 2 tokens, and its pixels, which add up to 3.
-fn picture(engine: &EngineHandle) -> Request {
+fn picture(engine: &EngineHandle, num_tokens: usize) -> Request {
     let limits = &engine.info().limits;
     let geometry = limits.media_geometry.unwrap();
     let side = 2 * geometry.merge_size;
@@ -155,8 +158,51 @@ fn picture(engine: &EngineHandle) -> Request {
     };
     let placeholder = limits.image_token_id.unwrap();
     let prompt = [vec![1], vec![placeholder; 4], vec![2]].concat();
-    let sampling = SamplingParams { ignore_eos: true, ..SamplingParams::greedy(5) };
+    let sampling = SamplingParams { ignore_eos: true, ..SamplingParams::greedy(num_tokens) };
     Request::new(prompt, vec![item], sampling, limits).unwrap()
+}
+
+/// Token number n leaves the remainder of n by seven.
+struct Remainders(u32);
+
+impl TokenConstraint for Remainders {
+    fn mask(&mut self, allowed: &mut [u32]) -> std::result::Result<(), ConstraintError> {
+        for (word, allowed) in (0..).zip(allowed) {
+            let fits = |bit: &u32| (32 * word + bit) % 7 == self.0 % 7;
+            *allowed = (0..32).filter(fits).fold(0, |word, bit| word | 1 << bit);
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, token: u32) -> std::result::Result<bool, ConstraintError> {
+        let error = || ConstraintError(format!("{token} as number {}", self.0));
+        (token % 7 == self.0 % 7).then_some(()).ok_or_else(error)?;
+        self.0 += 1;
+        Ok(false)
+    }
+}
+
+fn constrained(engine: &EngineHandle, num_tokens: usize) -> Request {
+    let sampling = SamplingParams { ignore_eos: true, ..SamplingParams::greedy(num_tokens) };
+    let mut request = Request::new(vec![5, 6], Vec::new(), sampling, &engine.info().limits).unwrap();
+    request.constraint = Some(Box::new(Remainders(0)));
+    request
+}
+
+/// Tokens of a stream that ends as it should; the prompt is told once.
+fn tokens(mut stream: spark_api::EventStream) -> Vec<u32> {
+    let (mut tokens, mut num_prompts) = (Vec::new(), 0);
+    loop {
+        match stream.blocking_recv().expect("a stream ends with its finish") {
+            Event::Prompt { .. } => num_prompts += 1,
+            Event::Token(event) => tokens.push(event.token),
+            Event::Finished(finished) => {
+                assert!(matches!(finished.reason, FinishReason::Length), "{:?}", finished.reason);
+                assert_eq!((finished.num_output_tokens, num_prompts), (tokens.len(), 1));
+                return tokens;
+            }
+        }
+    }
 }
 
 fn finish(mut stream: spark_api::EventStream) -> FinishReason {
@@ -175,12 +221,12 @@ fn pixels_reach_every_rank_before_their_sequence() {
     let (ours, parts) = observed(2, "dense_vl_bf16");
     let running = leader(&listener, 2, parts()).unwrap();
     let engine = EngineHandle::start(running, &EngineOptions::default(), None).unwrap();
-    let stream = engine.submit(picture(&engine)).unwrap();
+    let stream = engine.submit(picture(&engine, 5)).unwrap();
     assert!(matches!(finish(stream), FinishReason::Length));
     // Preparation may have encoded pixels of zeros.
     assert_eq!(ours.pixels.load(Ordering::Relaxed), 3);
     // A client that is gone before its pixels have arrived leaves nothing behind.
-    drop(engine.submit(picture(&engine)).unwrap());
+    drop(engine.submit(picture(&engine, 5)).unwrap());
     engine.drain();
     engine.join();
     assert_eq!(engine.failure(), None);
@@ -324,6 +370,65 @@ fn a_rank_that_hangs_while_its_heart_beats_is_given_up() {
     });
     assert!(first.join().unwrap().is_err());
     assert_eq!(engine.health(), Health::Ready);
+}
+
+#[test]
+fn a_broken_link_between_living_ranks_costs_no_answer() {
+    const MODEL: &str = "dense_vl_bf16";
+    let listener = listener();
+    let address = listener.local_addr();
+    let (is_broken, has_rebuilt) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let first = thread::spawn({
+        let is_broken = is_broken.clone();
+        move || {
+            let (_, parts) = observed(2, MODEL);
+            let Parts { backend, model, options, plan, .. } = parts();
+            let follower = join(address, 1, 2, &hello(), DEADLINE).unwrap();
+            let broken = move || is_broken.load(Ordering::Relaxed).then(|| "cut".to_owned());
+            follower.monitor().watch_link(broken);
+            follow(backend, model, &options, &plan, follower)
+        }
+    });
+    let (ours, parts) = observed(2, MODEL);
+    let running = leader(&listener, 2, parts()).unwrap();
+    let rebuilt = has_rebuilt.clone();
+    let rebuild = Box::new(move || {
+        rebuilt.store(true, Ordering::Relaxed);
+        let (_, parts) = observed(2, MODEL);
+        drop(follower(address, 1, 2, parts));
+        let (_, parts) = observed(2, MODEL);
+        leader(&listener, 2, parts()).map_err(|error| error.to_string())
+    });
+    let engine = EngineHandle::start(running, &EngineOptions::default(), Some(rebuild)).unwrap();
+    let vocab_size = engine.info().limits.vocab_size as u32;
+    let (steps, freed) = (ours.clone(), ours);
+    // Pixels go to the new ranks again; a grammar stays where it is.
+    let special = || [picture(&engine, MANY), constrained(&engine, 500)].map(|r| engine.submit(r).unwrap());
+    let disturbed = special();
+    let answers = thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_for("some have begun", || steps.num_steps.load(Ordering::Relaxed) > 30);
+            // As in a collective of which nothing comes any more, until the group is given up.
+            steps.hangs.store(true, Ordering::Relaxed);
+            is_broken.store(true, Ordering::Relaxed);
+            wait_for("the follower is told", || first.is_finished());
+            freed.hangs.store(false, Ordering::Relaxed);
+        });
+        answers(&engine, &prompts(), MANY)
+    });
+    for (prompt, answer) in prompts().iter().zip(answers) {
+        assert!(matches!(answer.reason, FinishReason::Length), "{:?}", answer.reason);
+        let mut tokens = prompt.clone();
+        (0..MANY).for_each(|_| tokens.push(next_token(&tokens, vocab_size)));
+        assert!(answer.tokens == tokens[prompt.len()..], "none is lost, doubled or different");
+    }
+    assert!(disturbed.map(tokens) == special().map(tokens));
+    let error = first.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("rank 1") && error.contains("lives"), "{error}");
+    assert!(has_rebuilt.load(Ordering::Relaxed), "there was a rebuild");
+    assert_eq!(engine.health(), Health::Ready);
+    assert_eq!(engine.failure(), None);
+    wait_for("nothing is left running", || stats(&engine).num_running == 0);
 }
 
 #[test]

@@ -7,6 +7,9 @@ use spark_api::{MediaHash, TokenId};
 pub struct NewSequence {
     /// `[num_prompt_tokens]`, at least one.
     pub prompt: Vec<TokenId>,
+    /// What it has generated before, with another scheduler: it is computed anew with the prompt, as after a preemption. Fewer
+    /// tokens than `max_tokens`.
+    pub output: Vec<TokenId>,
     /// Media in the order of their placeholder runs.
     pub media: Vec<MediaSpan>,
     /// Most output tokens, at least 1. `max_model_len` bounds it further.
@@ -68,6 +71,14 @@ pub enum AddError {
         num_prompt_tokens: usize,
         /// The bound.
         max_model_len: usize,
+    },
+    /// It has all the output that it may have.
+    #[error("the sequence has {num_output_tokens} output tokens, and may have {max_tokens}")]
+    Complete {
+        /// Tokens that it has generated before.
+        num_output_tokens: usize,
+        /// Most output tokens.
+        max_tokens: usize,
     },
     /// Larger than the whole KV pool.
     #[error(

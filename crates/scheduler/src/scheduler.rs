@@ -152,6 +152,10 @@ impl Scheduler {
             return Err(AddError::PromptTooLong { num_prompt_tokens, max_model_len });
         }
         let num_tokens = num_prompt_tokens.saturating_add(seq.max_tokens).min(max_model_len);
+        let num_output_tokens = seq.output.len();
+        if num_output_tokens >= num_tokens - num_prompt_tokens {
+            return Err(AddError::Complete { num_output_tokens, max_tokens: num_tokens - num_prompt_tokens });
+        }
         let capacity = self.max_tokens_that_fit();
         if num_tokens > capacity {
             return Err(AddError::OverKvCache { num_tokens, capacity });

@@ -120,7 +120,8 @@ impl Sequence {
         Self {
             rank: Rank { class, id },
             phase: Phase::Waiting,
-            tokens: new.prompt,
+            prompt_reported: !new.output.is_empty(),
+            tokens: [new.prompt, new.output].concat(),
             num_prompt_tokens,
             num_pending: 0,
             num_computed: 0,
@@ -144,7 +145,6 @@ impl Sequence {
             admit: false,
             num_cached_tokens: 0,
             first_cached_tokens: None,
-            prompt_reported: false,
             num_preemptions: 0,
         }
     }

@@ -31,19 +31,21 @@ pub(crate) fn through(
     checkpoint: &Checkpoint,
     specs: &[ParamSpec],
     options: &LoadOptions,
-    parts: Parts,
+    mut parts: Parts,
 ) -> Result<Box<dyn Source>> {
     let names = Names::new(folder, checkpoint, specs, options.rank)?;
     let path = names.path();
     match file::open(&path, names.key) {
         Ok(entries) if entries.len() == specs.len() => {
             tracing::info!("weights come from the cache {}", path.display());
+            parts.join(options, false)?;
             return Ok(Box::new(Cached::new(path, entries, options, parts)?));
         }
         Ok(_) => tracing::warn!("the weight cache {} has other parameters; it is made anew", path.display()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => tracing::warn!("the weight cache {} {error}; it is made anew", path.display()),
     }
+    parts.join(options, true)?;
     let writer = std::fs::create_dir_all(folder).and_then(|()| {
         names.remove_others();
         Writer::create(&path, names.key, specs.len())
@@ -131,6 +133,10 @@ impl Source for Caching {
             }
             give(index, param)
         })
+    }
+
+    fn stop(&self) {
+        self.parts.stop();
     }
 }
 

@@ -145,11 +145,14 @@ impl Checkpoint {
     /// As [`Checkpoint::load`] for what is missing or left over; what cannot be read or is broken is told when it is taken.
     pub fn stream(&self, specs: &[ParamSpec], options: &LoadOptions) -> Result<Params> {
         let plan = Plan::new(self, specs, options.rank)?;
-        let parts = Parts::new(self.clone(), plan, specs, options)?;
+        let mut parts = Parts::new(self.clone(), plan, specs, options)?;
         let names = specs.iter().enumerate().map(|(index, spec)| (spec.name.clone(), index)).collect();
         let source = match &options.cache {
             Some(folder) => through(folder, self, specs, options, parts)?,
-            None => Box::new(parts),
+            None => {
+                parts.join(options, true)?;
+                Box::new(parts)
+            }
         };
         Ok(Params::of_stream(Stream::new(names, source, NUM_WORKERS)?))
     }

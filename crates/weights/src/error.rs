@@ -222,6 +222,14 @@ pub enum Error {
         /// Bytes that fit.
         free: u64,
     },
+    /// The ranks could not go on reading for each other; this rank is named where it is the one that gave up.
+    #[error("loading together (--load-exchange) has ended because of rank {rank}: {reason}")]
+    Exchange {
+        /// The rank.
+        rank: usize,
+        /// What was heard of it.
+        reason: String,
+    },
     /// Options outside their range.
     #[error("{option}: {reason}")]
     Option {

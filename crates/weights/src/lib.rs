@@ -4,7 +4,8 @@
 //! The path of a weight, file by file: [`Checkpoint::open`] finds the folder (`locate`), reads the index and every
 //! shard's header strictly (`header`, `checkpoint`) and brings names into one form (`names`). A model states its
 //! parameters as [`ParamSpec`]s; `plan` finds the tensors behind each, deciding the scheme from what is there
-//! (`scheme`), and turns them into byte ranges, of which `region` leaves what a rank needs; `read` fetches the ranges (direct IO or mmap), `convert` brings them
+//! (`scheme`), and turns them into byte ranges, of which `region` leaves what a rank needs; `read` fetches the ranges (direct IO or mmap),
+//! `exchange` those that another rank reads, `convert` brings them
 //! into canonical form, `shard` cuts a rank's part, and [`Params`] hands the result out. [`pull()`] brings a checkpoint
 //! from a Hugging Face hub to where `locate` looks.
 //!
@@ -29,6 +30,7 @@ mod checkpoint;
 mod convert;
 mod dummy;
 mod error;
+mod exchange;
 mod fill;
 mod fp8;
 mod header;
@@ -53,6 +55,7 @@ mod tests;
 pub use checkpoint::{Checkpoint, OpenOptions};
 pub use dummy::{dummy, dummy_for_device};
 pub use error::{Error, Result};
+pub use exchange::{Exchange, ExchangeError};
 pub use fp8::to_fp8;
 pub use header::{DiskType, TensorInfo};
 pub use load::{LoadOptions, LoadProgress, LoadStrategy, ProgressFn};

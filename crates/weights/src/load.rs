@@ -14,6 +14,8 @@ use spark_backend::{ExpertsWeight, LinearWeight, Matrix, Rank, VectorWeight};
 use crate::checkpoint::Checkpoint;
 use crate::convert::{Output, convert};
 use crate::error::{Error, Result};
+use crate::exchange::table::Table;
+use crate::exchange::{Exchange, Exchanging};
 use crate::params::Param;
 use crate::plan::{Item, Plan};
 use crate::read::{Progress, Reader, Request, num_threads};
@@ -36,9 +38,11 @@ pub enum LoadStrategy {
 /// How far a load is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadProgress {
-    /// Bytes read.
+    /// Bytes that are here.
     pub bytes_read: u64,
-    /// Bytes that will be read.
+    /// Those of them that another rank has read ([`LoadOptions::exchange`]).
+    pub bytes_from_peers: u64,
+    /// Bytes that will be here.
     pub bytes_total: u64,
 }
 
@@ -59,6 +63,10 @@ pub struct LoadOptions {
     /// A folder of caches ([`Checkpoint::stream`] alone uses them): what this rank holds is kept there as it is in memory, and
     /// read from there the next time.
     pub cache: Option<PathBuf>,
+    /// Lets the ranks read for each other ([`Checkpoint::stream`] alone does): what several want, one of them reads and sends to the
+    /// others. All ranks of the group have one, or none. Where a rank has its weights in a cache, or maps its files, all
+    /// read for themselves.
+    pub exchange: Option<Arc<dyn Exchange>>,
 }
 
 impl Default for LoadOptions {
@@ -69,6 +77,7 @@ impl Default for LoadOptions {
             progress: None,
             threads: 0,
             cache: None,
+            exchange: None,
         }
     }
 }
@@ -81,6 +90,7 @@ impl fmt::Debug for LoadOptions {
             .field("progress", &self.progress.is_some())
             .field("threads", &self.threads)
             .field("cache", &self.cache)
+            .field("exchange", &self.exchange.is_some())
             .finish()
     }
 }
@@ -116,7 +126,8 @@ pub(crate) fn load(
     let reader = Reader::open(&checkpoint.files, options.strategy)?;
     let num_bytes = reader.num_bytes(&mut requests(checkpoint, &plan.items));
     let progress = Progress::new(options.progress.clone(), num_bytes);
-    reading.run(&plan.items, (&reader, num_threads(options)), &progress, sink)?;
+    let from = Origin { reader: &reader, threads: num_threads(options), exchange: None };
+    reading.run(&plan.items, from, &progress, sink)?;
     findings.tell();
     Ok(())
 }
@@ -134,6 +145,14 @@ pub(crate) fn requests(checkpoint: &Checkpoint, items: &[Item]) -> Vec<Request> 
     requests
 }
 
+/// Where bytes come from.
+#[derive(Clone, Copy)]
+struct Origin<'a> {
+    reader: &'a Reader,
+    threads: usize,
+    exchange: Option<&'a Exchanging>,
+}
+
 /// What is loaded, for whom.
 #[derive(Clone, Copy)]
 struct Reading<'a> {
@@ -144,14 +163,8 @@ struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Loads `items`, all items of some neighbouring parameters, with a number of threads.
-    fn run(
-        self,
-        items: &[Item],
-        (reader, threads): (&Reader, usize),
-        progress: &Progress,
-        sink: Give<'_>,
-    ) -> Result<()> {
+    /// Loads `items`, all items of some neighbouring parameters.
+    fn run(self, items: &[Item], from: Origin<'_>, progress: &Progress, sink: Give<'_>) -> Result<()> {
         let (Some(first), Some(last)) = (items.first(), items.last()) else { return Ok(()) };
         let first = first.spec;
         let assemblies = assemblies(items, &self.specs[first..=last.spec]);
@@ -177,7 +190,15 @@ impl Reading<'_> {
                 None => Ok(()),
             }
         };
-        reader.read(requests(self.checkpoint, items), threads, progress, &deliver)
+        let requests = requests(self.checkpoint, items);
+        let Origin { reader, threads, exchange } = from;
+        match exchange {
+            None => reader.read(requests, threads, progress, &deliver),
+            Some(exchange) => {
+                let spec_of = |request: &Request| items[request.item].spec;
+                exchange.read(requests, &spec_of, (reader, threads), progress, &deliver)
+            }
+        }
     }
 
     /// Cuts an output to the rank's part and puts it in its place; the parameter, if this was the last.
@@ -233,9 +254,12 @@ pub(crate) struct Parts {
     reader: Reader,
     threads: usize,
     progress: Progress,
+    exchange: Option<Exchanging>,
     findings: Findings,
     /// Parameters that have not been loaded.
     missing: AtomicUsize,
+    /// Parameters that have not been given.
+    owed: AtomicUsize,
 }
 
 impl Parts {
@@ -252,13 +276,65 @@ impl Parts {
             rank: options.rank,
             threads: num_threads(options).div_ceil(NUM_WORKERS),
             progress: Progress::new(options.progress.clone(), num_bytes),
+            exchange: None,
             findings: Findings::default(),
             missing: AtomicUsize::new(specs.len()),
+            owed: AtomicUsize::new(specs.len()),
             specs: specs.to_vec(),
             reader,
             checkpoint,
             plan,
         })
+    }
+
+    /// Agrees with the other ranks to read for each other, if `options` say so. `takes_part` is whether this rank reads the
+    /// checkpoint at all.
+    ///
+    /// # Errors
+    /// A rank is lost, or has another checkpoint.
+    pub(crate) fn join(&mut self, options: &LoadOptions, takes_part: bool) -> Result<()> {
+        let Some(way) = options.exchange.clone().filter(|_| self.rank.world() > 1) else { return Ok(()) };
+        let Self { checkpoint, specs, rank, .. } = self;
+        let table = (takes_part && options.strategy == LoadStrategy::Eager)
+            .then(|| Table::new(checkpoint, specs, rank.world()))
+            .transpose()?;
+        self.exchange = Exchanging::agree(way, *rank, table, specs.len())?;
+        if let Some(exchange) = &self.exchange {
+            let items = &self.plan.items;
+            let (mut own, others): (Vec<_>, Vec<_>) =
+                requests(checkpoint, items).into_iter().partition(|request| {
+                    exchange.table().is_read_by(rank.index(), items[request.item].spec, request)
+                });
+            let own = self.reader.num_bytes(&mut own);
+            let others: u64 = others.iter().map(|request| request.len as u64).sum();
+            tracing::info!(
+                "{:.3} GB of weights are read here, {:.3} GB come from other ranks",
+                own as f64 / 1e9,
+                others as f64 / 1e9
+            );
+            self.progress = Progress::new(options.progress.clone(), own + others);
+        }
+        Ok(())
+    }
+
+    /// Loads some parameters, those first that the other ranks have begun with too.
+    fn run(&self, indices: Range<usize>, give: Give<'_>) -> Result<()> {
+        let Self { checkpoint, specs, rank, findings, exchange, .. } = self;
+        let reading = Reading { checkpoint, specs, rank: *rank, findings };
+        let from = Origin { reader: &self.reader, threads: self.threads, exchange: exchange.as_ref() };
+        let give: Give<'_> = &|index, param| {
+            // What is given may be taken, and be the last, before this thread goes on.
+            self.owed.fetch_sub(1, Ordering::Relaxed);
+            give(index, param)
+        };
+        let run = |indices| reading.run(self.items(indices), from, &self.progress, give);
+        let Some(exchange) = exchange else { return run(indices) };
+        exchange.begin(&indices)?;
+        let mut left: Vec<usize> = indices.collect();
+        while !left.is_empty() {
+            run(exchange.next_ready(&mut left)?)?;
+        }
+        Ok(())
     }
 
     /// The items of some parameters: a plan has them in the order of the parameters.
@@ -279,15 +355,20 @@ impl Source for Parts {
     }
 
     fn make(&self, indices: Range<usize>, give: Give<'_>) -> Result<()> {
-        let Self { checkpoint, specs, rank, findings, .. } = self;
-        let reading = Reading { checkpoint, specs, rank: *rank, findings };
         let count = indices.len();
-        reading.run(self.items(indices), (&self.reader, self.threads), &self.progress, give)?;
+        self.run(indices, give)?;
         if self.missing.fetch_sub(count, Ordering::Relaxed) == count {
             self.progress.finish();
             self.findings.tell();
+            self.exchange.as_ref().map_or(Ok(()), Exchanging::finish)?;
         }
         Ok(())
+    }
+
+    fn stop(&self) {
+        if let Some(exchange) = self.exchange.as_ref().filter(|_| self.owed.load(Ordering::Relaxed) > 0) {
+            exchange.give_up("its load was given up");
+        }
     }
 }
 

@@ -30,7 +30,7 @@ pub(crate) enum Recipe {
 }
 
 /// Segments that are converted together.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Item {
     /// Position of the parameter in the specs.
     pub(crate) spec: usize,
@@ -69,6 +69,13 @@ impl Plan {
     /// split over the ranks.
     pub(crate) fn new(checkpoint: &Checkpoint, specs: &[ParamSpec], rank: Rank) -> Result<Self> {
         Planner::plan(checkpoint, specs)?.finish(true)?.narrowed(specs, rank)
+    }
+
+    /// [`Plan::new`] of each rank of a group of `world`, by rank.
+    pub(crate) fn of_ranks(checkpoint: &Checkpoint, specs: &[ParamSpec], world: usize) -> Result<Vec<Self>> {
+        let whole = Planner::plan(checkpoint, specs)?.finish(true)?;
+        let narrowed = |rank| Plan { items: whole.items.clone() }.narrowed(specs, rank);
+        (0..world).map_while(|index| Rank::new(index, world)).map(narrowed).collect()
     }
 
     /// As [`Plan::new`], for a part of the checkpoint: tensors may be left over.

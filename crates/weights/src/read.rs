@@ -94,27 +94,41 @@ pub(crate) fn num_threads(options: &LoadOptions) -> usize {
 pub(crate) struct Progress {
     report: Option<ProgressFn>,
     read: AtomicU64,
+    from_peers: AtomicU64,
     total: u64,
 }
 
 impl Progress {
     pub(crate) fn new(report: Option<ProgressFn>, total: u64) -> Self {
-        Progress { report, read: AtomicU64::new(0), total }
+        Progress { report, read: AtomicU64::new(0), from_peers: AtomicU64::new(0), total }
     }
 
     fn add(&self, bytes: usize) {
         let bytes_read = self.read.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        self.tell(bytes_read);
+    }
+
+    /// Bytes that another rank has read.
+    pub(crate) fn add_from_peers(&self, bytes: usize) {
+        self.from_peers.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.add(bytes);
+    }
+
+    fn tell(&self, bytes_read: u64) {
         if let Some(report) = &self.report {
-            // Bit by bit, what lies between two ranges may be read where in one go it would not.
-            report(LoadProgress { bytes_read: bytes_read.min(self.total), bytes_total: self.total });
+            report(LoadProgress {
+                // Bit by bit, what lies between two ranges may be read where in one go it would not.
+                bytes_read: bytes_read.min(self.total),
+                bytes_from_peers: self.from_peers.load(Ordering::Relaxed),
+                bytes_total: self.total,
+            });
         }
     }
 
     /// Everything has been read, whatever was counted.
     pub(crate) fn finish(&self) {
-        let read = self.read.swap(self.total, Ordering::Relaxed);
-        if let Some(report) = self.report.as_ref().filter(|_| read < self.total) {
-            report(LoadProgress { bytes_read: self.total, bytes_total: self.total });
+        if self.read.swap(self.total, Ordering::Relaxed) < self.total {
+            self.tell(self.total);
         }
     }
 }

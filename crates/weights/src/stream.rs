@@ -27,6 +27,9 @@ pub(crate) trait Source: Send + Sync + 'static {
 
     /// Makes the parameters of `indices` and gives each once, from any thread.
     fn make(&self, indices: std::ops::Range<usize>, give: Give<'_>) -> Result<()>;
+
+    /// Ends [`Source::make`] of other threads where it waits for other ranks, with an error: nobody will take anything more.
+    fn stop(&self) {}
 }
 
 /// A parameter on its way.
@@ -123,6 +126,7 @@ impl Drop for Stream {
     fn drop(&mut self) {
         self.shared.lock().is_closed = true;
         self.shared.changed.notify_all();
+        self.shared.source.stop();
         for worker in self.workers.drain(..) {
             // A worker that panicked has said so; what it was making has failed.
             let _ = worker.join();

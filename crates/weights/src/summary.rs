@@ -8,6 +8,7 @@ use spark_backend::Rank;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
+use crate::exchange::table::Table;
 use crate::load::requests;
 use crate::plan::{Item, Plan, Recipe};
 use crate::read::num_bytes;
@@ -36,6 +37,8 @@ pub struct RankSummary {
     pub tensors: u64,
     /// Bytes that it reads from the files: where its part of a tensor is scattered, the whole tensor.
     pub bytes_read: u64,
+    /// Bytes that it reads where ranks read for each other (`--load-exchange`).
+    pub bytes_read_in_exchange: u64,
     /// Bytes that it holds, in canonical host form.
     pub bytes_held: u64,
 }
@@ -92,7 +95,9 @@ fn part_of(name: &str) -> &'static str {
 /// Follows the plan of a load and adds up.
 pub(crate) fn summarise(checkpoint: &Checkpoint, specs: &[ParamSpec], world: usize) -> Result<Summary> {
     let ranks = (0..world).map_while(|index| Rank::new(index, world));
-    let ranks = ranks.map(|rank| summarise_rank(checkpoint, specs, rank)).collect::<Result<Vec<_>>>()?;
+    let table = Table::new(checkpoint, specs, world)?;
+    let ranks =
+        ranks.map(|rank| summarise_rank(checkpoint, specs, rank, &table)).collect::<Result<Vec<_>>>()?;
     let mut parts: BTreeMap<&'static str, PartSummary> = BTreeMap::new();
     let mut summary = Summary { parts: Vec::new(), file_bytes: 0, parameters: 0, ranks };
     for item in &Plan::new(checkpoint, specs, Rank::SINGLE)?.items {
@@ -123,15 +128,23 @@ pub(crate) fn summarise(checkpoint: &Checkpoint, specs: &[ParamSpec], world: usi
 }
 
 /// What one rank reads and holds.
-fn summarise_rank(checkpoint: &Checkpoint, specs: &[ParamSpec], rank: Rank) -> Result<RankSummary> {
+fn summarise_rank(
+    checkpoint: &Checkpoint,
+    specs: &[ParamSpec],
+    rank: Rank,
+    table: &Table,
+) -> Result<RankSummary> {
     let items = Plan::new(checkpoint, specs, rank)?.items;
-    let mut summary = RankSummary { tensors: 0, bytes_read: 0, bytes_held: 0 };
+    let mut summary = RankSummary { tensors: 0, bytes_read: 0, bytes_read_in_exchange: 0, bytes_held: 0 };
     for item in &items {
         let bytes = held_bytes(item, &specs[item.spec], rank);
         summary.tensors += u64::from(bytes > 0);
         summary.bytes_held += bytes;
     }
-    summary.bytes_read = num_bytes(&mut requests(checkpoint, &items));
+    let mut requests = requests(checkpoint, &items);
+    summary.bytes_read = num_bytes(&mut requests);
+    requests.retain(|request| table.is_read_by(rank.index(), items[request.item].spec, request));
+    summary.bytes_read_in_exchange = num_bytes(&mut requests);
     Ok(summary)
 }
 

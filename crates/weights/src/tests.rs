@@ -3,6 +3,7 @@
 
 mod cache;
 pub(crate) mod dequantize;
+mod exchange;
 mod files;
 mod hostile;
 mod hub;

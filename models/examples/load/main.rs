@@ -30,10 +30,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         ["read", folder, rank, world, cache] => {
             read(folder, parse(rank, world)?, MoeParallel::Tp, Some(cache.into()))
         }
-        ["write", folder, layers] => write::write(Path::new(folder), layers.parse()?, "awq"),
-        ["write", folder, layers, format] => write::write(Path::new(folder), layers.parse()?, format),
+        ["write", folder, layers] => write(folder, layers, "awq"),
+        ["write", folder, layers, format] => write(folder, layers, format),
         _ => Err("read FOLDER [RANK WORLD [CACHE|ep]], or write FOLDER LAYERS [awq|nvfp4|fp8]".into()),
     }
+}
+
+fn write(folder: &str, layers: &str, format: &str) -> Result<(), Box<dyn Error>> {
+    let layers: usize = layers.parse()?;
+    write::write(Path::new(folder), &serde_json::json!({ "num_hidden_layers": layers }), format)
 }
 
 fn parse(rank: &str, world: &str) -> Result<Rank, Box<dyn Error>> {

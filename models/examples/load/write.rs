@@ -84,11 +84,13 @@ impl Tensor {
     }
 }
 
-/// Writes a checkpoint of `layers` layers.
-pub(crate) fn write(folder: &Path, layers: usize, format: &str) -> Result<(), Box<dyn Error>> {
+/// Writes a checkpoint whose configuration is the published one but for `changes`, the fields of an object.
+pub(crate) fn write(folder: &Path, changes: &Value, format: &str) -> Result<(), Box<dyn Error>> {
     let text = spark_models::published("qwen3-30b-a3b").ok_or("the published shape is gone")?;
     let mut config: Value = serde_json::from_str(text)?;
-    config["num_hidden_layers"] = layers.into();
+    for (field, value) in changes.as_object().into_iter().flatten() {
+        config[field] = value.clone();
+    }
     config["quantization_config"] = match format {
         "awq" => json!({"quant_method": "awq", "bits": 4, "group_size": 128}),
         "nvfp4" => json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),

@@ -39,6 +39,9 @@ pub(super) struct BenchModel {
     /// Keep what each rank holds of a checkpoint in this folder, ready for the next start.
     #[arg(long, value_name = "FOLDER")]
     weight_cache: Option<PathBuf>,
+    /// Ranks read a checkpoint for each other, as `serve --load-exchange` does.
+    #[arg(long)]
+    load_exchange: bool,
     #[command(flatten)]
     head: HeadArgs,
     /// Also print where the time goes, by operation. Needs a GPU; steps are slower then, and not recorded.
@@ -174,6 +177,7 @@ impl BenchModel {
         if let Some(folder) = self.weight_cache {
             builder = builder.weight_cache(folder);
         }
+        builder = builder.load_exchange(self.load_exchange);
         let profile = self.profile.then(Profile::default);
         if let Some(profile) = &profile {
             builder = builder.profile(profile.clone());

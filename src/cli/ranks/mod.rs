@@ -19,7 +19,9 @@ use spark_engine::{
     EngineBuilder, Error, MoeParallel, Rank, Ranks, Role, StartRanks,
     comm::{self, Listener, LossReason, Monitor, nccl},
 };
+use spark_models::Error as ModelError;
 use spark_runtime::Error as RuntimeError;
+use spark_weights::Error as WeightsError;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{encoder::EncoderArgs, moe_parallel::MoeParallelArgs};
@@ -394,9 +396,10 @@ fn pass_on_signals(monitor: &Monitor) -> std::io::Result<()> {
 /// How a supervisor is told what it can do about `error`; `None` for an ordinary one.
 fn exit_code(error: &Error) -> Option<i32> {
     match error {
-        Error::Comm(comm::Error::Lost(_)) | Error::Runtime(RuntimeError::Comm(comm::Error::Lost(_))) => {
-            Some(PEER_LOST)
-        }
+        Error::Comm(comm::Error::Lost(_))
+        | Error::Runtime(RuntimeError::Comm(comm::Error::Lost(_)))
+        | Error::Weights(WeightsError::Exchange { .. })
+        | Error::Model(ModelError::Weights(WeightsError::Exchange { .. })) => Some(PEER_LOST),
         Error::Backend(BackendError::Device { .. })
         | Error::Runtime(RuntimeError::Backend(BackendError::Device { .. })) => Some(DEVICE_FAILED),
         _ => None,

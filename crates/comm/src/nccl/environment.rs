@@ -40,6 +40,14 @@ pub fn defaults(machine: &Machine) -> Vec<(&'static str, String)> {
     all
 }
 
+/// The ports of `hcas`, a list as [`defaults`] makes it for NCCL_IB_HCA, that `machine` does not have among its rails: they are down, or
+/// have lost their network.
+pub fn lost_rails(hcas: &str, machine: &Machine) -> Vec<String> {
+    let ports = hcas.trim_start_matches('=').split(',').filter(|port| !port.is_empty());
+    let is_up = |port: &str| machine.rails.iter().any(|rail| format!("{}:{}", rail.hca, rail.port) == port);
+    ports.filter(|port| !is_up(port)).map(str::to_owned).collect()
+}
+
 /// What is wrong with a value that somebody set, on a [GB10](Machine::is_gb10) or another machine; `None` if nothing is known against
 /// it. The only list of such settings: what is warned of at a start is what `doctor` finds.
 pub fn harm(is_gb10: bool, name: &str, value: &str) -> Option<&'static str> {
@@ -198,7 +206,12 @@ mod tests {
     #[test]
     fn one_rail_is_not_merged_and_none_is_not_named() {
         let mut machine = read_spark(ROUTES, [192, 168, 100, 11]);
+        let both = value(&defaults(&machine), "NCCL_IB_HCA").unwrap().to_owned();
+        assert_eq!(lost_rails(&both, &machine), [""; 0]);
         machine.rails.remove(0);
+        assert_eq!(lost_rails(&both, &machine), ["roceP2p1s0f0:1"]);
+        assert_eq!(lost_rails(&both, &Machine::default()).len(), 2);
+        assert_eq!(lost_rails("", &machine), [""; 0]);
         let all = defaults(&machine);
         assert_eq!(value(&all, "NCCL_IB_HCA"), Some("=rocep1s0f0:1"));
         assert_eq!(value(&all, "NCCL_IB_MERGE_NICS"), Some("0"));

@@ -10,7 +10,7 @@ mod library;
 mod machine;
 
 pub use communicator::{Aborter, Communicator, ElementType, Group};
-pub use environment::{Settings, defaults, harm, prepare_environment};
+pub use environment::{Settings, defaults, harm, lost_rails, prepare_environment};
 pub use error::{Error, Result};
 pub use library::{NCCL_VARIABLE, Nccl, NcclVersion, UniqueId, too_old};
 pub use machine::{ConfLine, Machine, Rail};

@@ -180,6 +180,8 @@ fn ended_by(pair: [TcpCollective; 2], proxy: &FaultProxy, fault: impl FnOnce(&Fa
 fn a_reset_in_the_middle_of_a_sum_ends_it() {
     let (leader, follower, proxy, pair) = proxied();
     let heard = ended_by(pair, &proxy, |proxy| proxy.reset_after(1_000_001));
+    // Both live, and both know it.
+    assert!(heard.iter().all(|lost| lost.reason == LossReason::Link), "{heard:?}");
     assert_eq!(leader.monitor().lost().as_ref(), Some(&heard[0]));
     assert_eq!(follower.monitor().lost().as_ref(), Some(&heard[1]));
 }

@@ -2,6 +2,7 @@
 
 mod collective;
 mod gathering;
+mod parcels;
 mod team;
 
 use std::net::SocketAddr;

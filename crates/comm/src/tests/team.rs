@@ -1,5 +1,7 @@
 //! How a team ends: in order, by a broken, silent or garbled connection, or because a rank gives it up.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
@@ -137,6 +139,27 @@ fn a_rank_may_give_the_team_up() {
     let expected = PeerLost { rank: 0, reason: LossReason::ReportedBy(0) };
     assert_eq!(receiving.recv_timeout(SOON).unwrap(), expected);
     assert_eq!(leader.monitor().lost(), Some(PeerLost { rank: 0, reason: LossReason::Aborted }));
+}
+
+#[test]
+fn a_link_that_is_broken_between_living_ranks_is_told_to_all() {
+    let (leader, followers) = team(3);
+    let seen: Vec<_> = followers.iter().map(|follower| watch(&follower.monitor())).collect();
+    let is_broken = Arc::new(AtomicBool::new(false));
+    let asked = Arc::clone(&is_broken);
+    followers[1].monitor().watch_link(move || asked.load(Ordering::Relaxed).then(|| "cut".to_owned()));
+    assert_eq!(leader.monitor().lost(), None);
+    is_broken.store(true, Ordering::Relaxed);
+    let lost = PeerLost { rank: 2, reason: LossReason::Link };
+    assert!(seen.iter().all(|seen| seen.recv_timeout(SOON).unwrap() == lost));
+    assert_eq!(leader.monitor().lost(), Some(lost));
+
+    // A rank that is lost meanwhile is what counts.
+    let (leader, mut followers) = team(3);
+    leader.monitor().watch_link(|| Some("cut".to_owned()));
+    drop(followers.remove(1));
+    let seen = watch(&leader.monitor());
+    assert_eq!(seen.recv_timeout(SOON).unwrap(), PeerLost { rank: 2, reason: LossReason::Left });
 }
 
 #[test]

@@ -32,6 +32,7 @@ pub(crate) fn config() -> SchedulerConfig {
 pub(crate) fn text(prompt: Vec<TokenId>, max_tokens: usize) -> NewSequence {
     NewSequence {
         prompt,
+        output: Vec::new(),
         media: Vec::new(),
         max_tokens,
         min_tokens: 0,
@@ -121,11 +122,11 @@ impl Driver {
         let id = self.scheduler.add(new.clone())?;
         let tracked = Tracked {
             reference: Reference::new(&new, self.config.max_model_len),
-            new,
-            output: Vec::new(),
+            output: new.output.clone(),
             finish: None,
             cancelled: false,
-            prompt_done: None,
+            prompt_done: (!new.output.is_empty()).then_some(0),
+            new,
             num_preemptions: 0,
             next_start: 0,
             decoding: false,

@@ -78,6 +78,7 @@ fn sequence(with_images: bool) -> impl Strategy<Value = NewSequence> {
         let (prompt, media) = assemble(&pieces);
         NewSequence {
             prompt,
+            output: Vec::new(),
             media,
             max_tokens: limits.0,
             min_tokens: limits.1.min(limits.0),

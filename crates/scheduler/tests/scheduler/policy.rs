@@ -8,7 +8,7 @@ use spark_scheduler::{
     AddError, ConfigError, Finish, MediaSpan, NewSequence, PlanToken, Policy, SchedulerConfig, StepPlan,
 };
 
-use crate::device::{EOS, PLACEHOLDER};
+use crate::device::{EOS, PLACEHOLDER, Reference};
 use crate::driver::{Driver, Sampling, config, text};
 
 /// A prompt unlike any other one.
@@ -87,6 +87,18 @@ fn rows_with_prompt_logprobs_share_a_bound() {
     let seqs = vec![wanted(1), wanted(2), text(prompt(3, 6), 2)];
     let expect = ["a+[0..4] c+[0..6]*", "c[6..7]* a[4..6]* b+[0..2]", "a[6..7]* b[2..6]*", "b[6..7]*"];
     check(config, 0, seqs, &expect).drain(0);
+}
+
+#[test]
+fn what_another_scheduler_has_planned_is_computed_anew_and_goes_on() {
+    let new = text(prompt(1, 5), 5);
+    let output = Reference::new(&new, config().max_model_len).output;
+    let begun = NewSequence { output: output[..3].to_vec(), ..new.clone() };
+    check(config(), 0, vec![begun], &["a+[0..8]*", "a[8..9]*", "-"]).drain(0);
+    let mut driver = Driver::new(config());
+    let whole = NewSequence { output, ..new };
+    let error = driver.add(whole).unwrap_err();
+    assert!(matches!(error, AddError::Complete { num_output_tokens: 5, max_tokens: 5 }), "{error}");
 }
 
 #[test]
