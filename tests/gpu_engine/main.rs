@@ -149,6 +149,12 @@ fn ask(engine: &SparkEngine, body: &Value) -> Answer {
     Answer::of(&chats::block_on(chats::answer(engine, body.clone())))
 }
 
+/// The first step at which `got` is not `reference`; an answer that has ended before its reference differs there.
+fn left_at(reference: &Answer, got: &Answer) -> Option<usize> {
+    let ended = (got.ids.len() < reference.ids.len()).then_some(got.ids.len());
+    reference.ids.iter().zip(&got.ids).position(|(a, b)| a != b).or(ended)
+}
+
 /// How answers compare with their references: equal up to the first near tie, or not at all.
 #[derive(Debug, Default)]
 struct Comparison {
@@ -169,14 +175,9 @@ impl Comparison {
     fn add(&mut self, name: &str, reference: &Answer, got: &Answer, tolerance: f32) {
         self.num_answers += 1;
         self.num_ids += reference.ids.len();
-        // An answer that has ended before its reference differs there.
-        let ended = (got.ids.len() < reference.ids.len()).then_some(got.ids.len());
-        let differs = reference.ids.iter().zip(&got.ids).position(|(a, b)| a != b).or(ended);
-        let Some(step) = differs else {
-            self.num_compared += reference.ids.len();
-            return;
-        };
-        self.num_compared += step;
+        let step = left_at(reference, got);
+        self.num_compared += step.unwrap_or(reference.ids.len());
+        let Some(step) = step else { return };
         let margin = reference.margins[step];
         if margin < 2.0 * tolerance {
             self.num_early += 1;
