@@ -62,7 +62,8 @@ fn sampling(name: &str) -> Option<Node> {
         "seed" => integer(i64::MIN),
         "n" => integer_in(1, 128),
         "max_tokens" | "max_completion_tokens" | "max_output_tokens" | "min_tokens" => count(),
-        "thinking_token_budget" => integer(-1),
+        "thinking_token_budget" | "truncate_prompt_tokens" | "n_predict" => integer(-1),
+        "truncation_side" => word(&["left", "right"]),
         _ => return None,
     })
 }
@@ -71,6 +72,7 @@ fn output(name: &str) -> Option<Node> {
     Some(match name {
         "stream"
         | "return_progress"
+        | "timings_per_token"
         | "logprobs"
         | "echo"
         | "include_stop_str_in_output"
@@ -91,13 +93,15 @@ fn output(name: &str) -> Option<Node> {
         ),
         "top_logprobs" | "prompt_logprobs" => count(),
         "include" => list(word(&["message.output_text.logprobs", "reasoning.encrypted_content"])),
-        "response_format" | "structured_outputs" | "output_config" | "output_format" | "text" => map(any()),
+        "json_schema" | "response_format" | "structured_outputs" | "output_config" | "output_format"
+        | "text" => map(any()),
         _ => return None,
     })
 }
 
 fn other(name: &str) -> Option<Node> {
     Some(match name {
+        "grammar" | "ebnf" | "regex" => text(),
         "model" | "cache_salt" | "request_id" | "previous_response_id" | "instructions" => text(),
         "priority" => integer_in(i64::from(i32::MIN), i64::from(i32::MAX)),
         "chat_template_kwargs" | "thinking" | "reasoning" => map(any()),
@@ -125,7 +129,7 @@ fn message(endpoint: Endpoint) -> Node {
     }
 }
 
-/// The body of `/tokenize`: a prompt, or the fields of a chat that make one.
+/// The body of `/tokenize`: a prompt (llama-server's `content`), or the fields of a chat that make one.
 pub(super) fn tokenize() -> Node {
     let fields = [
         "model",
@@ -135,11 +139,16 @@ pub(super) fn tokenize() -> Node {
         "chat_template_kwargs",
         "add_generation_prompt",
         "continue_final_message",
+        "truncate_prompt_tokens",
+        "truncation_side",
     ];
     let mut maybe: Vec<_> =
         fields.into_iter().filter_map(|name| Some((name, or_null(field(Endpoint::Chat, name)?)))).collect();
     maybe.push(("prompt", or_null(text())));
-    maybe.push(("return_token_strs", or_null(boolean())));
+    maybe.push(("content", or_null(text())));
+    for name in ["return_token_strs", "with_pieces", "add_special", "parse_special"] {
+        maybe.push((name, or_null(boolean())));
+    }
     object(Vec::new(), maybe)
 }
 
