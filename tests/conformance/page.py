@@ -135,6 +135,8 @@ def write(page, said, versions):
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
     text = (HERE / "page.md").read_text()
     text = text.replace("{date}", datetime.date.today().isoformat()).replace("{commit}", commit.stdout.strip())
+    build = "" if said["build"] == "release" else f"The program was a {said['build']} build. "
+    text = text.replace("{build}", build)
     text = text.replace("{table}", table(counts)).replace("{suites}", "\n\n".join(parts)).replace("{clients}", clients)
     # Whose machine it was is nobody's business.
     page.write_text(text.replace(f"{HERE.parent.parent}/", ""))

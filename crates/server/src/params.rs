@@ -157,7 +157,7 @@ impl Params {
         options: &Options,
         limits: &Limits,
     ) -> Result<Self, ApiError> {
-        let output = read_output(endpoint, body, options, limits.max_logprobs)?;
+        let output = read_output(endpoint, body, options, limits)?;
         let stream = read_stream(body, options)?;
         if stream.stream && output.prompt_logprobs.is_some() {
             let message = "prompt_logprobs are not available with stream: true; ask without stream";
@@ -212,7 +212,7 @@ fn read_output(
     endpoint: Endpoint,
     body: &mut Body,
     options: &Options,
-    max_logprobs: usize,
+    limits: &Limits,
 ) -> Result<OutputParams, ApiError> {
     Ok(OutputParams {
         stop: read_stop(body)?,
@@ -220,8 +220,8 @@ fn read_output(
         skip_special_tokens: body.boolean("skip_special_tokens", true)?,
         return_token_ids: body.boolean("return_token_ids", false)?,
         tokens_as_ids: body.boolean("return_tokens_as_token_ids", options.tokens_as_token_ids)?,
-        logprobs: read_logprobs(endpoint, body, max_logprobs)?,
-        prompt_logprobs: body.count("prompt_logprobs", 0, max_logprobs)?,
+        logprobs: read_logprobs(endpoint, body, limits)?,
+        prompt_logprobs: read_alternatives(body, "prompt_logprobs", limits)?,
         echo: endpoint == Endpoint::Completions && body.boolean("echo", false)?,
         min_tokens: body.count("min_tokens", 0, usize::MAX)?.unwrap_or(0),
         metrics: options.per_request_metrics,
@@ -257,24 +257,32 @@ fn read_stream(body: &mut Body, server: &Options) -> Result<StreamParams, ApiErr
     Ok(StreamParams { stream, include_usage, continuous_usage, progress, timings })
 }
 
-/// Chat: a boolean and a count beside it. Completions: the count alone.
-fn read_logprobs(
-    endpoint: Endpoint,
+/// How many alternatives a token has; -1 is the whole vocabulary, where the operator allows that many.
+fn read_alternatives(
     body: &mut Body,
-    max_logprobs: usize,
+    name: &'static str,
+    limits: &Limits,
 ) -> Result<Option<usize>, ApiError> {
+    let low = if limits.max_logprobs >= limits.vocab_size { -1 } else { 0 };
+    let high = i64::try_from(limits.max_logprobs).unwrap_or(i64::MAX);
+    let value = body.integer(name, low, high)?;
+    Ok(value.map(|count| usize::try_from(count).unwrap_or(limits.vocab_size)))
+}
+
+/// Chat: a boolean and a count beside it. Completions: the count alone.
+fn read_logprobs(endpoint: Endpoint, body: &mut Body, limits: &Limits) -> Result<Option<usize>, ApiError> {
     if endpoint == Endpoint::Completions {
         return match body.take("logprobs") {
             // `false` is what OpenAI's own clients send to mean "none".
             None | Some(Value::Bool(false)) => Ok(None),
             Some(value) => {
                 let mut one = Body::new(serde_json::json!({"logprobs": value}))?;
-                one.count("logprobs", 0, max_logprobs)
+                read_alternatives(&mut one, "logprobs", limits)
             }
         };
     }
     let wanted = body.boolean("logprobs", false)?;
-    match body.count("top_logprobs", 0, max_logprobs)? {
+    match read_alternatives(body, "top_logprobs", limits)? {
         Some(count) if !wanted && count > 0 => {
             Err(ApiError::field("top_logprobs", format!("top_logprobs is {count}, but logprobs is not true")))
         }

@@ -101,7 +101,6 @@ impl FrontEnd {
         }
         let tokenizer = self.tokenizer.clone();
         let prompt = self.pool.run(move || Ok(tokenizer.decode(&tokens, false))).await?;
-        // vLLM's name and llama-server's.
-        Ok(json!({"prompt": prompt, "content": prompt}))
+        Ok(json!({"prompt": prompt}))
     }
 }

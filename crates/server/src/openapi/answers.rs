@@ -258,7 +258,7 @@ fn others() -> Vec<(&'static str, Node)> {
         ("Model", object(model, Vec::new())),
         ("Models", object(vec![("object", word(&["list"])), ("data", list(named("Model")))], Vec::new())),
         ("Tokens", object(tokens, Vec::new())),
-        ("Text", object(vec![("prompt", text())], vec![("content", text())])),
+        ("Text", object(vec![("prompt", text())], Vec::new())),
         ("ChatTokens", object(vec![("input_tokens", count())], Vec::new())),
         ("TokenizerInfo", object(vec![("tokenizer_class", text())], vec![("chat_template", text())])),
         ("Props", props()),

@@ -41,7 +41,7 @@ fn field(endpoint: Endpoint, name: &str) -> Option<Node> {
         "input" => either(vec![text(), list(map(any()))]),
         "prompt" => prompt(),
         "stop" => either(vec![text(), list(text())]),
-        "logprobs" if endpoint == Endpoint::Completions => either(vec![boolean(), count()]),
+        "logprobs" if endpoint == Endpoint::Completions => either(vec![boolean(), integer(-1)]),
         "tools" => list(map(any())),
         "tool_choice" if endpoint == Endpoint::Messages => map(any()),
         "tool_choice" => either(vec![word(&["none", "auto", "required"]), map(any())]),
@@ -91,7 +91,8 @@ fn output(name: &str) -> Option<Node> {
             Vec::new(),
             vec![("include_usage", or_null(boolean())), ("continuous_usage_stats", or_null(boolean()))],
         ),
-        "top_logprobs" | "prompt_logprobs" => count(),
+        // -1: the whole vocabulary, where the operator allows that many.
+        "top_logprobs" | "prompt_logprobs" => integer(-1),
         "include" => list(word(&["message.output_text.logprobs", "reasoning.encrypted_content"])),
         "json_schema" | "response_format" | "structured_outputs" | "output_config" | "output_format"
         | "text" => map(any()),

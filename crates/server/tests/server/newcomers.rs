@@ -4,9 +4,10 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::Request;
 use serde_json::{Value, json};
+use spark_api::FinishReason;
 use spark_server::{ApiKeys, HttpState, Options, router};
 
-use crate::fake::{Fake, MAX_MODEL_LEN};
+use crate::fake::{Fake, MAX_MODEL_LEN, Script};
 use crate::{ask, chat, chunks, complete, front_end, ids, send, server, text};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -203,4 +204,18 @@ async fn what_is_served_is_told_and_the_template_only_where_the_operator_says_so
     assert_eq!(info["added_tokens_decoder"]["258"], "<|im_end|>");
     assert!(info["chat_template"].as_str().unwrap().contains("<|im_start|>"));
     assert_eq!(get(&open, "/props").await.1["chat_template"], info["chat_template"]);
+}
+
+#[tokio::test]
+async fn all_alternatives_of_a_token_are_those_of_the_vocabulary() {
+    let asked = json!({"prompt": "x", "max_tokens": 1, "logprobs": -1});
+    let wide = Fake::with_limits(Script::Tokens(ids("a"), FinishReason::Length), |limits| {
+        limits.max_logprobs = 1000
+    });
+    let (status, _) = complete(&server(&wide), asked.clone()).await;
+    assert_eq!(status, 200);
+    wide.last(|request| assert_eq!(request.sampling.logprobs, Some(282)));
+    let (status, error) = complete(&server(&Fake::says("x")), asked).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("logprobs")));
+    assert!(error["error"]["message"].as_str().unwrap().contains("between 0 and 20"));
 }
