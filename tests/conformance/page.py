@@ -79,6 +79,8 @@ def explained(reasons, suite, lines):
 def table(counts):
     """The overview."""
     head = ["suite", "tests", "passed", "skipped by the suite", *(f"failed: {text}" for text in KINDS.values()), "unexplained"]
+    if not any(count[-1] for count in counts):
+        head, counts = head[:-1], [count[:-1] for count in counts]
     rows = [head, ["---"] * len(head), *counts]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
