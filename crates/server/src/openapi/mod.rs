@@ -212,6 +212,8 @@ fn operation(route: &Route) -> Operation {
             ("422", "A medium cannot be fetched or read."),
             ("503", "The engine is full, stopping or has failed; with Retry-After if it makes sense to come back."),
         ]);
+    } else if route.path == "/tokenizer_info" {
+        errors.push(("404", "The operator does not show it."));
     } else if route.path.contains('{') {
         errors.extend([("400", "The request makes no sense."), ("404", "There is nothing of that name.")]);
     }
@@ -252,7 +254,9 @@ fn success(answer: &Answer) -> Response {
         Answer::Json(component) => json("The answer.", component),
         Answer::Streamed(component, event) => {
             let mut response = json(&format!("The answer, or with `stream` events of {event}."), component);
-            let events = ContentBuilder::new().schema(Some(text())).build();
+            // One event, as those read it who look at streams by their document; its data is the JSON of `event`.
+            let one = schema::object(vec![("data", text())], vec![("event", text())]);
+            let events = ContentBuilder::new().schema(Some(one)).build();
             response.content.insert(EVENTS.to_owned(), events.into());
             response
         }
