@@ -83,7 +83,7 @@ fn succeed(output: &Output) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The answers without what differs between two runs: ids of answers, their time, and what the prefix cache had.
+/// The answers without what differs between two runs: ids of answers, their times, and what the prefix cache had.
 fn answers(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap();
     let parse = |line: &str| {
@@ -93,6 +93,7 @@ fn answers(path: &Path) -> Vec<Value> {
         if let Some(body) = response["body"].as_object_mut() {
             body.remove("id");
             body.remove("created");
+            body.remove("timings");
         }
         if let Some(usage) = response["body"]["usage"].as_object_mut() {
             usage.remove("prompt_tokens_details");

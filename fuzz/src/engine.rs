@@ -62,7 +62,8 @@ impl Engine for Instantly {
             let at = |(i, id): (usize, &TokenId)| (i > 0).then(|| logprobs(*id, count));
             request.prompt.iter().enumerate().map(at).collect()
         });
-        send(Event::Prompt { num_cached_tokens: 0, logprobs: prompt_logprobs });
+        let (queued, prefill) = (Duration::ZERO, Duration::ZERO);
+        send(Event::Prompt { num_cached_tokens: 0, queued, prefill, logprobs: prompt_logprobs });
         let max_tokens = request.sampling.max_tokens.min(MAX_TOKENS);
         let (mut num_output_tokens, mut reason) = (0, FinishReason::Length);
         while num_output_tokens < max_tokens {

@@ -6,8 +6,8 @@ use clap::{Args, ValueEnum};
 use spark_engine::{EngineBuilder, FailureHook, LoadFormat, LoadStrategy, SparkEngine, server::Observers};
 
 use super::{
-    compat::CompatArgs, device::DeviceArgs, head::HeadArgs, media::MediaArgs, model_name::ModelName,
-    parsers::ParserArgs, progress, ranks::RankArgs, sizes::SizeArgs,
+    answers::AnswerArgs, compat::CompatArgs, device::DeviceArgs, head::HeadArgs, media::MediaArgs,
+    model_name::ModelName, parsers::ParserArgs, progress, ranks::RankArgs, sizes::SizeArgs,
 };
 
 /// Which model and how to run it.
@@ -55,6 +55,7 @@ pub(crate) struct ModelArgs {
 /// Settings of the front end that make sense only where strangers ask.
 struct Serving {
     max_num_queued_tokens: usize,
+    answers: AnswerArgs,
     log_requests: bool,
     watchers: Watchers,
 }
@@ -120,10 +121,15 @@ impl ModelArgs {
     }
 
     /// The same for a server.
-    pub(crate) fn for_server(mut self, max_num_queued_tokens: usize, watchers: Watchers) -> Self {
+    pub(crate) fn for_server(
+        mut self,
+        max_num_queued_tokens: usize,
+        answers: AnswerArgs,
+        watchers: Watchers,
+    ) -> Self {
         let log_requests = !self.compat.disable_log_requests;
         self.sizes.with_queue_limit();
-        self.serving = Some(Serving { max_num_queued_tokens, log_requests, watchers });
+        self.serving = Some(Serving { max_num_queued_tokens, answers, log_requests, watchers });
         self
     }
 
@@ -170,7 +176,9 @@ impl ModelArgs {
             .front_end(move |options| {
                 media.apply(options);
                 self.parsers.apply(options);
-                if let Some(Serving { max_num_queued_tokens, log_requests, watchers }) = self.serving {
+                if let Some(Serving { max_num_queued_tokens, answers, log_requests, watchers }) = self.serving
+                {
+                    answers.apply(options);
                     (options.max_num_queued_tokens, options.log_requests) =
                         (max_num_queued_tokens, log_requests);
                     (options.observers, options.settings) = (watchers.observers, watchers.settings);

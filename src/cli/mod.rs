@@ -1,6 +1,7 @@
 //! The commands of the program and what they share.
 
 mod agent;
+mod answers;
 mod args;
 mod batch;
 mod batch_file;

@@ -17,6 +17,7 @@ use tokio::{
 };
 
 use super::{
+    answers::AnswerArgs,
     args::{ModelArgs, Watchers},
     crash::{self, CrashReporter},
     log_tail, notify,
@@ -33,6 +34,8 @@ const LAST_BYTES: Duration = Duration::from_secs(2);
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    answers: AnswerArgs,
     /// A TOML file with settings under the names of these flags (`port = 9000`); flags on the command line count more.
     #[arg(long, help_heading = "Server", env = "SPARK_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -48,7 +51,8 @@ pub(crate) struct ServeArgs {
     /// Keys for operators: they open everything, and once there is one, /metrics and /load open to nobody else.
     #[arg(long, help_heading = "Server", env = "SPARK_ADMIN_API_KEY", value_name = "KEY", num_args = 1.., hide_env_values = true)]
     admin_api_key: Vec<String>,
-    /// Origins whose pages may call from a browser, such as https://chat.example.org, or "*"; by default none may.
+    /// Origins whose pages may call from a browser, such as https://chat.example.org, "localhost" (all of this
+    /// machine) or "*"; by default none may.
     #[arg(long, help_heading = "Server", value_name = "ORIGIN", num_args = 1..)]
     allowed_origins: Vec<String>,
     /// Methods that these pages may use.
@@ -135,7 +139,7 @@ pub(crate) fn run(args: ServeArgs, settings: Value) -> anyhow::Result<()> {
         .with_context(|| format!("--host {host} --port {port}: cannot listen there"))?;
     raise_open_files();
     let watchers = watchers(crashes, traces.as_ref(), settings);
-    let engine = model.for_server(args.max_num_queued_tokens, watchers).build()?;
+    let engine = model.for_server(args.max_num_queued_tokens, args.answers, watchers).build()?;
     let address = listener.local_addr()?;
     let scheme = if options.tls.is_some() { "https" } else { "http" };
     announce(&engine, scheme, address, args.open);

@@ -9,9 +9,12 @@ import os
 import sys
 
 PROGRAM = os.environ["SPARK_SHIM_PROGRAM"]
-LONGEST = 2048
+# Of the demo model.
+LONGEST = 4096
 # llama-server does not look at the name of the model; these are those that its tests send.
-NAMES = ["test", "gpt-3.5-turbo-instruct", "gpt-3.5-turbo", "gpt-4.1", "davinci-002"]
+NAMES = ["test", "gpt-3.5-turbo-instruct", "gpt-3.5-turbo", "gpt-4.1", "davinci-002", "codellama70b"]
+# Tests that look at prompts and ask for no answers.
+PROMPTS_ONLY = "test_template.py" in os.environ.get("PYTEST_CURRENT_TEST", "")
 SAME = {
     "--api-key": "--api-key",
     "--cors-origins": "--allowed-origins",
@@ -40,7 +43,10 @@ def main():
     words, dropped, names = [], [], list(NAMES)
     for name, value in flags(sys.argv[1:]):
         if name == "--alias":
-            names.insert(0, value)
+            names[:0] = value.split(",")
+        elif name == "--chat-template-file" and (os.path.basename(value).startswith("Qwen") or PROMPTS_ONLY):
+            # Others are of models whose marks the demo model does not have.
+            words += ["--chat-template", value]
         elif name not in SAME:
             dropped.append([name, value])
         elif name == "--ctx-size":

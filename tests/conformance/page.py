@@ -79,6 +79,8 @@ def explained(reasons, suite, lines):
 def table(counts):
     """The overview."""
     head = ["suite", "tests", "passed", "skipped by the suite", *(f"failed: {text}" for text in KINDS.values()), "unexplained"]
+    if not any(count[-1] for count in counts):
+        head, counts = head[:-1], [count[:-1] for count in counts]
     rows = [head, ["---"] * len(head), *counts]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
@@ -135,6 +137,8 @@ def write(page, said, versions):
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
     text = (HERE / "page.md").read_text()
     text = text.replace("{date}", datetime.date.today().isoformat()).replace("{commit}", commit.stdout.strip())
+    build = "" if said["build"] == "release" else f"The program was a {said['build']} build. "
+    text = text.replace("{build}", build)
     text = text.replace("{table}", table(counts)).replace("{suites}", "\n\n".join(parts)).replace("{clients}", clients)
     # Whose machine it was is nobody's business.
     page.write_text(text.replace(f"{HERE.parent.parent}/", ""))

@@ -1,9 +1,10 @@
-"""A pytest plugin for vLLM's tests: what they would do before they start a server is left out.
+"""A pytest plugin for vLLM's tests: what they would do before they start a server is left out, or done on this machine.
 
 They read the configuration of a model with vLLM's own loader and wait for the memory of a GPU. Neither says anything about
-the server that is under test.
+the server that is under test. Their pictures and videos are in a bucket; others of the same kinds stand in for them.
 """
 
+import stand_ins
 from pytest_report import pytest_collectreport, pytest_runtest_makereport
 
 __all__ = ["pytest_collectreport", "pytest_runtest_makereport"]
@@ -29,3 +30,10 @@ def pytest_collectstart(collector):
     utils.RemoteOpenAIServer._create_cli_subcommand = lambda _: Flags()
     utils.RemoteVLLMServer._pre_download_model = lambda *_: None
     utils.RemoteVLLMServer._get_gpu_memory_used = lambda *_: None
+
+
+def pytest_sessionstart(session):
+    from vllm.assets import base
+
+    # Before the modules of the tests copy it.
+    base.VLLM_S3_BUCKET_URL = stand_ins.serve()

@@ -14,7 +14,8 @@ import tempfile
 
 PROGRAM = os.environ["SPARK_SHIM_PROGRAM"]
 MODEL = os.environ["SPARK_SHIM_MODEL"]
-LONGEST = 2048
+# Of the demo model.
+LONGEST = 4096
 # Values are another engine's business: memory of a GPU, formats of weights, ranks.
 NOT_HANDED_ON = {
     "--dtype",

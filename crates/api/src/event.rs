@@ -11,6 +11,10 @@ pub enum Event {
     Prompt {
         /// Prompt tokens whose KV was reused from the prefix cache.
         num_cached_tokens: usize,
+        /// From arrival until first scheduled.
+        queued: Duration,
+        /// From first scheduled until now.
+        prefill: Duration,
         /// One entry a prompt token (`None` for the first), if `prompt_logprobs` was asked for.
         logprobs: Option<Vec<Option<TokenLogprobs>>>,
     },

@@ -182,7 +182,11 @@ impl Sequence {
             return;
         }
         let logprobs = self.sampling.prompt_logprobs.map(|_| std::mem::take(&mut self.prompt_logprobs));
-        self.send(Event::Prompt { num_cached_tokens, logprobs });
+        let now = Instant::now();
+        let scheduled = self.first_scheduled.unwrap_or(now);
+        let queued = scheduled.saturating_duration_since(self.arrived);
+        let prefill = now.saturating_duration_since(scheduled);
+        self.send(Event::Prompt { num_cached_tokens, queued, prefill, logprobs });
     }
 
     /// A token is accepted.

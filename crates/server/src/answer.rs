@@ -14,6 +14,10 @@ use crate::generation::PromptInfo;
 use crate::logprobs::{CompletionLogprobs, TokenNames};
 use crate::params::{OutputParams, StreamParams};
 use crate::parts::ToolCallStart;
+use crate::timings::Timings;
+
+/// `system_fingerprint`: the program that answered.
+pub(crate) const FINGERPRINT: &str = concat!("spark-engine-", env!("CARGO_PKG_VERSION"));
 
 /// What stays the same over an answer.
 pub(crate) struct Shape {
@@ -67,7 +71,7 @@ impl Shape {
         head.insert("object".into(), json!(object));
         head.insert("created".into(), json!(self.created));
         head.insert("model".into(), json!(self.model));
-        head.insert("system_fingerprint".into(), json!(concat!("spark-engine-", env!("CARGO_PKG_VERSION"))));
+        head.insert("system_fingerprint".into(), json!(FINGERPRINT));
         head
     }
 }
@@ -151,6 +155,15 @@ pub(crate) fn put_finish(choice: &mut Value, finish: Option<&Finish>) {
     };
 }
 
+/// What the answer says of its own time, where it has one choice: several share what they took.
+pub(crate) fn put_timings(body: &mut Map<String, Value>, shape: &Shape, timings: Option<Timings>) {
+    let Some(timings) = timings.filter(|_| shape.num_choices() == 1) else { return };
+    body.insert("timings".into(), timings.llama());
+    if shape.output.metrics {
+        body.insert("metrics".into(), timings.vllm());
+    }
+}
+
 /// The deltas of all choices, joined.
 pub(crate) struct Answer(Vec<Delta>);
 
@@ -168,6 +181,7 @@ impl Answer {
         whole.tokens.extend(delta.tokens);
         whole.logprobs.extend(delta.logprobs);
         whole.prompt = whole.prompt.take().or(delta.prompt);
+        whole.timings = delta.timings.or(whole.timings);
         whole.finish = whole.finish.take().or(delta.finish);
     }
 
@@ -182,10 +196,12 @@ impl Answer {
             num_reasoning: self.0.iter().map(|choice| choice.num_reasoning_tokens).sum(),
         };
         let usage = usage.into_json(shape);
-        let body = match shape.form.is_chat() {
+        let timings = self.0.first().and_then(|choice| choice.timings);
+        let mut body = match shape.form.is_chat() {
             true => self.into_chat(shape, usage),
             false => self.into_completion(shape, usage),
         };
+        put_timings(&mut body, shape, timings);
         Value::Object(body)
     }
 

@@ -19,6 +19,7 @@ use crate::metrics::{Counts, Metrics, Outcome};
 use crate::params::OutputParams;
 use crate::parts::{AnswerPlan, Parts, ToolCallDelta};
 use crate::summary::Summary;
+use crate::timings::Timings;
 
 /// What one event adds to a choice.
 #[derive(Debug, Clone, Default)]
@@ -41,6 +42,8 @@ pub struct Delta {
     pub progress: Option<usize>,
     /// Set once, before the first token.
     pub prompt: Option<PromptReport>,
+    /// What it took so far; with tokens and at the end.
+    pub timings: Option<Timings>,
     /// Set in the last delta.
     pub finish: Option<Finish>,
 }
@@ -113,7 +116,10 @@ pub(crate) struct Choice {
     detokenizer: Detokenizer,
     stops: StopMatcher,
     parts: Parts,
+    first_token: Option<Instant>,
     last_token: Option<Instant>,
+    /// Without the tokens and the time from the first to the last, which are counted beside.
+    timings: Timings,
     num_tokens: usize,
     ended: bool,
 }
@@ -126,7 +132,9 @@ impl Choice {
                 .keeping(setup.marker_tokens()),
             stops: StopMatcher::new(setup.output.stop.clone(), setup.output.include_stop),
             parts: Parts::new(setup.answer.clone()),
+            timings: Timings { num_prompt_tokens: setup.num_prompt_tokens, ..Timings::default() },
             setup,
+            first_token: None,
             last_token: None,
             num_tokens: 0,
             ended: false,
@@ -149,7 +157,8 @@ impl Choice {
     fn on_event(&mut self, event: Event) -> Result<Delta, ApiError> {
         let mut delta = Delta { choice: self.setup.index, ..Delta::default() };
         match event {
-            Event::Prompt { num_cached_tokens, logprobs } => {
+            Event::Prompt { num_cached_tokens, queued, prefill, logprobs } => {
+                self.timings = Timings { num_cached_tokens, queued, prefill, ..self.timings };
                 self.setup.metrics.prompt(self.setup.num_prompt_tokens, num_cached_tokens);
                 self.setup.summary.prompt(self.setup.num_prompt_tokens, num_cached_tokens);
                 delta.prompt = Some(PromptReport { num_cached_tokens, logprobs });
@@ -157,13 +166,22 @@ impl Choice {
             Event::Token(token) => self.on_token(token, &mut delta),
             Event::Finished(finished) => self.on_finished(&finished, &mut delta)?,
         }
+        if !delta.tokens.is_empty() || delta.finish.is_some() {
+            delta.timings = Some(self.timings());
+        }
         Ok(delta)
+    }
+
+    fn timings(&self) -> Timings {
+        let decode = self.last_token.zip(self.first_token).map(|(last, first)| last - first);
+        Timings { num_output_tokens: self.num_tokens, decode: decode.unwrap_or_default(), ..self.timings }
     }
 
     fn on_token(&mut self, event: TokenEvent, delta: &mut Delta) {
         let now = Instant::now();
         self.setup.metrics.token(self.setup.arrived, self.last_token, now);
         if self.last_token.replace(now).is_none() {
+            self.first_token = Some(now);
             self.setup.summary.first_token(now);
         }
         if self.setup.discard_output {

@@ -4,8 +4,9 @@
 use serde_json::{Map, Value, json};
 
 use crate::Delta;
-use crate::answer::{Shape, Usage, add_echo_logprobs, put_finish, put_reasoning, tool_call};
+use crate::answer::{Shape, Usage, add_echo_logprobs, put_finish, put_reasoning, put_timings, tool_call};
 use crate::logprobs::CompletionLogprobs;
+use crate::timings::Timings;
 
 /// What has been written of each choice.
 pub(crate) struct ChunkWriter {
@@ -18,6 +19,7 @@ struct Written {
     num_tokens: usize,
     num_reasoning_tokens: usize,
     num_cached_tokens: usize,
+    timings: Option<Timings>,
     /// Whether anything was said about the progress of the prompt.
     has_progress: bool,
     /// Characters of tokens, for `text_offset`.
@@ -34,6 +36,7 @@ impl ChunkWriter {
         let written = &mut self.choices[delta.choice];
         written.num_tokens += delta.tokens.len();
         written.num_reasoning_tokens += delta.num_reasoning_tokens;
+        written.timings = delta.timings.or(written.timings);
         if let Some(prompt) = &delta.prompt {
             written.num_cached_tokens = prompt.num_cached_tokens;
         }
@@ -59,6 +62,7 @@ impl ChunkWriter {
         let mut chunk = shape.head(object(shape));
         chunk.insert("choices".into(), json!([]));
         chunk.insert("usage".into(), usage.into_json(shape));
+        put_timings(&mut chunk, shape, self.choices.first().and_then(|choice| choice.timings));
         Some(Value::Object(chunk))
     }
 }
@@ -152,7 +156,11 @@ impl Written {
             if shape.output.return_token_ids {
                 choice["token_ids"] = json!(std::mem::take(&mut tokens));
             }
-            chunks.push(Value::Object(self.chunk(shape, delta.choice, choice)));
+            let mut chunk = self.chunk(shape, delta.choice, choice);
+            if parts.peek().is_none() {
+                self.put_timings(shape, delta, &mut chunk);
+            }
+            chunks.push(Value::Object(chunk));
         }
         chunks
     }
@@ -180,7 +188,18 @@ impl Written {
                 choice["prompt_token_ids"] = json!(&prompt.tokens[..]);
             }
         }
-        Some(Value::Object(self.chunk(shape, delta.choice, choice)))
+        let mut chunk = self.chunk(shape, delta.choice, choice);
+        self.put_timings(shape, delta, &mut chunk);
+        Some(Value::Object(chunk))
+    }
+
+    /// With the last chunk all of it, as in a body; with every token what `timings_per_token` asks for.
+    fn put_timings(&self, shape: &Shape, delta: &Delta, chunk: &mut Map<String, Value>) {
+        if delta.finish.is_some() && !shape.stream.include_usage {
+            put_timings(chunk, shape, self.timings);
+        } else if let Some(timings) = delta.timings.filter(|_| shape.stream.timings) {
+            chunk.insert("timings".into(), timings.llama());
+        }
     }
 
     fn chunk(&self, shape: &Shape, choice: usize, json: Value) -> Map<String, Value> {

@@ -163,8 +163,8 @@ mod tests {
             json!({"chat_template": "{{ 1 }}"}),
             json!({"modalities": ["text", "audio"]}),
             json!({"best_of": 2}),
-            json!({"grammar": "root ::= \"a\""}),
-            json!({"json_schema": {"const": 1}}),
+            json!({"repeat_penalty": 1.1}),
+            json!({"reasoning_format": "none"}),
             json!({"mirostat": 2}),
             json!({"echo": true}),
             json!({"function_call": {"name": "f"}}),
@@ -176,7 +176,7 @@ mod tests {
         }
         let neutral = json!({"response_format": {"type": "text"}, "guided_json": null, "best_of": 1,
             "modalities": ["text"], "echo": false, "function_call": "auto", "functions": null, "store": false,
-            "spaces_between_special_tokens": true, "grammar": "", "typical_p": 1, "mirostat": 0, "top_n_sigma": -1});
+            "spaces_between_special_tokens": true, "repeat_penalty": 1.0, "typical_p": 1, "mirostat": 0, "top_n_sigma": -1});
         check_chat(&neutral).unwrap();
     }
 

@@ -95,7 +95,7 @@ impl FrontEnd {
         let mut body = self.open(Endpoint::Chat, body)?;
         let model = read_model(&mut body, &self.options)?;
         let params = self.read_params(Endpoint::Chat, &mut body)?;
-        let prompt = self.chat_prompt(&mut body, params.structured.clone()).await?;
+        let prompt = self.chat_prompt(&mut body, &params).await?;
         self.submit(Form::Chat, model, params, vec![prompt])
     }
 
@@ -113,8 +113,10 @@ impl FrontEnd {
             return Err(ApiError::field("n", message));
         }
         let echo = params.output.echo;
-        let mut prompts =
-            try_join_all(inputs.into_iter().map(|input| self.completion_prompt(input, echo))).await?;
+        let mut prompts = try_join_all(
+            inputs.into_iter().map(|input| self.completion_prompt(input, echo, params.truncation)),
+        )
+        .await?;
         if let Some(wanted) = params.structured.clone() {
             let grammar = self.grammars.compile(wanted, GrammarStart::Answer).await?;
             prompts.iter_mut().for_each(|prompt| prompt.grammar = Some(grammar.clone()));
@@ -219,6 +221,6 @@ impl FrontEnd {
     }
 
     pub(crate) fn read_params(&self, endpoint: Endpoint, body: &mut Body) -> Result<Params, ApiError> {
-        Params::read(endpoint, body, &self.options, self.engine.info().limits.max_logprobs)
+        Params::read(endpoint, body, &self.options, &self.engine.info().limits)
     }
 }

@@ -5,6 +5,7 @@
 //! [`spark_api::Engine`].
 #![forbid(unsafe_code)]
 
+mod about;
 mod answer;
 mod body;
 mod byte_bound;
@@ -37,6 +38,7 @@ mod structured;
 mod submit;
 mod summary;
 mod thinking;
+mod timings;
 mod tokenize;
 mod tools;
 
@@ -52,3 +54,4 @@ pub use observe::{Observer, Observers, Phases, RequestReport, TraceParent};
 pub use openapi::openapi;
 pub use options::{Options, ReasoningParser, SamplingDefaults, ToolCallParser};
 pub use parts::{ToolCallDelta, ToolCallStart};
+pub use timings::Timings;

@@ -249,6 +249,7 @@ fn seconds(duration: Duration) -> f64 {
     duration.as_secs_f64()
 }
 
+#[allow(clippy::cast_precision_loss, reason = "a ratio of counts far below 2^53")]
 fn engine_metrics(page: &mut Exposition, info: &EngineInfo, stats: &EngineStats) {
     let gauge = "gauge";
     page.single("num_requests_running", gauge, "Sequences in the running set.", stats.num_running);
@@ -263,7 +264,14 @@ fn engine_metrics(page: &mut Exposition, info: &EngineInfo, stats: &EngineStats)
     }
     page.metric("cache_config_info", gauge, "Configuration of the KV cache.");
     let num_blocks = info.num_kv_tokens / info.block_size.max(1);
-    let labels = format!(",block_size=\"{}\",num_gpu_blocks=\"{num_blocks}\"", info.block_size);
+    let (num_tokens, longest) = (info.num_kv_tokens, info.limits.max_model_len.max(1));
+    let labels = format!(
+        ",block_size=\"{}\",num_gpu_blocks=\"{num_blocks}\",kv_cache_size_tokens=\"{num_tokens}\",\
+         kv_cache_max_concurrency=\"{:.2}\"",
+        info.block_size,
+        // How many sequences of the greatest length there is room for.
+        num_tokens as f64 / longest as f64
+    );
     page.sample("cache_config_info", &labels, 1);
     for (name, help, value) in [
         ("num_preemptions_total", "Preemptions.", stats.num_preemptions),

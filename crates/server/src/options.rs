@@ -19,6 +19,12 @@ pub struct Options {
     pub sampling_defaults: SamplingDefaults,
     /// `--return-tokens-as-token-ids`: the default of the field.
     pub tokens_as_token_ids: bool,
+    /// `--enable-force-include-usage`: every chunk of every stream has its usage.
+    pub force_include_usage: bool,
+    /// `--enable-per-request-metrics`: answers say what they took in vLLM's words (`metrics`) too.
+    pub per_request_metrics: bool,
+    /// `--enable-tokenizer-info-endpoint`: `GET /tokenizer_info` shows the tokenizer's settings and the chat template.
+    pub tokenizer_info: bool,
     /// `--mm-processor-cache-gb` in bytes: processed images kept on the host.
     pub mm_processor_cache_bytes: usize,
     /// Most bytes of decoded pixels in work at once, over all requests.
@@ -70,6 +76,9 @@ impl Options {
             served_names: vec![name],
             sampling_defaults: SamplingDefaults::neutral(),
             tokens_as_token_ids: false,
+            force_include_usage: false,
+            per_request_metrics: false,
+            tokenizer_info: false,
             mm_processor_cache_bytes: 4 << 30,
             // vLLM's bound on the decoded bytes of one request; here it bounds all requests together.
             max_decoding_bytes: 715_827_880,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::Value;
-use spark_api::{SamplingParams, TokenId};
+use spark_api::{Limits, SamplingParams, TokenId};
 use spark_text::StopStrings;
 
 use crate::ApiError;
@@ -45,6 +45,8 @@ pub(crate) struct Params {
     pub(crate) stream: StreamParams,
     /// What the text of the answer has to look like.
     pub(crate) structured: Option<Wanted>,
+    /// Prompts may be cut to this.
+    pub(crate) truncation: Option<Truncation>,
 }
 
 /// How tokens become text and JSON.
@@ -62,6 +64,73 @@ pub(crate) struct OutputParams {
     pub(crate) echo: bool,
     /// Tokens before which a stop string does not count.
     pub(crate) min_tokens: usize,
+    /// `--enable-per-request-metrics`: the answer says what it took, in vLLM's words too.
+    pub(crate) metrics: bool,
+}
+
+/// `truncate_prompt_tokens` and `truncation_side`: what is kept of a prompt that is too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Truncation {
+    pub(crate) max_tokens: usize,
+    /// Whether the beginning goes; else the end does.
+    pub(crate) is_left: bool,
+}
+
+impl Truncation {
+    /// Reads both fields. -1 leaves room for one token of an answer, and the beginning goes unless the side is said, as in
+    /// vLLM.
+    ///
+    /// # Errors
+    /// When a value is out of its range, or the end of a conversation would go, with which the answer begins.
+    pub(crate) fn read(
+        body: &mut Body,
+        is_chat: bool,
+        max_model_len: usize,
+    ) -> Result<Option<Self>, ApiError> {
+        const SIDE: &str = "truncation_side";
+        let is_left = match body.string(SIDE, MAX_LABEL_BYTES)?.as_deref() {
+            None | Some("left") => true,
+            Some("right") if !is_chat => false,
+            Some("right") => {
+                let message =
+                    "truncation_side \"right\" would cut off where a chat's answer begins; use \"left\"";
+                return Err(ApiError::field(SIDE, message));
+            }
+            Some(_) => return Err(ApiError::field(SIDE, "truncation_side must be \"left\" or \"right\"")),
+        };
+        let name = "truncate_prompt_tokens";
+        let max_tokens = match body.integer(name, -1, i64::try_from(max_model_len).unwrap_or(i64::MAX))? {
+            None => return Ok(None),
+            Some(0) => {
+                return Err(ApiError::field(name, format!("{name} is 0; it must be -1 or at least 1")));
+            }
+            Some(count) => usize::try_from(count).unwrap_or(max_model_len.saturating_sub(1)),
+        };
+        Ok(Some(Self { max_tokens, is_left }))
+    }
+
+    /// What is kept of `text`, of which more than `max_bytes` bytes cannot be needed: a bound on the tokenizer's work.
+    pub(crate) fn cut_text(self, text: &mut String, max_bytes: usize) {
+        if text.len() <= max_bytes {
+            return;
+        }
+        match self.is_left {
+            true => drop(text.drain(..text.ceil_char_boundary(text.len() - max_bytes))),
+            false => text.truncate(text.floor_char_boundary(max_bytes)),
+        }
+    }
+
+    /// Cuts a prompt. Returns whether anything went.
+    pub(crate) fn cut(self, tokens: &mut Vec<TokenId>) -> bool {
+        let Some(surplus) = tokens.len().checked_sub(self.max_tokens).filter(|surplus| *surplus > 0) else {
+            return false;
+        };
+        match self.is_left {
+            true => drop(tokens.drain(..surplus)),
+            false => tokens.truncate(self.max_tokens),
+        }
+        true
+    }
 }
 
 /// `stream` and `stream_options`.
@@ -72,10 +141,12 @@ pub(crate) struct StreamParams {
     pub(crate) continuous_usage: bool,
     /// `return_progress`: how far the prompt has come.
     pub(crate) progress: bool,
+    /// `timings_per_token`: every token says what the answer took so far.
+    pub(crate) timings: bool,
 }
 
 impl Params {
-    /// Reads all shared fields. `max_logprobs` is the engine's: most alternatives per token, in all dialects.
+    /// Reads all shared fields. `limits` are the engine's.
     ///
     /// # Errors
     /// Names the first field with a wrong type or value. What the engine checks (ranges of sampling parameters, ids
@@ -84,10 +155,10 @@ impl Params {
         endpoint: Endpoint,
         body: &mut Body,
         options: &Options,
-        max_logprobs: usize,
+        limits: &Limits,
     ) -> Result<Self, ApiError> {
-        let output = read_output(endpoint, body, options, max_logprobs)?;
-        let stream = read_stream(body)?;
+        let output = read_output(endpoint, body, options, limits)?;
+        let stream = read_stream(body, options)?;
         if stream.stream && output.prompt_logprobs.is_some() {
             let message = "prompt_logprobs are not available with stream: true; ask without stream";
             return Err(ApiError::field("prompt_logprobs", message));
@@ -100,7 +171,10 @@ impl Params {
         // An echoed prompt shows the log-probabilities of its tokens too. Each list is cut to its own count later, and
         // `None` is less than any count.
         sampling.prompt_logprobs = output.prompt_logprobs.max(output.logprobs.filter(|_| output.echo));
-        let max_tokens = body.count("max_tokens", 0, usize::MAX)?;
+        // llama-server's name comes last; its -1 sets no bound.
+        let n_predict =
+            body.integer("n_predict", -1, i64::MAX)?.and_then(|count| usize::try_from(count).ok());
+        let max_tokens = body.count("max_tokens", 0, usize::MAX)?.or(n_predict);
         let max_tokens = match endpoint == Endpoint::Completions {
             true => max_tokens,
             false => body.count("max_completion_tokens", 0, usize::MAX)?.or(max_tokens),
@@ -117,6 +191,7 @@ impl Params {
             request_id: body.string("request_id", MAX_LABEL_BYTES)?,
             stream,
             structured: structured::read(body)?,
+            truncation: Truncation::read(body, endpoint != Endpoint::Completions, limits.max_model_len)?,
         })
     }
 }
@@ -137,7 +212,7 @@ fn read_output(
     endpoint: Endpoint,
     body: &mut Body,
     options: &Options,
-    max_logprobs: usize,
+    limits: &Limits,
 ) -> Result<OutputParams, ApiError> {
     Ok(OutputParams {
         stop: read_stop(body)?,
@@ -145,21 +220,26 @@ fn read_output(
         skip_special_tokens: body.boolean("skip_special_tokens", true)?,
         return_token_ids: body.boolean("return_token_ids", false)?,
         tokens_as_ids: body.boolean("return_tokens_as_token_ids", options.tokens_as_token_ids)?,
-        logprobs: read_logprobs(endpoint, body, max_logprobs)?,
-        prompt_logprobs: body.count("prompt_logprobs", 0, max_logprobs)?,
+        logprobs: read_logprobs(endpoint, body, limits)?,
+        prompt_logprobs: read_alternatives(body, "prompt_logprobs", limits)?,
         echo: endpoint == Endpoint::Completions && body.boolean("echo", false)?,
         min_tokens: body.count("min_tokens", 0, usize::MAX)?.unwrap_or(0),
+        metrics: options.per_request_metrics,
     })
 }
 
-fn read_stream(body: &mut Body) -> Result<StreamParams, ApiError> {
+fn read_stream(body: &mut Body, server: &Options) -> Result<StreamParams, ApiError> {
     let stream = body.boolean("stream", false)?;
+    // A body has its timings anyway.
+    let timings = body.boolean("timings_per_token", false)?;
+    let forced = server.force_include_usage;
     let progress = body.boolean("return_progress", false)?;
     if progress && !stream {
         return Err(ApiError::field("return_progress", "return_progress is only allowed with stream: true"));
     }
     let Some(options) = body.object("stream_options")? else {
-        return Ok(StreamParams { stream, progress, ..StreamParams::default() });
+        let (include_usage, continuous_usage) = (forced, forced);
+        return Ok(StreamParams { stream, include_usage, continuous_usage, progress, timings });
     };
     if !stream {
         return Err(ApiError::field("stream_options", "stream_options is only allowed with stream: true"));
@@ -171,30 +251,38 @@ fn read_stream(body: &mut Body) -> Result<StreamParams, ApiError> {
             Err(wrong_type("stream_options", &format!("an object whose {name} is a boolean"), other))
         }
     };
-    let include_usage = flag("include_usage")?;
+    let include_usage = flag("include_usage")? || forced;
     // Without the first the second asks for nothing, as in vLLM.
-    let continuous_usage = flag("continuous_usage_stats")? && include_usage;
-    Ok(StreamParams { stream, include_usage, continuous_usage, progress })
+    let continuous_usage = flag("continuous_usage_stats")? && include_usage || forced;
+    Ok(StreamParams { stream, include_usage, continuous_usage, progress, timings })
+}
+
+/// How many alternatives a token has; -1 is the whole vocabulary, where the operator allows that many.
+fn read_alternatives(
+    body: &mut Body,
+    name: &'static str,
+    limits: &Limits,
+) -> Result<Option<usize>, ApiError> {
+    let low = if limits.max_logprobs >= limits.vocab_size { -1 } else { 0 };
+    let high = i64::try_from(limits.max_logprobs).unwrap_or(i64::MAX);
+    let value = body.integer(name, low, high)?;
+    Ok(value.map(|count| usize::try_from(count).unwrap_or(limits.vocab_size)))
 }
 
 /// Chat: a boolean and a count beside it. Completions: the count alone.
-fn read_logprobs(
-    endpoint: Endpoint,
-    body: &mut Body,
-    max_logprobs: usize,
-) -> Result<Option<usize>, ApiError> {
+fn read_logprobs(endpoint: Endpoint, body: &mut Body, limits: &Limits) -> Result<Option<usize>, ApiError> {
     if endpoint == Endpoint::Completions {
         return match body.take("logprobs") {
             // `false` is what OpenAI's own clients send to mean "none".
             None | Some(Value::Bool(false)) => Ok(None),
             Some(value) => {
                 let mut one = Body::new(serde_json::json!({"logprobs": value}))?;
-                one.count("logprobs", 0, max_logprobs)
+                read_alternatives(&mut one, "logprobs", limits)
             }
         };
     }
     let wanted = body.boolean("logprobs", false)?;
-    match body.count("top_logprobs", 0, max_logprobs)? {
+    match read_alternatives(body, "top_logprobs", limits)? {
         Some(count) if !wanted && count > 0 => {
             Err(ApiError::field("top_logprobs", format!("top_logprobs is {count}, but logprobs is not true")))
         }

@@ -4,15 +4,17 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 use spark_api::{MediaItem, TokenId};
-use spark_text::{GrammarStart, PlaceholderRun, TextError, expand_media, expand_videos};
+use spark_text::{ChatTemplate, GrammarStart, PlaceholderRun, TextError, expand_media, expand_videos};
 
 use crate::body::Body;
 use crate::chat_request::{read_chat, segment_text};
 use crate::completion_request::PromptInput;
 use crate::grammars::AnswerGrammar;
 use crate::media::{HeldMedium, Kind, MediaFile, MediaUrl, media_items};
+use crate::params::{Params, Truncation};
 use crate::parts::AnswerPlan;
 use crate::structured::Wanted;
+use crate::tools::Formats;
 use crate::{ApiError, FrontEnd};
 
 /// The tokens of a conversation, with room for its media, which are still to be decoded.
@@ -43,13 +45,9 @@ pub(crate) struct Prompt {
 impl FrontEnd {
     /// The prompt of a chat. Its media are decoded last: a small file can hold many pixels, which are not worth their
     /// time and memory if the prompt is refused.
-    pub(crate) async fn chat_prompt(
-        &self,
-        body: &mut Body,
-        structured: Option<Wanted>,
-    ) -> Result<Prompt, ApiError> {
+    pub(crate) async fn chat_prompt(&self, body: &mut Body, params: &Params) -> Result<Prompt, ApiError> {
         let ChatTokens { tokens, files, offsets, answer, wanted } =
-            self.chat_tokens(body, structured).await?;
+            self.chat_tokens(body, params.structured.clone(), params.truncation).await?;
         let max_model_len = self.engine.info().limits.max_model_len;
         if tokens.len() >= max_model_len {
             let message = format!(
@@ -71,15 +69,14 @@ impl FrontEnd {
     }
 
     /// Renders a conversation, tokenises it and makes room for its media. `structured`: what its answer has to be where
-    /// it calls no tools.
+    /// it calls no tools; `truncation`: what may be cut off.
     pub(crate) async fn chat_tokens(
         &self,
         body: &mut Body,
         structured: Option<Wanted>,
+        truncation: Option<Truncation>,
     ) -> Result<ChatTokens, ApiError> {
-        let (Some(template), Some(formats)) = (self.template.clone(), self.formats) else {
-            return Err(ApiError::field("messages", "this model has no chat template; use /v1/completions"));
-        };
+        let (template, formats) = self.template_of_chats()?;
         let mut chat = read_chat(body, template.accepts_parts(), formats)?;
         let files = self.inspect_media(std::mem::take(&mut chat.media)).await?;
         let (tokenizer, max_bytes) = (self.tokenizer.clone(), self.max_text_bytes());
@@ -104,8 +101,27 @@ impl FrontEnd {
                 Ok((tokens, chat.answer_plan(&segments), wanted))
             })
             .await?;
-        let (tokens, offsets) = self.expand(tokens, &files)?;
+        let (mut tokens, offsets) = self.expand(tokens, &files)?;
+        if truncation.is_some_and(|truncation| truncation.cut(&mut tokens)) && !files.is_empty() {
+            let message =
+                "truncate_prompt_tokens would cut a conversation with pictures; leave messages out instead";
+            return Err(ApiError::field("truncate_prompt_tokens", message));
+        }
         Ok(ChatTokens { tokens, files, offsets, answer, wanted })
+    }
+
+    /// A conversation as the template writes it.
+    pub(crate) async fn chat_text(&self, body: &mut Body) -> Result<String, ApiError> {
+        let (template, formats) = self.template_of_chats()?;
+        let chat = read_chat(body, template.accepts_parts(), formats)?;
+        let render = move || Ok(chat.render(&template)?.iter().map(segment_text).collect());
+        self.pool.run(render).await
+    }
+
+    fn template_of_chats(&self) -> Result<(Arc<ChatTemplate>, Formats), ApiError> {
+        self.template.clone().zip(self.formats).ok_or_else(|| {
+            ApiError::field("messages", "this model has no chat template; use /v1/completions")
+        })
     }
 
     /// Makes each placeholder as long as the part of a medium that it stands for. Returns the index of the first of each.
@@ -172,22 +188,33 @@ impl FrontEnd {
 
     /// Tokenises one prompt of a completion. It is written by whoever would write the template, so its special tokens
     /// count; without media, placeholders among them are refused with the request.
-    pub(crate) async fn completion_prompt(&self, input: PromptInput, echo: bool) -> Result<Prompt, ApiError> {
+    pub(crate) async fn completion_prompt(
+        &self,
+        input: PromptInput,
+        echo: bool,
+        truncation: Option<Truncation>,
+    ) -> Result<Prompt, ApiError> {
         let tokenizer = self.tokenizer.clone();
         let max_bytes = self.max_text_bytes();
         let work = move || {
-            let (tokens, text) = match input {
+            let (mut tokens, mut text) = match input {
                 PromptInput::Ids(tokens) => {
                     let text = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
                     (tokens, text)
                 }
-                PromptInput::Text(text) => {
+                PromptInput::Text(mut text) => {
+                    if let Some(truncation) = truncation {
+                        truncation.cut_text(&mut text, max_bytes);
+                    }
                     check_length(text.len(), max_bytes, "prompt")?;
                     let tokens =
                         tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
                     (tokens, text)
                 }
             };
+            if truncation.is_some_and(|truncation| truncation.cut(&mut tokens)) && echo {
+                text = tokenizer.decode(&tokens, false);
+            }
             let echo = if echo { text } else { String::new() };
             Ok(Prompt {
                 tokens,

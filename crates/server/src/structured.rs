@@ -1,4 +1,5 @@
-//! The fields that hold the text of an answer to a form: `response_format` and `structured_outputs`. Compiles nothing.
+//! The fields that hold the text of an answer to a form: `response_format`, `structured_outputs`, and the plain ones of
+//! llama-server (`grammar`, `json_schema`) and SGLang (`regex`, `ebnf`). Compiles nothing.
 
 use serde_json::{Map, Value};
 use spark_text::{Grammar, SchemaOptions};
@@ -8,6 +9,7 @@ use crate::body::{Body, kind, wrong_type};
 
 const FORMAT: &str = "response_format";
 const OUTPUTS: &str = "structured_outputs";
+const SCHEMA: &str = "json_schema";
 
 /// A form that an answer is held to, and the field that asks for it.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,21 +18,44 @@ pub(crate) struct Wanted {
     pub(crate) field: &'static str,
 }
 
-/// Reads both fields.
+/// Reads all of these fields, of which one may ask for something.
 ///
 /// # Errors
 /// Names the field with a wrong type, an unknown key, or a demand that cannot be met.
 pub(crate) fn read(body: &mut Body) -> Result<Option<Wanted>, ApiError> {
-    let format = read_format(body)?;
-    let outputs = read_outputs(body)?;
-    match (format, outputs) {
-        (Some(_), Some(_)) => {
-            refuse(OUTPUTS, format!("{OUTPUTS} cannot be combined with {FORMAT}: send one of them"))
+    let asked = [
+        (FORMAT, read_format(body)?),
+        (OUTPUTS, read_outputs(body)?),
+        (SCHEMA, read_schema(body)?),
+        ("grammar", read_text(body, "grammar")?.map(Grammar::Ebnf)),
+        ("ebnf", read_text(body, "ebnf")?.map(Grammar::Ebnf)),
+        ("regex", read_text(body, "regex")?.map(Grammar::Regex)),
+    ];
+    let mut wanted =
+        asked.into_iter().filter_map(|(field, grammar)| Some(Wanted { grammar: grammar?, field }));
+    let first = wanted.next();
+    match (&first, wanted.next()) {
+        (Some(first), Some(Wanted { field, .. })) => {
+            refuse(field, format!("{field} cannot be combined with {}: send one of them", first.field))
         }
-        (Some(grammar), None) => Ok(Some(Wanted { grammar, field: FORMAT })),
-        (None, Some(grammar)) => Ok(Some(Wanted { grammar, field: OUTPUTS })),
-        (None, None) => Ok(None),
+        _ => Ok(first),
     }
+}
+
+/// llama-server's `json_schema`; an empty one means any object there.
+fn read_schema(body: &mut Body) -> Result<Option<Grammar>, ApiError> {
+    let schema = match body.take(SCHEMA) {
+        None => return Ok(None),
+        Some(Value::Object(fields)) if fields.is_empty() => return Ok(Some(Grammar::json_object())),
+        Some(schema @ (Value::Object(_) | Value::Bool(_))) => schema,
+        Some(other) => return Err(wrong_type(SCHEMA, "an object", &other)),
+    };
+    Ok(Some(Grammar::JsonSchema { schema, options: SchemaOptions::default() }))
+}
+
+/// A text; an empty one asks for nothing.
+fn read_text(body: &mut Body, field: &'static str) -> Result<Option<String>, ApiError> {
+    Ok(body.string(field, usize::MAX)?.filter(|text| !text.is_empty()))
 }
 
 fn refuse<T>(field: &'static str, message: impl Into<String>) -> Result<T, ApiError> {
@@ -65,8 +90,18 @@ fn read_format(body: &mut Body) -> Result<Option<Grammar>, ApiError> {
             Ok(None)
         }
         "json_object" => {
-            check_keys(&fields, &["type"], FORMAT, FORMAT)?;
-            Ok(Some(Grammar::json_object()))
+            // The schema is llama-server's addition.
+            check_keys(&fields, &["type", "schema"], FORMAT, FORMAT)?;
+            match fields.get_mut("schema").map(Value::take) {
+                None | Some(Value::Null) => Ok(Some(Grammar::json_object())),
+                Some(Value::Object(schema)) if schema.is_empty() => Ok(Some(Grammar::json_object())),
+                Some(schema @ (Value::Object(_) | Value::Bool(_))) => {
+                    Ok(Some(Grammar::JsonSchema { schema, options: SchemaOptions::default() }))
+                }
+                Some(other) => {
+                    refuse(FORMAT, format!("{FORMAT}.schema must be an object, not {}", self::kind(&other)))
+                }
+            }
         }
         "json_schema" => {
             check_keys(&fields, &["type", "json_schema"], FORMAT, FORMAT)?;
@@ -239,6 +274,13 @@ mod tests {
             (outputs(json!({"regex": "a+"})), Some(Grammar::Regex("a+".into()))),
             (outputs(json!({"choice": ["a", "b"]})), Some(Grammar::Choice(vec!["a".into(), "b".into()]))),
             (outputs(json!({"grammar": "root ::= \"a\""})), Some(Grammar::Ebnf("root ::= \"a\"".into()))),
+            (json!({"response_format": {"type": "json_object", "schema": schema()}}), plain(false, false)),
+            (json!({"response_format": {"type": "json_object", "schema": {}}}), Some(Grammar::json_object())),
+            (json!({"json_schema": schema(), "grammar": "", "regex": null}), plain(false, false)),
+            (json!({"json_schema": {}}), Some(Grammar::json_object())),
+            (json!({"grammar": "root ::= \"a\""}), Some(Grammar::Ebnf("root ::= \"a\"".into()))),
+            (json!({"ebnf": "root ::= \"a\""}), Some(Grammar::Ebnf("root ::= \"a\"".into()))),
+            (json!({"regex": "a+"}), Some(Grammar::Regex("a+".into()))),
         ] {
             assert_eq!(grammar(body.clone()), wanted, "{body}");
         }
@@ -253,7 +295,24 @@ mod tests {
             (json!({"response_format": "json"}), FORMAT, "must be an object"),
             (json!({"response_format": {}}), FORMAT, "response_format.type must be a string"),
             (json!({"response_format": {"type": "xml"}}), FORMAT, "must be \"text\""),
-            (json!({"response_format": {"type": "json_object", "schema": {}}}), FORMAT, "the key \"schema\""),
+            (
+                json!({"response_format": {"type": "json_object", "schema": 1}}),
+                FORMAT,
+                "schema must be an object",
+            ),
+            (json!({"response_format": {"type": "json_object", "odd": 1}}), FORMAT, "the key \"odd\""),
+            (json!({"json_schema": 1}), SCHEMA, "json_schema must be an object"),
+            (json!({"grammar": ["root"]}), "grammar", "grammar must be a string"),
+            (
+                json!({"grammar": "root ::= x", "json_schema": {}}),
+                "grammar",
+                "cannot be combined with json_schema",
+            ),
+            (
+                json!({"regex": "a", "response_format": {"type": "json_object"}}),
+                "regex",
+                "cannot be combined",
+            ),
             (json!({"response_format": {"type": "json_schema"}}), FORMAT, "with a schema, not null"),
             (schema(json!({"name": "n"})), FORMAT, "json_schema.schema is missing"),
             (schema(json!({"schema": {}, "name": 1})), FORMAT, "name must be a string"),

@@ -1,16 +1,18 @@
-//! `/tokenize` and `/detokenize`: what a prompt becomes, without running it. Shapes are vLLM's.
+//! What a prompt becomes, without running it: `/tokenize` and `/detokenize` in vLLM's shapes and llama-server's words,
+//! `/apply-template`, counts.
 
 use serde_json::{Value, json};
+use spark_api::TokenId;
 use spark_text::TokenText;
 
 use crate::body::Body;
 use crate::completion_request::PromptInput;
 use crate::fields::{Endpoint, refuse_unsupported};
-use crate::params::read_model;
+use crate::params::{Truncation, read_model};
 use crate::{ApiError, FrontEnd};
 
 impl FrontEnd {
-    /// Tokens of a `prompt` or of `messages`.
+    /// Tokens of a `prompt` or of `messages`; llama-server calls a prompt `content`.
     ///
     /// # Errors
     /// As those of the completions.
@@ -18,25 +20,67 @@ impl FrontEnd {
         let mut body = Body::new(body)?;
         refuse_unsupported(Endpoint::Chat, body.fields())?;
         read_model(&mut body, &self.options)?;
-        body.boolean("add_special_tokens", true)?;
+        for name in ["add_special_tokens", "add_special", "parse_special"] {
+            // There are none to add, and those in a text count, as in that of a completion.
+            body.boolean(name, true)?;
+        }
         let with_texts = body.boolean("return_token_strs", false)?;
-        let tokens = if body.fields().contains_key("messages") {
-            self.chat_tokens(&mut body, None).await?.tokens
+        let with_pieces = body.boolean("with_pieces", false)?;
+        let is_chat = body.fields().contains_key("messages");
+        let max_model_len = self.engine.info().limits.max_model_len;
+        let truncation = Truncation::read(&mut body, is_chat, max_model_len)?;
+        let tokens = if is_chat {
+            self.chat_tokens(&mut body, None, truncation).await?.tokens
         } else {
-            let text = body.string("prompt", usize::MAX)?;
+            let name = if body.fields().contains_key("content") { "content" } else { "prompt" };
+            let text = body.string(name, usize::MAX)?;
             let text = text.ok_or_else(|| ApiError::field("prompt", "prompt or messages is missing"))?;
-            self.completion_prompt(PromptInput::Text(text), false).await?.tokens
+            self.completion_prompt(PromptInput::Text(text), false, truncation).await?.tokens
         };
         let texts = with_texts.then(|| {
             let text = |id: &u32| TokenText::new(&self.tokenizer, *id, false).token;
             tokens.iter().map(text).collect::<Vec<_>>()
         });
+        let shown = if with_pieces { self.pieces(&tokens) } else { json!(tokens) };
         Ok(json!({
             "count": tokens.len(),
-            "max_model_len": self.engine.info().limits.max_model_len,
-            "tokens": tokens,
+            "max_model_len": max_model_len,
+            "tokens": shown,
             "token_strs": texts,
         }))
+    }
+
+    /// Tokens with what they stand for: a text, or bytes that are none.
+    fn pieces(&self, tokens: &[TokenId]) -> Value {
+        let piece = |id: &TokenId| {
+            let bytes = self.tokenizer.token_bytes(*id);
+            let piece = std::str::from_utf8(bytes).map_or_else(|_| json!(bytes), |text| json!(text));
+            json!({"id": id, "piece": piece})
+        };
+        tokens.iter().map(piece).collect()
+    }
+
+    /// The prompt of a conversation as text, as the template writes it: each picture is still one placeholder.
+    ///
+    /// # Errors
+    /// As those of a chat.
+    pub async fn apply_template(&self, body: Value) -> Result<Value, ApiError> {
+        let mut body = self.open(Endpoint::Chat, body)?;
+        read_model(&mut body, &self.options)?;
+        let prompt = self.chat_text(&mut body).await?;
+        Ok(json!({"prompt": prompt}))
+    }
+
+    /// How many tokens a chat would send to the model (the body of `POST /v1/chat/completions/input_tokens`).
+    ///
+    /// # Errors
+    /// As those of a chat.
+    pub async fn count_chat_tokens(&self, body: Value) -> Result<Value, ApiError> {
+        let mut body = self.open(Endpoint::Chat, body)?;
+        read_model(&mut body, &self.options)?;
+        let truncation = Truncation::read(&mut body, true, self.engine.info().limits.max_model_len)?;
+        let tokens = self.chat_tokens(&mut body, None, truncation).await?.tokens;
+        Ok(json!({"input_tokens": tokens.len()}))
     }
 
     /// The text of `tokens`, special tokens included.

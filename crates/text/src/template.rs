@@ -130,6 +130,11 @@ impl ChatTemplate {
         Ok(template)
     }
 
+    /// The source of the template, of several the one without tools.
+    pub fn source(&self) -> Option<String> {
+        Some(self.environment.get_template(load::DEFAULT).ok()?.source().to_owned())
+    }
+
     /// Whether a message's content may be a list of parts. Templates of text models take a string only.
     pub fn accepts_parts(&self) -> bool {
         self.accepts_parts

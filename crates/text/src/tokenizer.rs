@@ -35,6 +35,8 @@ pub struct Tokenizer {
     vocabulary: Vocabulary,
     special_tokens: Vec<String>,
     normalizes: bool,
+    /// `tokenizer_config.json`, for those who ask for it.
+    config: Value,
 }
 
 impl Tokenizer {
@@ -48,8 +50,10 @@ impl Tokenizer {
         let refuse = |reason: String| TextError::Checkpoint { path: path.clone(), reason };
         let mut json = read_json(&path)?;
         let config_path = dir.join("tokenizer_config.json");
+        let mut config = json!({});
         if config_path.exists() {
-            add_configured_tokens(&mut json, &read_json(&config_path)?)
+            config = read_json(&config_path)?;
+            add_configured_tokens(&mut json, &config)
                 .map_err(|reason| TextError::Checkpoint { path: config_path, reason })?;
         }
         let num_ids = check_ids(&json).map_err(refuse)?;
@@ -66,7 +70,12 @@ impl Tokenizer {
             .filter(|&id| inner.is_special_token(id))
             .filter_map(|id| inner.id_to_token(id).map(str::to_owned))
             .collect();
-        Ok(Self { inner, vocabulary, special_tokens, normalizes })
+        Ok(Self { inner, vocabulary, special_tokens, normalizes, config })
+    }
+
+    /// What `tokenizer_config.json` says; an empty object without that file.
+    pub fn config(&self) -> &Value {
+        &self.config
     }
 
     /// Ids of a prompt. Segments are tokenised one by one; no merge crosses from one to the next.

@@ -19,13 +19,17 @@ use crate::ApiError;
 const MAX_AGE: Duration = Duration::from_secs(600);
 /// Stands for all, in each list.
 const ANY: &str = "*";
+/// Stands for every page of this machine, whatever its port: llama-server's word.
+const LOCALHOST: &str = "localhost";
+const LOOPBACK: &[&str] = &["localhost", "127.0.0.1", "[::1]"];
 /// Ends of names that no public name server answers.
 const PRIVATE_SUFFIXES: &[&str] = &[".localhost", ".local", ".internal", ".lan", ".home.arpa"];
 
 /// Which pages of other origins may call the API: vLLM's flags of the same names. By default none may.
 #[derive(Clone, Debug, Default)]
 pub struct Cors {
-    /// `--allowed-origins`: such as `https://chat.example.org`; `*` is all. Empty: no page of another origin.
+    /// `--allowed-origins`: such as `https://chat.example.org`; `*` is all, `localhost` every page of this machine. Empty:
+    /// no page of another origin.
     pub origins: Vec<String>,
     /// `--allowed-methods`; `*` is all.
     pub methods: Vec<String>,
@@ -50,7 +54,8 @@ pub enum CorsError {
     },
     /// An origin has a scheme and a host, and nothing behind them.
     #[error(
-        "--allowed-origins {0:?}: an origin is a scheme and a host, such as https://chat.example.org, without a path"
+        "--allowed-origins {0:?}: an origin is a scheme and a host, such as https://chat.example.org, without a path; or \
+         \"localhost\", or \"*\""
     )]
     Origin(String),
     /// Browsers refuse that.
@@ -73,8 +78,13 @@ impl Cors {
         let origins = match is_all(&self.origins) {
             true => AllowOrigin::any(),
             false => {
-                let named: Result<Vec<_>, _> = self.origins.iter().map(|text| origin(text)).collect();
-                AllowOrigin::list(named?)
+                let is_word = |text: &&String| **text == LOCALHOST;
+                let has_local = self.origins.iter().any(|text| is_word(&text));
+                let named = self.origins.iter().filter(|text| !is_word(text)).map(|text| origin(text));
+                let named = named.collect::<Result<Vec<_>, _>>()?;
+                AllowOrigin::predicate(move |origin, _| {
+                    named.contains(origin) || has_local && is_loopback(origin.as_bytes())
+                })
             }
         };
         let methods = match is_all(&self.methods) {
@@ -100,6 +110,18 @@ impl Cors {
     pub fn check(&self) -> Result<(), CorsError> {
         self.layer().map(drop)
     }
+}
+
+/// Whether a page is of this machine, by its origin.
+fn is_loopback(origin: &[u8]) -> bool {
+    let Ok(origin) = std::str::from_utf8(origin) else { return false };
+    let Some(("http" | "https", host)) = origin.split_once("://") else { return false };
+    // The port is the digits behind the last colon, which `[::1]` has inside.
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    LOOPBACK.contains(&name)
 }
 
 fn is_all(list: &[String]) -> bool {
@@ -191,6 +213,32 @@ mod tests {
     }
 
     #[test]
+    fn pages_of_this_machine_are_told_from_those_that_sound_alike() {
+        for origin in [
+            "http://localhost",
+            "https://localhost:8080",
+            "http://127.0.0.1:3000",
+            "http://[::1]",
+            "http://[::1]:1",
+        ] {
+            assert!(is_loopback(origin.as_bytes()), "{origin}");
+        }
+        for origin in [
+            "http://notlocalhost",
+            "http://localhost.evil.example",
+            "http://localhost:80@evil.example",
+            "http://localhost:",
+            "http://127.0.0.1.evil.example",
+            "http://[::1]evil",
+            "file://localhost",
+            "null",
+            "localhost",
+        ] {
+            assert!(!is_loopback(origin.as_bytes()), "{origin}");
+        }
+    }
+
+    #[test]
     fn lists_that_cannot_be_followed_are_named() {
         let cors = |origins: &[&str], methods: &str, credentials| Cors {
             origins: origins.iter().map(|&text| text.to_owned()).collect(),
@@ -200,6 +248,7 @@ mod tests {
         };
         assert!(Cors::default().layer().unwrap().is_none());
         cors(&["*"], "*", false).check().unwrap();
+        cors(&["localhost", "https://a.example"], "*", true).check().unwrap();
         cors(&["https://a.example", "http://b.example:3000"], "GET", true).check().unwrap();
         for (origin, methods, credentials, says) in [
             ("https://a.example/page", "GET", false, "without a path"),

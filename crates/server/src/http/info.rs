@@ -48,6 +48,16 @@ pub(super) async fn server_info(State(state): State<HttpState>) -> Json<Value> {
     Json(state.front_end.server_info())
 }
 
+/// GET /props: the same for clients of llama-server.
+pub(super) async fn props(State(state): State<HttpState>) -> Json<Value> {
+    Json(state.front_end.props())
+}
+
+/// GET /tokenizer_info: 404 unless the operator has switched it on.
+pub(super) async fn tokenizer_info(State(state): State<HttpState>) -> Result<Json<Value>, ApiError> {
+    state.front_end.tokenizer_info().map(Json)
+}
+
 /// GET /version
 pub(super) async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))

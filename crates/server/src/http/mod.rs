@@ -52,6 +52,7 @@ pub fn router(state: HttpState) -> Router {
     let keys = state.api_keys.clone();
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
+        .route("/v1/chat/completions/input_tokens", post(tokens::count_chat_tokens))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
@@ -62,8 +63,11 @@ pub fn router(state: HttpState) -> Router {
         .route("/v1/responses/{id}/input_items", get(responses::input_items))
         .route("/v1/models", get(info::models))
         .route("/v1/models/{*name}", get(info::model))
+        .merge(without_version())
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route("/apply-template", post(tokens::apply_template))
+        .route("/tokenizer_info", get(info::tokenizer_info))
         .route("/health", get(info::health))
         .route("/live", get(info::live))
         .route("/ready", get(info::health))
@@ -73,6 +77,7 @@ pub fn router(state: HttpState) -> Router {
         .route("/docs", get(docs::docs))
         .route("/version", get(info::version))
         .route("/server_info", get(info::server_info))
+        .route("/props", get(info::props))
         .route("/metrics", get(info::metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
@@ -82,6 +87,17 @@ pub fn router(state: HttpState) -> Router {
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(middleware::from_fn(request_id::name))
         .with_state(state)
+}
+
+/// What llama-server answers without `/v1` too, for clients whose address lacks it. Not `/completions`: that is another
+/// dialect there.
+fn without_version() -> Router<HttpState> {
+    Router::new()
+        .route("/chat/completions", post(completions::chat))
+        .route("/chat/completions/input_tokens", post(tokens::count_chat_tokens))
+        .route("/responses", post(responses::create))
+        .route("/responses/input_tokens", post(responses::count_tokens))
+        .route("/models", get(info::models))
 }
 
 async fn no_route(uri: Uri) -> ApiError {

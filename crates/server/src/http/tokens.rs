@@ -1,4 +1,4 @@
-//! POST /tokenize and /detokenize, in vLLM's shapes.
+//! Routes that show prompts without running them: tokens, text, counts.
 
 use axum::Json;
 use axum::extract::State;
@@ -22,4 +22,20 @@ pub(super) async fn detokenize(
     JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     state.front_end.detokenize(body).await.map(Json)
+}
+
+/// POST /apply-template
+pub(super) async fn apply_template(
+    State(state): State<HttpState>,
+    JsonBody(body): JsonBody,
+) -> Result<Json<Value>, ApiError> {
+    state.front_end.apply_template(body).await.map(Json)
+}
+
+/// POST /v1/chat/completions/input_tokens
+pub(super) async fn count_chat_tokens(
+    State(state): State<HttpState>,
+    JsonBody(body): JsonBody,
+) -> Result<Json<Value>, ApiError> {
+    state.front_end.count_chat_tokens(body).await.map(Json)
 }

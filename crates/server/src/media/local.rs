@@ -7,10 +7,14 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
+use rustix::io::Errno;
 use url::Url;
 
 use super::source::{Hold, Kind};
 use crate::ApiError;
+
+/// How often a file is tried to be opened that something else stands in the way of.
+const OPEN_ATTEMPTS: usize = 100;
 
 /// The folder of `--allowed-local-media-path`.
 #[derive(Debug)]
@@ -77,7 +81,10 @@ impl LocalMedia {
         // Neither waits for the writer of a pipe nor takes a terminal.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-        let file = openat2(&self.folder, below, flags, Mode::empty(), resolve).ok()?;
+        // While anything on the machine is renamed, the kernel cannot tell where a ".." leads and says: again.
+        let open = || openat2(&self.folder, below, flags, Mode::empty(), resolve);
+        let again = |result: &rustix::io::Result<_>| matches!(result, Err(Errno::AGAIN));
+        let file = (0..OPEN_ATTEMPTS).map(|_| open()).find(|result| !again(result))?.ok()?;
         let stat = fstat(&file).ok()?;
         (FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then(|| file.into())
     }

@@ -90,20 +90,23 @@ fn openai() -> Vec<(&'static str, Node)> {
         head.push(("usage", named("Usage")));
         head
     };
-    let prompt =
-        || vec![("prompt_token_ids", or_null(list(count()))), ("prompt_logprobs", or_null(list(any())))];
+    let timings = || [("timings", map(any_number())), ("metrics", map(any_number()))];
+    let mut of_chat =
+        vec![("prompt_token_ids", or_null(list(count()))), ("prompt_logprobs", or_null(list(any())))];
+    of_chat.extend(timings());
     let progress =
         ["total", "cache", "processed", "time_ms"].into_iter().map(|name| (name, count())).collect();
-    let of_chunk = vec![
+    let mut of_chunk = vec![
         ("usage", named("Usage")),
         ("prompt_token_ids", list(count())),
         ("prompt_progress", object(progress, Vec::new())),
     ];
+    of_chunk.extend(timings());
     vec![
         ("Usage", usage()),
-        ("ChatCompletion", object(with_usage(head("chat.completion", chat_choice)), prompt())),
+        ("ChatCompletion", object(with_usage(head("chat.completion", chat_choice)), of_chat)),
         ("ChatCompletionChunk", object(head("chat.completion.chunk", chunk_choice), of_chunk)),
-        ("Completion", object(with_usage(head("text_completion", text_choice)), Vec::new())),
+        ("Completion", object(with_usage(head("text_completion", text_choice)), timings().to_vec())),
         ("Error", error()),
     ]
 }
@@ -182,7 +185,7 @@ fn responses() -> Vec<(&'static str, Node)> {
             ("id", text()),
             ("object", word(&["response"])),
             ("created_at", count()),
-            ("status", word(&["in_progress", "completed", "incomplete", "failed", "cancelled"])),
+            ("status", word(&["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"])),
             ("background", boolean()),
             ("completed_at", or_null(count())),
             ("error", or_null(error)),
@@ -217,6 +220,21 @@ fn responses() -> Vec<(&'static str, Node)> {
     ]
 }
 
+fn props() -> Node {
+    let modality = ["vision", "video", "audio"].into_iter().map(|name| (name, boolean())).collect();
+    let settings = vec![("n_ctx", count()), ("params", map(any_number()))];
+    object(
+        vec![
+            ("default_generation_settings", object(settings, Vec::new())),
+            ("model_alias", text()),
+            ("model_path", text()),
+            ("modalities", object(modality, Vec::new())),
+            ("build_info", text()),
+        ],
+        vec![("bos_token", or_null(text())), ("eos_token", or_null(text())), ("chat_template", text())],
+    )
+}
+
 fn others() -> Vec<(&'static str, Node)> {
     let model = vec![
         ("id", text()),
@@ -230,7 +248,10 @@ fn others() -> Vec<(&'static str, Node)> {
     let tokens = vec![
         ("count", count()),
         ("max_model_len", count()),
-        ("tokens", list(count())),
+        (
+            "tokens",
+            either(vec![list(count()), list(object(vec![("id", count()), ("piece", any())], Vec::new()))]),
+        ),
         ("token_strs", or_null(list(text()))),
     ];
     vec![
@@ -238,6 +259,9 @@ fn others() -> Vec<(&'static str, Node)> {
         ("Models", object(vec![("object", word(&["list"])), ("data", list(named("Model")))], Vec::new())),
         ("Tokens", object(tokens, Vec::new())),
         ("Text", object(vec![("prompt", text())], Vec::new())),
+        ("ChatTokens", object(vec![("input_tokens", count())], Vec::new())),
+        ("TokenizerInfo", object(vec![("tokenizer_class", text())], vec![("chat_template", text())])),
+        ("Props", props()),
         ("Version", object(vec![("version", text())], Vec::new())),
         ("ServerInfo", object(vec![("version", text()), ("max_model_len", count())], Vec::new())),
         ("Load", object(vec![("server_load", count())], Vec::new())),

@@ -113,9 +113,21 @@ const ROUTES: &[Route] = &[
         "MessageRequest",
         Answer::Json("MessageTokens"),
     ),
+    post(
+        "/v1/chat/completions/input_tokens",
+        "Count the tokens of a chat's prompt (llama-server).",
+        "ChatRequest",
+        Answer::Json("ChatTokens"),
+    ),
     get("/v1/models", "The models that are served.", Answer::Json("Models")),
     get("/v1/models/{name}", "One of them.", Answer::Json("Model")),
     post("/tokenize", "Tokens of a prompt or of a conversation.", "TokenizeRequest", Answer::Json("Tokens")),
+    post("/apply-template", "The prompt of a conversation as text.", "ChatRequest", Answer::Json("Text")),
+    get(
+        "/tokenizer_info",
+        "The tokenizer's settings, where the operator shows them.",
+        Answer::Json("TokenizerInfo"),
+    ),
     post("/detokenize", "The text of tokens.", "DetokenizeRequest", Answer::Json("Text")),
     get("/health", "Whether the engine can serve.", Answer::Health),
     get("/ready", "As /health.", Answer::Health),
@@ -123,6 +135,7 @@ const ROUTES: &[Route] = &[
     get("/live", "Whether the process answers.", Answer::Health),
     get("/load", "How many requests are at work.", Answer::Json("Load")),
     get("/server_info", "What is served, and with which settings; no secrets.", Answer::Json("ServerInfo")),
+    get("/props", "What is served, in llama-server's words.", Answer::Json("Props")),
     get("/version", "The server's version.", Answer::Json("Version")),
     get("/metrics", "Metrics in the Prometheus text format.", Answer::Text(TEXT)),
     get("/openapi.json", "This document.", Answer::Json("Document")),
@@ -199,6 +212,8 @@ fn operation(route: &Route) -> Operation {
             ("422", "A medium cannot be fetched or read."),
             ("503", "The engine is full, stopping or has failed; with Retry-After if it makes sense to come back."),
         ]);
+    } else if route.path == "/tokenizer_info" {
+        errors.push(("404", "The operator does not show it."));
     } else if route.path.contains('{') {
         errors.extend([("400", "The request makes no sense."), ("404", "There is nothing of that name.")]);
     }
@@ -239,7 +254,9 @@ fn success(answer: &Answer) -> Response {
         Answer::Json(component) => json("The answer.", component),
         Answer::Streamed(component, event) => {
             let mut response = json(&format!("The answer, or with `stream` events of {event}."), component);
-            let events = ContentBuilder::new().schema(Some(text())).build();
+            // One event, as those read it who look at streams by their document; its data is the JSON of `event`.
+            let one = schema::object(vec![("data", text())], vec![("event", text())]);
+            let events = ContentBuilder::new().schema(Some(one)).build();
             response.content.insert(EVENTS.to_owned(), events.into());
             response
         }

@@ -41,7 +41,7 @@ fn field(endpoint: Endpoint, name: &str) -> Option<Node> {
         "input" => either(vec![text(), list(map(any()))]),
         "prompt" => prompt(),
         "stop" => either(vec![text(), list(text())]),
-        "logprobs" if endpoint == Endpoint::Completions => either(vec![boolean(), count()]),
+        "logprobs" if endpoint == Endpoint::Completions => either(vec![boolean(), integer(-1)]),
         "tools" => list(map(any())),
         "tool_choice" if endpoint == Endpoint::Messages => map(any()),
         "tool_choice" => either(vec![word(&["none", "auto", "required"]), map(any())]),
@@ -62,7 +62,8 @@ fn sampling(name: &str) -> Option<Node> {
         "seed" => integer(i64::MIN),
         "n" => integer_in(1, 128),
         "max_tokens" | "max_completion_tokens" | "max_output_tokens" | "min_tokens" => count(),
-        "thinking_token_budget" => integer(-1),
+        "thinking_token_budget" | "truncate_prompt_tokens" | "n_predict" => integer(-1),
+        "truncation_side" => word(&["left", "right"]),
         _ => return None,
     })
 }
@@ -71,6 +72,7 @@ fn output(name: &str) -> Option<Node> {
     Some(match name {
         "stream"
         | "return_progress"
+        | "timings_per_token"
         | "logprobs"
         | "echo"
         | "include_stop_str_in_output"
@@ -89,15 +91,18 @@ fn output(name: &str) -> Option<Node> {
             Vec::new(),
             vec![("include_usage", or_null(boolean())), ("continuous_usage_stats", or_null(boolean()))],
         ),
-        "top_logprobs" | "prompt_logprobs" => count(),
+        // -1: the whole vocabulary, where the operator allows that many.
+        "top_logprobs" | "prompt_logprobs" => integer(-1),
         "include" => list(word(&["message.output_text.logprobs", "reasoning.encrypted_content"])),
-        "response_format" | "structured_outputs" | "output_config" | "output_format" | "text" => map(any()),
+        "json_schema" | "response_format" | "structured_outputs" | "output_config" | "output_format"
+        | "text" => map(any()),
         _ => return None,
     })
 }
 
 fn other(name: &str) -> Option<Node> {
     Some(match name {
+        "grammar" | "ebnf" | "regex" => text(),
         "model" | "cache_salt" | "request_id" | "previous_response_id" | "instructions" => text(),
         "priority" => integer_in(i64::from(i32::MIN), i64::from(i32::MAX)),
         "chat_template_kwargs" | "thinking" | "reasoning" => map(any()),
@@ -125,7 +130,7 @@ fn message(endpoint: Endpoint) -> Node {
     }
 }
 
-/// The body of `/tokenize`: a prompt, or the fields of a chat that make one.
+/// The body of `/tokenize`: a prompt (llama-server's `content`), or the fields of a chat that make one.
 pub(super) fn tokenize() -> Node {
     let fields = [
         "model",
@@ -135,11 +140,16 @@ pub(super) fn tokenize() -> Node {
         "chat_template_kwargs",
         "add_generation_prompt",
         "continue_final_message",
+        "truncate_prompt_tokens",
+        "truncation_side",
     ];
     let mut maybe: Vec<_> =
         fields.into_iter().filter_map(|name| Some((name, or_null(field(Endpoint::Chat, name)?)))).collect();
     maybe.push(("prompt", or_null(text())));
-    maybe.push(("return_token_strs", or_null(boolean())));
+    maybe.push(("content", or_null(text())));
+    for name in ["return_token_strs", "with_pieces", "add_special", "parse_special"] {
+        maybe.push((name, or_null(boolean())));
+    }
     object(Vec::new(), maybe)
 }
 

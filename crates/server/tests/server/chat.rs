@@ -25,6 +25,7 @@ async fn an_answer_has_the_documented_shape() {
     assert!(answer["created"].take().as_u64().unwrap() > 1_600_000_000);
     let fingerprint = answer["system_fingerprint"].take();
     assert!(fingerprint.as_str().unwrap().starts_with("spark-engine-"));
+    assert_eq!(answer.as_object_mut().unwrap().remove("timings").unwrap()["predicted_n"], 5);
     let expected = json!({
         "id": "chatcmpl-r1",
         "object": "chat.completion",

@@ -16,6 +16,7 @@ async fn an_answer_has_the_documented_shape() {
     assert_eq!(status, 200);
     answer["created"].take();
     answer["system_fingerprint"].take();
+    assert_eq!(answer.as_object_mut().unwrap().remove("timings").unwrap()["predicted_n"], 3);
     let expected = json!({
         "id": "cmpl-r",
         "object": "text_completion",

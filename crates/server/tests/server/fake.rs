@@ -115,7 +115,8 @@ impl Engine for Fake {
         if let Some(progress) = &request.progress {
             (4..request.prompt.len()).step_by(10).for_each(|num_tokens| progress.send(num_tokens).unwrap());
         }
-        send(Event::Prompt { num_cached_tokens: 4, logprobs: prompt_logprobs });
+        let (queued, prefill) = (Duration::from_millis(1), Duration::from_millis(2));
+        send(Event::Prompt { num_cached_tokens: 4, queued, prefill, logprobs: prompt_logprobs });
         let cut = tokens.len() > sampling.max_tokens;
         let num_tokens = tokens.len().min(sampling.max_tokens);
         for token in &tokens[..num_tokens] {

@@ -195,7 +195,7 @@ async fn metrics_have_vllms_names_and_labels() {
         format!("vllm:request_generation_tokens_sum{labels} 6"),
         format!("vllm:request_params_max_tokens_sum{labels} 32"),
         "# TYPE vllm:iteration_tokens_total histogram".into(),
-        "vllm:cache_config_info{engine=\"0\",model_name=\"tiny\",block_size=\"32\",num_gpu_blocks=\"100\"} 1"
+        "vllm:cache_config_info{engine=\"0\",model_name=\"tiny\",block_size=\"32\",num_gpu_blocks=\"100\",kv_cache_size_tokens=\"3200\",kv_cache_max_concurrency=\"12.50\"} 1"
             .into(),
     ] {
         assert!(page.lines().any(|got| got == line), "{line} is not in\n{page}");

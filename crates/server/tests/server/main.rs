@@ -10,6 +10,7 @@ mod http;
 mod images;
 mod lifecycle;
 mod messages;
+mod newcomers;
 mod observed;
 mod openapi;
 mod responses;

@@ -305,12 +305,16 @@ async fn work_in_the_background_can_be_asked_for_and_cancelled() {
     let hanging = roomy(Script::Hang(ids("ab")));
     let server = caller(&hanging);
     let (status, started) = ask(&server, PATH, hello(&json!({"background": true}))).await;
-    assert_eq!(
-        (status, &started["status"], &started["background"]),
-        (200, &json!("in_progress"), &json!(true))
-    );
+    assert_eq!((status, &started["status"], &started["background"]), (200, &json!("queued"), &json!(true)));
     let path = format!("{PATH}/{}", started["id"].as_str().unwrap());
-    assert_eq!(request(&server, "GET", &path).await, (200, started.clone()));
+    let mut now = started.clone();
+    while now["status"] == "queued" {
+        tokio::task::yield_now().await;
+        now = request(&server, "GET", &path).await.1;
+    }
+    assert_eq!(now["status"], "in_progress");
+    now["status"] = json!("queued");
+    assert_eq!(now, started, "nothing else has changed");
     let next = json!({"input": "x", "previous_response_id": started["id"]});
     assert_eq!(ask(&server, PATH, next).await.0, 400);
     let (status, cancelled) = request(&server, "POST", &format!("{path}/cancel")).await;
@@ -324,7 +328,7 @@ async fn work_in_the_background_can_be_asked_for_and_cancelled() {
     let (_, started) = ask(&server, PATH, hello(&json!({"background": true}))).await;
     let path = format!("{PATH}/{}", started["id"].as_str().unwrap());
     let mut now = started;
-    while now["status"] == "in_progress" {
+    while now["status"] == "queued" || now["status"] == "in_progress" {
         tokio::task::yield_now().await;
         now = request(&server, "GET", &path).await.1;
     }

@@ -36,7 +36,7 @@ impl FrontEnd {
         let mut chat = Body::new(Value::Object(to_chat(&mut body, self.formats)?))?;
         let model = read_model(&mut chat, &self.options)?;
         let params = self.read_params(Endpoint::Chat, &mut chat).map_err(own_names)?;
-        let prompt = self.chat_prompt(&mut chat, params.structured.clone()).await.map_err(own_names)?;
+        let prompt = self.chat_prompt(&mut chat, &params).await.map_err(own_names)?;
         self.submit(Form::Message, model, params, vec![prompt]).map_err(own_names)
     }
 
@@ -48,7 +48,7 @@ impl FrontEnd {
         let mut body = self.open(Endpoint::Messages, body)?;
         let mut chat = Body::new(Value::Object(to_chat(&mut body, self.formats)?))?;
         read_model(&mut chat, &self.options)?;
-        let tokens = self.chat_tokens(&mut chat, None).await.map_err(|error| error.renamed(&NAMES))?;
+        let tokens = self.chat_tokens(&mut chat, None, None).await.map_err(|error| error.renamed(&NAMES))?;
         Ok(json!({"input_tokens": tokens.tokens.len()}))
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct ResponseWriter {
     usage: Usage,
     finish: Option<Finish>,
     started: bool,
+    /// Whether the engine has begun with it.
+    begun: bool,
     num_events: u64,
 }
 
@@ -93,6 +95,11 @@ impl ResponseWriter {
 
     /// The steps of a delta, each with the log-probabilities of its text.
     fn take(&mut self, shape: &Shape, delta: &Delta) -> Vec<(Step, Vec<Value>)> {
+        if let (false, Form::Response(head)) = (std::mem::replace(&mut self.begun, true), &shape.form)
+            && let Some((store, _)) = head.keep.as_ref().filter(|_| head.is_background)
+        {
+            store.begin(&shape.id);
+        }
         self.usage.num_prompt = shape.num_prompt_tokens();
         self.usage.add(delta);
         self.finish = self.finish.take().or_else(|| delta.finish.clone());

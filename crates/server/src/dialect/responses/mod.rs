@@ -56,7 +56,7 @@ impl FrontEnd {
             input: Arc::new(items),
             is_background,
         };
-        let prompt = self.chat_prompt(&mut chat, params.structured.clone()).await.map_err(own_names)?;
+        let prompt = self.chat_prompt(&mut chat, &params).await.map_err(own_names)?;
         self.submit(Form::Response(Box::new(head)), model, params, vec![prompt]).map_err(own_names)
     }
 
@@ -68,7 +68,7 @@ impl FrontEnd {
         let mut body = self.open(Endpoint::Responses, body)?;
         let mut chat = Body::new(Value::Object(to_chat(&mut body, &self.responses)?.chat))?;
         read_model(&mut chat, &self.options)?;
-        let tokens = self.chat_tokens(&mut chat, None).await.map_err(|error| error.renamed(&NAMES))?;
+        let tokens = self.chat_tokens(&mut chat, None, None).await.map_err(|error| error.renamed(&NAMES))?;
         Ok(json!({"object": "response.input_tokens", "input_tokens": tokens.tokens.len()}))
     }
 
@@ -130,7 +130,7 @@ impl Generation {
         let Some((store, _)) = head.keep.as_ref().filter(|_| head.is_background) else {
             return Err(Box::new(self));
         };
-        let response = response_json(&self.shape, head, "in_progress", &[]);
+        let response = response_json(&self.shape, head, "queued", &[]);
         let (store, id, input) = (store.clone(), self.shape.id.clone(), head.input.clone());
         // Inside, the answer stores itself, or its failure; so there is nothing to do with the result.
         if self.is_streamed() {

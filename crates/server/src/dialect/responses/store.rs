@@ -92,6 +92,13 @@ impl ResponseStore {
         state.running.insert(id, Running { response, input, events, task: task.abort_handle() });
     }
 
+    /// Work in the background has come out of the queue.
+    pub(crate) fn begin(&self, id: &str) {
+        if let Some(running) = self.0.lock().running.get_mut(id) {
+            running.response["status"] = json!("in_progress");
+        }
+    }
+
     /// A response, whatever its state.
     pub(crate) fn get(&self, id: &str) -> Result<Value, ApiError> {
         let mut state = self.0.lock();
