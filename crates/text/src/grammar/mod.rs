@@ -7,14 +7,15 @@
 //!
 //! - `schema` looks a JSON schema over before it is compiled, `pattern` and `pattern_class` its patterns; `ebnf` turns
 //!   GBNF into Lark; `tags` and `tools` write Lark for structural tags and tool calls; `lark` has what they share.
-//! - `compiler` compiles, `constraint` masks, `marker` finds the ends of thinking and of free text, `environment` shows our
-//!   tokenizer to `llguidance`.
+//! - `compiler` compiles, `constraint` masks, `lesson` keeps what sequences learn, `marker` finds the ends of thinking and of
+//!   free text, `environment` shows our tokenizer to `llguidance`.
 
 mod compiler;
 mod constraint;
 mod ebnf;
 mod environment;
 mod lark;
+mod lesson;
 mod marker;
 mod pattern;
 mod pattern_class;
