@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use llguidance::Matcher;
 
-/// Most work of a lexer that is kept, in the compiler's units. A state takes one at least, and some hundred bytes.
-const MAX_COST: u64 = 1_000_000;
+/// Work of a lexer after which nothing more is kept, in the compiler's units. For strings of bounded length, which cost the
+/// most, that is some 3 MB.
+const MAX_COST: u64 = 250_000;
 /// Share of work by which a matcher must be ahead to be kept instead of the one that is there.
 const MIN_GAIN: u64 = 8;
 
@@ -21,6 +22,12 @@ struct Kept {
     cost: u64,
 }
 
+impl Kept {
+    fn is_behind(&self, cost: u64) -> bool {
+        cost > self.cost + self.cost / MIN_GAIN
+    }
+}
+
 impl Template {
     pub(super) fn new(matcher: Matcher) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Kept { matcher, cost: 0 })))
@@ -29,6 +36,18 @@ impl Template {
     fn lock(&self) -> MutexGuard<'_, Kept> {
         // What is in it is exchanged whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a matcher that has learned this much is worth keeping.
+    fn is_behind(&self, cost: u64) -> bool {
+        self.lock().is_behind(cost)
+    }
+
+    fn keep(&self, cost: u64, matcher: Matcher) {
+        let mut kept = self.lock();
+        if kept.is_behind(cost) {
+            *kept = Kept { matcher, cost };
+        }
     }
 
     /// A matcher for a sequence, which shares nothing that changes with others, and where to put what it learns.
@@ -41,6 +60,7 @@ impl Template {
             start: Some(matcher.clone()),
             cost: AtomicU64::new(0),
             has_failed: AtomicBool::new(false),
+            is_full: AtomicBool::new(false),
             template: self.clone(),
         };
         (matcher, Arc::new(lesson))
@@ -54,6 +74,8 @@ pub(super) struct Lesson {
     cost: AtomicU64,
     /// The lexer may be broken.
     has_failed: AtomicBool,
+    /// It has learned as much as is kept, and has been handed in.
+    is_full: AtomicBool,
     template: Arc<Template>,
 }
 
@@ -63,6 +85,18 @@ impl Lesson {
     pub(super) fn note(&self, matcher: &Matcher, cost: &mut u64) {
         *cost += matcher.last_step_stats().map_or(0, |stats| stats.lexer_cost);
         self.cost.fetch_max(*cost, Relaxed);
+        if *cost > MAX_COST
+            && !self.is_full.swap(true, Relaxed)
+            && self.template.is_behind(*cost)
+            && let Some(start) = &self.start
+        {
+            // A copy: the sequence goes on, and what it learns from here on goes with it. A clone beside may have broken the
+            // lexer in this moment, which a mask shows.
+            let mut copy = start.deep_clone();
+            if copy.compute_mask().is_ok() {
+                self.template.keep(*cost, copy);
+            }
+        }
     }
 
     /// A matcher of this lexer has given up.
@@ -74,11 +108,9 @@ impl Lesson {
 impl Drop for Lesson {
     fn drop(&mut self) {
         let cost = *self.cost.get_mut();
-        let is_kept = !*self.has_failed.get_mut() && cost <= MAX_COST;
-        let Some(matcher) = self.start.take().filter(|_| is_kept) else { return };
-        let mut kept = self.template.lock();
-        if cost > kept.cost + kept.cost / MIN_GAIN {
-            *kept = Kept { matcher, cost };
+        let is_kept = !*self.has_failed.get_mut() && !*self.is_full.get_mut();
+        if let Some(matcher) = self.start.take().filter(|_| is_kept) {
+            self.template.keep(cost, matcher);
         }
     }
 }
@@ -135,17 +167,26 @@ mod tests {
     }
 
     #[test]
-    fn a_lexer_that_is_broken_or_too_large_is_not_kept() {
+    fn a_lexer_that_is_broken_is_not_kept() {
         let (template, tokens) = template();
-        for is_broken in [true, false] {
-            let (mut matcher, lesson) = template.begin();
-            write(&mut matcher, &lesson, &tokens);
-            match is_broken {
-                true => lesson.fail(),
-                false => lesson.cost.store(MAX_COST + 1, Relaxed),
-            }
-            drop((matcher, lesson));
-            assert_eq!(template.lock().cost, 0);
-        }
+        let (mut matcher, lesson) = template.begin();
+        write(&mut matcher, &lesson, &tokens);
+        lesson.fail();
+        drop((matcher, lesson));
+        assert_eq!(template.lock().cost, 0);
+    }
+
+    #[test]
+    fn what_is_learned_is_bounded() {
+        let (template, tokens) = template();
+        let (mut matcher, lesson) = template.begin();
+        write(&mut matcher, &lesson, &tokens[..4]);
+        lesson.note(&matcher, &mut MAX_COST.clone());
+        let full = template.lock().cost;
+        assert!(full > MAX_COST, "it is handed in at once, as far as it has come");
+        write(&mut matcher, &lesson, &tokens[4..]);
+        lesson.cost.store(10 * MAX_COST, Relaxed);
+        drop((matcher, lesson));
+        assert_eq!(template.lock().cost, full);
     }
 }
