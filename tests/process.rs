@@ -401,17 +401,37 @@ fn unfilled_and_unused_tensors_are_named() {
     assert!(message.contains(to), "the tensor without a parameter: {message}");
 }
 
+/// Reads a server's log up to the line that says where it listens.
+fn line_of_address(log: &mut impl BufRead) -> String {
+    let mut line = String::new();
+    while !line.contains("listening on http://") {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "the server ends before it listens");
+    }
+    line
+}
+
+/// Whoever reads that the server listens may end it at once: it ends in order, and is not killed.
+#[test]
+fn a_signal_right_after_the_address_ends_the_server_in_order() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut command = program(&["serve", "--port", "0", &folder(MODEL)]);
+        let mut child = command.args(SMALL).stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        line_of_address(&mut log);
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let status = wait_for_exit(&mut child, Duration::from_secs(20));
+        assert_eq!(status.code(), Some(0), "{status}");
+    }
+}
+
 /// Whoever reads the log may go away before the server does: a message that nobody takes is no reason to fail.
 #[test]
 fn a_log_without_a_reader_stops_nothing() {
     let mut command = program(&["serve", "--port", "0", &folder(MODEL)]);
     let mut child = command.args(SMALL).stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.contains("listening on http://") {
-        line.clear();
-        assert!(log.read_line(&mut line).unwrap() > 0, "the server ends before it listens");
-    }
+    let line = line_of_address(&mut log);
     drop(log);
     let address = line.split("http://").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
     for _ in 0..3 {

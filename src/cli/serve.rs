@@ -13,7 +13,7 @@ use serde_json::Value;
 use spark_engine::{Failure, FailureHook, SparkEngine, server};
 use tokio::{
     net::TcpListener,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
 };
 
 use super::{
@@ -142,6 +142,11 @@ pub(crate) fn run(args: ServeArgs, settings: Value) -> anyhow::Result<()> {
     let engine = model.for_server(args.max_num_queued_tokens, args.answers, watchers).build()?;
     let address = listener.local_addr()?;
     let scheme = if options.tls.is_some() { "https" } else { "http" };
+    // Before anybody is told that the server is there: whoever reads that may end it at once, and it ends in order.
+    let signals = {
+        let _entered = runtime.enter();
+        Signals::take()?
+    };
     announce(&engine, scheme, address, args.open);
     let state = server::HttpState {
         front_end: engine.front_end().clone(),
@@ -156,8 +161,13 @@ pub(crate) fn run(args: ServeArgs, settings: Value) -> anyhow::Result<()> {
     let serving = server::serve(listener, state, options, shutdown);
     // Dropped before the runtime, which waits for the thread that waits for the engine.
     let stop_at_last = StopOnDrop(engine.clone());
-    let failure =
-        runtime.block_on(serve(engine, serving, stop, Duration::from_secs(args.shutdown_timeout)))?;
+    let failure = runtime.block_on(serve(
+        engine,
+        serving,
+        signals,
+        stop,
+        Duration::from_secs(args.shutdown_timeout),
+    ))?;
     // Threads end, and other ranks with them, before the process does.
     drop(stop_at_last);
     drop(runtime);
@@ -290,6 +300,27 @@ fn open_browser(page: &str) {
     }
 }
 
+/// The signals that end the server in order. Until they are taken they end the process at once.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Inside of a runtime only.
+    fn take() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one of them, which may have come already.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Serves until the first SIGTERM or SIGINT, then drains; a second signal or the deadline ends what is left. A connection
 /// that waits for a request which never becomes whole holds nothing up: it is dropped soon after the last answer is made.
 ///
@@ -298,11 +329,10 @@ fn open_browser(page: &str) {
 async fn serve(
     engine: SparkEngine,
     serving: impl Future<Output = std::io::Result<()>> + Send + 'static,
+    mut signals: Signals,
     stop: tokio::sync::oneshot::Sender<()>,
     deadline: Duration,
 ) -> anyhow::Result<Option<Failure>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
     let mut serving = tokio::spawn(serving);
     let waiting = engine.clone();
     let mut ended = tokio::task::spawn_blocking(move || waiting.join());
@@ -318,8 +348,7 @@ async fn serve(
             finish_now(&engine, serving).await;
             return Ok(Some(failure));
         }
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.next() => {}
     }
     notify::stopping();
     tracing::info!("shutting down: running requests have {} s to finish", deadline.as_secs());
@@ -342,8 +371,7 @@ async fn serve(
             tracing::warn!("the shutdown timeout has passed: cancelling what is left");
             finish_now(&engine, serving).await;
         }
-        _ = terminate.recv() => finish_now(&engine, serving).await,
-        _ = interrupt.recv() => finish_now(&engine, serving).await,
+        () = signals.next() => finish_now(&engine, serving).await,
     }
     Ok(None)
 }

@@ -1,17 +1,20 @@
 //! `cargo xtask ci`: everything that must pass, the cheap checks first. Needs no GPU.
 //!
-//! Third-party crates are compiled twice in all: as metadata (shared by clippy and rustdoc) and as code (shared by
-//! the tests and the doc tests). Every cargo call therefore names the whole workspace: naming a single package could
-//! select other features of a dependency and compile it again.
+//! Third-party crates are compiled three times in all: as metadata (shared by clippy and rustdoc), as code (shared by
+//! the tests and the doc tests), and with coverage counters what the fuzz targets need. Every cargo call therefore names the
+//! whole workspace: naming a single package could select other features of a dependency and compile it again.
 
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{binary, kernels, process, tidy, ui};
+use crate::{binary, fuzz, kernels, process, tidy, ui};
 
 /// The integration test that talks to the server with the `openai` client finds its Python here.
 const PYTHON_VARIABLE: &str = "SPARK_TEST_PYTHON";
+
+/// Seconds of each fuzz target: its seeds, and a look around. `cargo xtask long` gives each ten minutes.
+const FUZZ_SECONDS: u32 = 30;
 
 /// Runs all checks; stops at the first that fails.
 ///
@@ -51,6 +54,9 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
     process::run(
         cargo(&["doc", "--locked", "--workspace", "--no-deps", "--lib"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
+
+    // Last, as it compiles most of the workspace once more, with coverage counters.
+    fuzz::run(root, FUZZ_SECONDS, None)?;
 
     println!("\nxtask ci: all checks passed in {} s", start.elapsed().as_secs());
     Ok(())

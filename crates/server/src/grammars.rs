@@ -15,8 +15,8 @@ use crate::structured::Wanted;
 
 /// Most bytes of compiled grammars that are remembered, by a guess at what each takes.
 const MAX_CACHE_BYTES: usize = 256 << 20;
-/// What a compiled grammar takes at least, and for each byte of its text.
-const MIN_BYTES: usize = 256 << 10;
+/// What a compiled grammar takes with what sequences have learned about it, and for each byte of its text.
+const MIN_BYTES: usize = 2 << 20;
 const BYTES_PER_BYTE: usize = 64;
 
 /// The compiler of a front end. It is made when the first request needs it: most servers never do.

@@ -103,7 +103,7 @@ impl Report {
             } else {
                 self.num_invalid += 1;
                 if passes {
-                    self.violations.push(format!("{file}: {source}: {text}"));
+                    self.violations.push(format!("{file}: {text}: {source}"));
                 }
             }
         }
@@ -128,7 +128,7 @@ impl Report {
             match serde_json::from_str(&text) {
                 Ok(value) if !is_exact(&value) => self.num_inexact += 1,
                 Ok(value) if !validator.is_valid(&value) => {
-                    self.violations.push(format!("{file}: {source}: {text}"));
+                    self.violations.push(format!("{file}: {text}: {source}"));
                 }
                 Ok(_) => self.num_texts += 1,
                 // JSON, but more than the validator's numbers hold.
@@ -156,7 +156,7 @@ impl Report {
             println!("  missed {}", missed.chars().take(300).collect::<String>());
         }
         for violation in &self.violations {
-            println!("  INVALID {}", violation.chars().take(300).collect::<String>());
+            println!("  INVALID {}", violation.chars().take(1_000).collect::<String>());
         }
     }
 }

@@ -6,13 +6,13 @@ use std::thread;
 use std::time::Duration;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
-use llguidance::earley::SlicedBiasComputer;
 use llguidance::toktrie::InferenceCapabilities;
 use llguidance::{Matcher, ParserFactory};
 
 use super::constraint::{GrammarConstraint, GrammarStart, Setup};
 use super::environment::environment;
 use super::lark::{Parts, literal};
+use super::lesson::Template;
 use super::marker::Marker;
 use super::{Grammar, ebnf, refuse, schema, tags, tools};
 use crate::answer::{CALL_OPEN, THINK_CLOSE, THINK_OPEN};
@@ -30,6 +30,21 @@ const MAX_TIME: Duration = Duration::from_secs(10);
 const MAX_CHOICES: usize = 50_000;
 /// Most characters of a foreign error message.
 const MAX_REASON_CHARS: usize = 400;
+
+/// Sets of tokens that a mask has as a whole where a grammar allows all of what they match, so that only the rest of the
+/// vocabulary is looked through: letters, text without spaces, and text that needs no escape in JSON, by its length, as
+/// strings are bounded. None has white space that `.` or `\S` of a pattern leave out.
+fn slices() -> Vec<String> {
+    const RARE: &str = r"\x00-\x1F\x7F-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff";
+    let text = |counts: &str| format!(r#"[^"\\{RARE}]{{{counts}}}"#);
+    vec![
+        "[A-Za-z]{1,20}".into(),
+        format!(r#"[^ "\\{RARE}]{{1,30}}"#),
+        text("1,10"),
+        text("1,30"),
+        text("1,128"),
+    ]
+}
 
 /// Bounds on the work of one compilation and of one token. They count work, not time, so that the same grammar is
 /// accepted on every machine.
@@ -56,7 +71,7 @@ pub struct GrammarCompiler {
 
 /// A grammar that is ready to be applied.
 pub struct CompiledGrammar {
-    matcher: Matcher,
+    pub(super) template: Arc<Template>,
     setup: Arc<Setup>,
     /// Text is free up to this marker; the grammar begins behind it, and ends before the next free text.
     trigger: Option<Arc<Marker>>,
@@ -79,8 +94,7 @@ impl GrammarCompiler {
         let eos: Vec<u32> =
             eos.iter().copied().filter(|&id| (id as usize) < tokenizer.vocab_size()).collect();
         let environment = environment(tokenizer.clone(), &eos);
-        let slices = SlicedBiasComputer::general_slices();
-        let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)
+        let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices())
             .map_err(|error| TextError::Grammar {
                 place: "the tokenizer".into(),
                 rule: format!("its vocabulary cannot be used for grammars: {}", clean(&error.to_string())),
@@ -117,7 +131,7 @@ impl GrammarCompiler {
         let refuse = |rule: String| refuse(place, rule);
         match compiled {
             Ok(Ok(matcher)) => Ok(CompiledGrammar {
-                matcher,
+                template: Template::new(matcher),
                 setup: self.setup.clone(),
                 trigger: after_call_open.then(|| self.call_open.clone()),
             }),
@@ -145,9 +159,11 @@ fn on_large_stack<T: Send + 'static>(
 
 impl CompiledGrammar {
     /// A constraint for one sequence whose output starts like this. Clones of the result share what they learn about
-    /// the grammar; two results of this method share nothing that changes.
+    /// the grammar; two results of this method share nothing that changes. What has been learned when a result and its
+    /// clones are gone is there for later ones.
     pub fn constraint(&self, start: GrammarStart) -> GrammarConstraint {
-        GrammarConstraint::new(self.matcher.deep_clone(), self.setup.clone(), self.trigger.clone(), start)
+        let (matcher, lesson) = self.template.begin();
+        GrammarConstraint::new(matcher, lesson, self.setup.clone(), self.trigger.clone(), start)
     }
 }
 
@@ -190,7 +206,7 @@ pub(super) fn item(grammar: &Grammar, parts: &mut Parts) -> Result<String> {
             parts.schema(schema)
         }
         Grammar::Regex(regex) => regex_item(regex)?,
-        Grammar::Choice(texts) => choice_item(texts)?,
+        Grammar::Choice(texts) => choice_item(texts, parts)?,
         Grammar::Ebnf(source) => {
             let source = lark_of(source)?;
             parts.lark(source)
@@ -217,7 +233,7 @@ pub(super) fn regex_item(regex: &str) -> Result<String> {
     Ok(format!("/{}/", llguidance::regex_to_lark(regex, "")))
 }
 
-fn choice_item(texts: &[String]) -> Result<String> {
+fn choice_item(texts: &[String], parts: &mut Parts) -> Result<String> {
     if texts.is_empty() || texts.len() > MAX_CHOICES {
         return refuse("the choice", format!("has {} texts; 1 to {MAX_CHOICES} are allowed", texts.len()));
     }
@@ -225,7 +241,9 @@ fn choice_item(texts: &[String]) -> Result<String> {
         return refuse("the choice", "has an empty text");
     }
     check_size("the choice", texts.iter().map(String::len).sum())?;
-    Ok(format!("({})", texts.iter().map(|text| literal(text)).collect::<Vec<_>>().join(" | ")))
+    // One terminal of all: as a rule each text would be a terminal of its own.
+    let texts = texts.iter().map(|text| literal(text)).collect::<Vec<_>>().join(" | ");
+    Ok(parts.lark(format!("start: CHOICE\nCHOICE: {texts}\n")))
 }
 
 fn lark_of(source: &str) -> Result<String> {

@@ -7,6 +7,7 @@ use llguidance::api::StopReason;
 use spark_api::{ConstraintError, TokenConstraint};
 
 use super::compiler::clean;
+use super::lesson::Lesson;
 use super::marker::Marker;
 use crate::Tokenizer;
 
@@ -43,6 +44,9 @@ pub enum GrammarStart {
 #[derive(Clone)]
 pub struct GrammarConstraint {
     matcher: Matcher,
+    lesson: Arc<Lesson>,
+    /// Work of the lexer, as the matcher knows it.
+    cost: u64,
     /// The matcher at the grammar's start, for its next use in free text.
     fresh: Option<Matcher>,
     setup: Arc<Setup>,
@@ -66,6 +70,7 @@ enum Phase {
 impl GrammarConstraint {
     pub(super) fn new(
         matcher: Matcher,
+        lesson: Arc<Lesson>,
         setup: Arc<Setup>,
         trigger: Option<Arc<Marker>>,
         start: GrammarStart,
@@ -77,7 +82,7 @@ impl GrammarConstraint {
             (GrammarStart::MayThink, None) if setup.think_open.is_some() => Phase::MayThink,
             (GrammarStart::MayThink | GrammarStart::Answer, None) => Phase::Grammar,
         };
-        Self { matcher, fresh, setup, trigger, phase, tail: Vec::new() }
+        Self { matcher, lesson, cost: 0, fresh, setup, trigger, phase, tail: Vec::new() }
     }
 
     fn after_thinking(&self) -> Phase {
@@ -86,7 +91,8 @@ impl GrammarConstraint {
 
     /// Clears what the grammar does not allow.
     fn grammar_mask(&mut self, allowed: &mut [u32]) -> Result<(), ConstraintError> {
-        let mask = self.matcher.compute_mask().map_err(|error| failed(&error.to_string()))?;
+        let mask = self.matcher.compute_mask().map_err(|error| self.failed(&error.to_string()))?;
+        self.lesson.note(&self.matcher, &mut self.cost);
         let words = mask.as_slice();
         for (i, word) in allowed.iter_mut().enumerate() {
             // A model may have more rows than its tokenizer has tokens.
@@ -96,20 +102,26 @@ impl GrammarConstraint {
     }
 
     fn commit_to_grammar(&mut self, token: u32) -> Result<bool, ConstraintError> {
-        self.matcher.consume_token(token).map_err(|error| failed(&error.to_string()))?;
+        self.matcher.consume_token(token).map_err(|error| self.failed(&error.to_string()))?;
         match self.matcher.stop_reason() {
             StopReason::NotStopped => Ok(false),
             StopReason::EndOfSentence | StopReason::NoExtension => match &self.fresh {
                 // The end of one call.
                 Some(fresh) => {
                     self.matcher = fresh.clone();
+                    self.cost = 0;
                     self.phase = Phase::Free;
                     Ok(false)
                 }
                 None => Ok(true),
             },
-            reason => Err(failed(&reason.to_string())),
+            reason => Err(self.failed(&reason.to_string())),
         }
+    }
+
+    fn failed(&self, message: &str) -> ConstraintError {
+        self.lesson.fail();
+        ConstraintError(clean(message))
     }
 
     /// Takes a token outside of the grammar's reach. `true`: the marker that ends this stretch is complete.
@@ -173,10 +185,6 @@ impl TokenConstraint for GrammarConstraint {
         }
         Ok(false)
     }
-}
-
-fn failed(message: &str) -> ConstraintError {
-    ConstraintError(clean(message))
 }
 
 fn set(allowed: &mut [u32], ids: &[u32]) {

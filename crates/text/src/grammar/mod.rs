@@ -5,17 +5,20 @@
 //! under limits on size and work, and that makes one [`GrammarConstraint`] per sequence. Nothing here falls back to free
 //! text: what cannot be enforced is refused with its place, and a constraint that fails ends its sequence.
 //!
-//! - `schema` looks a JSON schema over before it is compiled; `ebnf` turns GBNF into Lark; `tags` and `tools` write
-//!   Lark for structural tags and tool calls; `lark` has what they share.
-//! - `compiler` compiles, `constraint` masks, `marker` finds the ends of thinking and of free text, `environment` shows our
-//!   tokenizer to `llguidance`.
+//! - `schema` looks a JSON schema over before it is compiled, `pattern` and `pattern_class` its patterns; `ebnf` turns
+//!   GBNF into Lark; `tags` and `tools` write Lark for structural tags and tool calls; `lark` has what they share.
+//! - `compiler` compiles, `constraint` masks, `lesson` keeps what sequences learn, `marker` finds the ends of thinking and of
+//!   free text, `environment` shows our tokenizer to `llguidance`.
 
 mod compiler;
 mod constraint;
 mod ebnf;
 mod environment;
 mod lark;
+mod lesson;
 mod marker;
+mod pattern;
+mod pattern_class;
 mod schema;
 mod tags;
 mod tools;

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value, json};
 
 use super::compiler::check_size;
-use super::refuse;
+use super::{pattern, refuse};
 use crate::Result;
 
 /// Deepest nesting of a schema. JSON itself stops at 128, and each level costs the compiler some stack.
@@ -51,6 +51,8 @@ const UNSUPPORTED: [&str; 18] = [
 ];
 const COUNTS: [&str; 6] =
     ["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"];
+/// Keywords with values in which nothing is a schema.
+const VALUES: [&str; 4] = ["enum", "const", "default", "examples"];
 const TYPES: [&str; 7] = ["null", "boolean", "integer", "number", "string", "array", "object"];
 
 /// Formats whose expression in the compiler is too wide, with a pattern that closes the gap: days that exist, no leap
@@ -81,20 +83,26 @@ pub(super) fn prepare(schema: &Value, options: SchemaOptions, place: &str) -> Re
         return refuse(format!("{place} at #"), format!("the keyword `{OPTIONS_KEY}` is not supported"));
     }
     check_size(place, Value::Object(schema.clone()).to_string().len())?;
-    let walk = Walk { place, best_effort: options.best_effort };
+    let mut walk = Walk { place, best_effort: options.best_effort, references: Vec::new(), has_ids: false };
     walk.object(&mut schema, "#", 0)?;
+    let mut schema = Value::Object(schema);
+    walk.referred(&mut schema)?;
     let mut settings = json!({"lenient": options.best_effort, "coerce_one_of": options.best_effort});
     match options.compact {
         true => settings["whitespace_flexible"] = json!(false),
         false => settings["whitespace_pattern"] = json!(WHITE_SPACE),
     }
-    schema.insert(OPTIONS_KEY.to_owned(), settings);
-    Ok(Value::Object(schema))
+    schema[OPTIONS_KEY] = settings;
+    Ok(schema)
 }
 
 struct Walk<'a> {
     place: &'a str,
     best_effort: bool,
+    /// Where references stand, and what to.
+    references: Vec<(String, String)>,
+    /// There are schemas inside with an `$id`: what references are relative to differs.
+    has_ids: bool,
 }
 
 impl Walk<'_> {
@@ -102,7 +110,7 @@ impl Walk<'_> {
         refuse(format!("{} at {path}", self.place), rule)
     }
 
-    fn schema(&self, schema: &mut Value, path: &str, depth: usize) -> Result<()> {
+    fn schema(&mut self, schema: &mut Value, path: &str, depth: usize) -> Result<()> {
         match schema {
             Value::Object(map) => self.object(map, path, depth),
             Value::Bool(_) => Ok(()),
@@ -110,7 +118,7 @@ impl Walk<'_> {
         }
     }
 
-    fn object(&self, schema: &mut Map<String, Value>, path: &str, depth: usize) -> Result<()> {
+    fn object(&mut self, schema: &mut Map<String, Value>, path: &str, depth: usize) -> Result<()> {
         if depth > MAX_DEPTH {
             return self.refuse(path, format!("the schema is nested deeper than {MAX_DEPTH} levels"));
         }
@@ -118,11 +126,16 @@ impl Walk<'_> {
             // What the reference is relative to depends on the draft.
             return self.refuse(path, "an $id beside a $ref is not supported");
         }
+        self.has_ids |= depth > 0 && (schema.contains_key("$id") || schema.contains_key("id"));
+        if let Some(Value::String(reference)) = schema.get("$ref") {
+            self.references.push((path.to_owned(), reference.clone()));
+        }
         schema.retain(|keyword, value| {
             !(UNSUPPORTED.contains(&keyword.as_str()) && is_neutral(keyword, value))
         });
+        self.pattern(schema, path)?;
         for (keyword, value) in schema.iter_mut() {
-            let path = format!("{path}/{}", keyword.replace('~', "~0").replace('/', "~1"));
+            let path = below(path, keyword);
             match keyword.as_str() {
                 name if UNSUPPORTED.contains(&name) && !self.best_effort => {
                     return self.refuse(&path, format!("the keyword `{name}` is not supported"));
@@ -140,8 +153,64 @@ impl Walk<'_> {
                 _ => {}
             }
         }
+        self.pattern_properties(schema, path)?;
         narrow_format(schema);
         self.least_properties(schema, path)
+    }
+
+    /// Goes on where references lead to that are no places of schemas by themselves: `#/components/schemas/Pet`.
+    fn referred(&mut self, root: &mut Value) -> Result<()> {
+        let mut walked: Vec<String> = vec![String::new()];
+        while let Some((path, reference)) = self.references.pop() {
+            let (base, fragment) = reference.split_once('#').unwrap_or((&reference, ""));
+            let pointer = percent_decoded(fragment);
+            let is_walked = |from: &String| pointer.strip_prefix(from.as_str()).is_some_and(is_schema_place);
+            if !pointer.starts_with('/') || walked.iter().any(is_walked) {
+                continue;
+            }
+            let is_value = pointer.split('/').any(|name| VALUES.contains(&name));
+            if is_value || self.has_ids || !base.is_empty() {
+                return self.refuse(&below(&path, "$ref"), "there is no schema where this leads to");
+            }
+            // What does not exist is the compiler's to refuse.
+            if let Some(schema) = root.pointer_mut(&pointer) {
+                self.schema(schema, &format!("#{pointer}"), 1)?;
+            }
+            walked.push(pointer);
+        }
+        Ok(())
+    }
+
+    /// Puts `pattern` into the compiler's notation.
+    fn pattern(&self, schema: &mut Map<String, Value>, path: &str) -> Result<()> {
+        let Some(Value::String(source)) = schema.get("pattern") else { return Ok(()) };
+        match pattern::translate(source) {
+            Ok(pattern) => drop(schema.insert("pattern".into(), pattern.into())),
+            Err(_) if self.best_effort => drop(schema.shift_remove("pattern")),
+            Err(reason) => return self.refuse_pattern(&below(path, "pattern"), &reason),
+        }
+        Ok(())
+    }
+
+    /// The same for the names in `patternProperties`.
+    fn pattern_properties(&self, schema: &mut Map<String, Value>, path: &str) -> Result<()> {
+        let Some(Value::Object(table)) = schema.get_mut("patternProperties") else { return Ok(()) };
+        let path = below(path, "patternProperties");
+        for (name, property) in std::mem::take(table) {
+            match pattern::translate(&name) {
+                Ok(pattern) if table.contains_key(&pattern) => {
+                    return self.refuse(&below(&path, &name), "another pattern there means the same");
+                }
+                Ok(pattern) => drop(table.insert(pattern, property)),
+                Err(_) if self.best_effort => {}
+                Err(reason) => return self.refuse_pattern(&below(&path, &name), &reason),
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse_pattern<T>(&self, path: &str, reason: &str) -> Result<T> {
+        self.refuse(path, format!("the pattern {reason}: that is not supported"))
     }
 
     /// A grammar cannot tell a second property from a repetition of the first. So it can ask for one besides those that
@@ -171,25 +240,63 @@ impl Walk<'_> {
         }
     }
 
-    fn table(&self, value: &mut Value, path: &str, depth: usize) -> Result<()> {
+    fn table(&mut self, value: &mut Value, path: &str, depth: usize) -> Result<()> {
         let Value::Object(table) = value else { return self.refuse(path, "must be an object of schemas") };
         if table.len() > MAX_TABLE {
             return self.refuse(path, format!("has {} entries; the limit is {MAX_TABLE}", table.len()));
         }
         for (name, schema) in table {
-            let path = format!("{path}/{}", name.replace('~', "~0").replace('/', "~1"));
-            self.schema(schema, &path, depth)?;
+            self.schema(schema, &below(path, name), depth)?;
         }
         Ok(())
     }
 
-    fn list(&self, value: &mut Value, path: &str, depth: usize) -> Result<()> {
+    fn list(&mut self, value: &mut Value, path: &str, depth: usize) -> Result<()> {
         let Value::Array(list) = value else { return self.refuse(path, "must be a list of schemas") };
         for (i, schema) in list.iter_mut().enumerate() {
             self.schema(schema, &format!("{path}/{i}"), depth)?;
         }
         Ok(())
     }
+}
+
+/// The path of an entry.
+fn below(path: &str, name: &str) -> String {
+    format!("{path}/{}", name.replace('~', "~0").replace('/', "~1"))
+}
+
+/// Whether a pointer leads through keywords of schemas only, which the walk has followed.
+fn is_schema_place(pointer: &str) -> bool {
+    let mut names = pointer.split('/').skip(1).peekable();
+    while let Some(keyword) = names.next() {
+        let is_place = match keyword {
+            "properties" | "patternProperties" | "$defs" | "definitions" | "anyOf" | "oneOf" | "allOf"
+            | "prefixItems" => names.next().is_some(),
+            "items" => {
+                names.next_if(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+                true
+            }
+            "additionalItems" | "additionalProperties" => true,
+            _ => false,
+        };
+        if !is_place {
+            return false;
+        }
+    }
+    true
+}
+
+/// A fragment without its percent signs.
+fn percent_decoded(fragment: &str) -> String {
+    let mut bytes = Vec::with_capacity(fragment.len());
+    let mut rest = fragment.as_bytes();
+    while let [byte, after @ ..] = rest {
+        let hex = after.first_chunk::<2>().and_then(|digits| std::str::from_utf8(digits).ok());
+        let decoded = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()).filter(|_| *byte == b'%');
+        bytes.push(decoded.unwrap_or(*byte));
+        rest = if decoded.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// A count may be written as `2.0`.

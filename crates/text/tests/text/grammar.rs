@@ -2,6 +2,7 @@
 
 mod forms;
 mod limits;
+mod patterns;
 mod schemas;
 mod tool_calls;
 mod walk;

@@ -81,7 +81,7 @@ impl Walk {
     /// Takes the tokens of `text` if all are allowed; else says at which byte it fails.
     pub(crate) fn write(&mut self, text: &str) -> Result<(), usize> {
         let before = self.text.len();
-        for token in tokenizer().encode_ordinary(text).unwrap() {
+        for token in tokens_of(text) {
             if self.is_complete || !self.allowed().contains(&token) {
                 return Err(self.text.len() - before);
             }
@@ -94,6 +94,19 @@ impl Walk {
     pub(crate) fn may_end(&mut self) -> bool {
         self.is_complete || self.allowed().iter().any(|token| EOS.contains(token))
     }
+}
+
+/// Tokens of exactly this text, which a tokenizer may normalise.
+fn tokens_of(text: &str) -> Vec<u32> {
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode_ordinary(text).unwrap();
+    let bytes = ids.iter().flat_map(|&id| tokenizer.token_bytes(id)).copied();
+    if bytes.eq(text.bytes()) {
+        return ids;
+    }
+    let all = 0..tokenizer.vocab_size() as u32;
+    let token = |byte| all.clone().find(|&id| tokenizer.token_bytes(id) == [byte]);
+    text.bytes().map(|byte| token(byte).expect("a byte-level vocabulary has all bytes")).collect()
 }
 
 /// Whether the grammar accepts exactly this text.
@@ -144,10 +157,12 @@ pub(crate) fn try_generate(
     Ok(None)
 }
 
-/// Whether a validator's numbers, which are 64 bits wide, hold those of the text.
+/// Whether a validator's numbers, which are 64 bits wide, hold those of the text. They have no integer `-0`: it is read as
+/// a float, which is no integer in draft 4.
 pub(crate) fn is_exact(value: &Value) -> bool {
+    let is_held = |float: f64| float.abs() < 9e15 && !(float == 0.0 && float.is_sign_negative());
     match value {
-        Value::Number(number) => number.as_f64().is_some_and(|float| float.abs() < 9e15),
+        Value::Number(number) => number.as_f64().is_some_and(is_held),
         Value::Array(items) => items.iter().all(is_exact),
         Value::Object(fields) => fields.values().all(is_exact),
         _ => true,
