@@ -166,8 +166,26 @@ struct Comparison {
     num_early: usize,
     /// The widest margin at which that happened.
     widest: f32,
+    /// Whether sums are rounded otherwise than the reference's, in a mixture of experts.
+    may_reroute: bool,
+    /// Answers that leave their reference because a rounding has changed an expert.
+    num_rerouted: usize,
     /// Answers that differ where they must not.
     wrong: Vec<String>,
+}
+
+/// Steps that have to agree before it is believed that a rounding has changed an expert, and nothing else.
+const STEPS_BEFORE: usize = 8;
+/// One answer of so many may leave its reference so. Of the CPU backend's own in bf16, cut over two ranks, one of twenty does, at
+/// margins up to 1.6; over four ranks one of 2.2 becomes one of 0.07 (`text_moe_nvfp4_modelopt`).
+const ANSWERS_OF_A_REROUTED_ONE: usize = 20;
+
+/// Whether everything before `step`, where they part at a margin that is no near tie, is the same to within roundings: what was
+/// computed is right until an expert is another one.
+fn is_rerouted(reference: &Answer, got: &Answer, step: usize, tolerance: f32) -> bool {
+    let both = reference.margins.iter().zip(&got.margins).take(step);
+    let num_alike = both.filter(|(a, b)| (*a - *b).abs() < 2.0 * tolerance).count();
+    step >= STEPS_BEFORE && 4 * num_alike >= 3 * step
 }
 
 impl Comparison {
@@ -182,6 +200,8 @@ impl Comparison {
         if margin < 2.0 * tolerance {
             self.num_early += 1;
             self.widest = self.widest.max(margin);
+        } else if self.may_reroute && is_rerouted(reference, got, step, tolerance) {
+            self.num_rerouted += 1;
         } else {
             let (expected, got) = (reference.ids[step], got.ids.get(step));
             self.wrong.push(format!("{name}: step {step}: {got:?} instead of {expected}, margin {margin}"));
@@ -195,6 +215,7 @@ impl Comparison {
         self.num_answers += other.num_answers;
         self.num_early += other.num_early;
         self.widest = self.widest.max(other.widest);
+        self.num_rerouted += other.num_rerouted;
         self.wrong.extend(other.wrong);
     }
 
@@ -202,13 +223,19 @@ impl Comparison {
     fn finish(&self, title: &str) {
         println!("{title}: {}", self.line());
         assert!(self.wrong.is_empty(), "{title}: {:#?}", self.wrong);
+        let most = self.num_answers.div_ceil(ANSWERS_OF_A_REROUTED_ONE);
+        assert!(self.num_rerouted <= most, "{title}: {} answers have changed experts", self.num_rerouted);
     }
 
     fn line(&self) -> String {
-        let Self { num_compared, num_ids, num_answers, num_early, widest, wrong } = self;
+        let Self { num_compared, num_ids, num_answers, num_early, widest, num_rerouted, wrong, .. } = self;
+        let rerouted = match num_rerouted {
+            0 => String::new(),
+            _ => format!("{num_rerouted} by another expert, "),
+        };
         format!(
             "{num_answers} answers, {num_compared} of {num_ids} ids equal, {num_early} answers left their reference at a \
-             near tie (widest margin {widest:.3}), {} wrong",
+             near tie (widest margin {widest:.3}), {rerouted}{} wrong",
             wrong.len()
         )
     }
