@@ -13,6 +13,10 @@ use crate::{binary, fuzz, kernels, process, tidy, ui};
 /// The integration test that talks to the server with the `openai` client finds its Python here.
 const PYTHON_VARIABLE: &str = "SPARK_TEST_PYTHON";
 
+/// How long the server is kept under load (`tests/load.rs`): long enough for memory that grows to show.
+const SOAK_VARIABLE: &str = "SPARK_SOAK_SECONDS";
+const SOAK_SECONDS: &str = "120";
+
 /// Seconds of each fuzz target: its seeds, and a look around. `cargo xtask long` gives each ten minutes.
 const FUZZ_SECONDS: u32 = 30;
 
@@ -44,7 +48,9 @@ pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
 
     let python = process::python(root, "python-client", &root.join("tests/python/requirements.txt"))?;
     process::run(
-        cargo(&["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]).env(PYTHON_VARIABLE, python),
+        cargo(&["nextest", "run", "--locked", "--workspace", "--no-fail-fast"])
+            .env(PYTHON_VARIABLE, python)
+            .env(SOAK_VARIABLE, SOAK_SECONDS),
     )?;
     ui::test(root, &process::target(root).join("debug/spark-engine"))?;
     kernels::check(root)?;
