@@ -211,11 +211,13 @@ export async function fork(message: Message): Promise<void> {
 
 export async function remove(head: Head): Promise<void> {
   running.value.get(head.id)?.abort();
+  // What is not loaded is not kept again.
   const left = new Map(loaded.value);
   left.delete(head.id);
   loaded.value = left;
-  heads.value = heads.value.filter(({ id }) => id !== head.id);
   await store.remove(head.id);
+  // Only now: what is shown as gone is gone, also for a page that is loaded at once.
+  heads.value = heads.value.filter(({ id }) => id !== head.id);
   if (currentId.value === head.id) newChat();
 }
 

@@ -26,10 +26,10 @@ pub(super) const ASSETS: &[Asset] = &[
     Asset { path: "/assets/KaTeX_Size4-Regular-Dl5lxZxV.woff2", content_type: "font/woff2", bytes: include_bytes!("assets/KaTeX_Size4-Regular-Dl5lxZxV.woff2") },
     Asset { path: "/assets/KaTeX_Typewriter-Regular-CO6r4hn1.woff2", content_type: "font/woff2", bytes: include_bytes!("assets/KaTeX_Typewriter-Regular-CO6r4hn1.woff2") },
     Asset { path: "/assets/icon-C6Dfq24E.svg", content_type: "image/svg+xml", bytes: include_bytes!("assets/icon-C6Dfq24E.svg") },
-    Asset { path: "/assets/index-BDuH232Y.js", content_type: "text/javascript; charset=utf-8", bytes: include_bytes!("assets/index-BDuH232Y.js") },
     Asset { path: "/assets/index-D9_QW1Kl.css", content_type: "text/css; charset=utf-8", bytes: include_bytes!("assets/index-D9_QW1Kl.css") },
+    Asset { path: "/assets/index-c0tjb7PA.js", content_type: "text/javascript; charset=utf-8", bytes: include_bytes!("assets/index-c0tjb7PA.js") },
+    Asset { path: "/assets/rich-CRvgexA0.js", content_type: "text/javascript; charset=utf-8", bytes: include_bytes!("assets/rich-CRvgexA0.js") },
     Asset { path: "/assets/rich-DZ_-iTOH.css", content_type: "text/css; charset=utf-8", bytes: include_bytes!("assets/rich-DZ_-iTOH.css") },
-    Asset { path: "/assets/rich-jK2RHBZA.js", content_type: "text/javascript; charset=utf-8", bytes: include_bytes!("assets/rich-jK2RHBZA.js") },
     Asset { path: "/index.html", content_type: "text/html; charset=utf-8", bytes: include_bytes!("index.html") },
     Asset { path: "/licenses.txt", content_type: "text/plain; charset=utf-8", bytes: include_bytes!("licenses.txt") },
 ];
