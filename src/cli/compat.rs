@@ -17,9 +17,6 @@ pub(crate) struct CompatArgs {
     /// Ignored: prefills are always chunked.
     #[arg(long)]
     enable_chunked_prefill: bool,
-    /// Ignored with one rank.
-    #[arg(long)]
-    enable_expert_parallel: bool,
     /// Ignored: preempted sequences are recomputed, never swapped.
     #[arg(long, value_name = "GIB")]
     swap_space: Option<f64>,
