@@ -335,7 +335,7 @@ impl EngineBuilder {
     fn reopen(&self) -> Reopen {
         let (model, revision) = (self.model.clone(), self.revision.clone());
         let (load_format, quantization) = (self.settings.load_format, self.quantization);
-        let (split, moe_parallel) = (self.settings.encoder_split, self.settings.moe_parallel);
+        let (experts, encoder) = (self.settings.moe_parallel, self.settings.encoder_split);
         Box::new(move || {
             let files = match (load_format, quantization) {
                 (LoadFormat::Auto, None) => ModelFiles::open(&model, revision.clone()),
@@ -348,7 +348,7 @@ impl EngineBuilder {
                     ModelFiles::open_config(&model, revision.clone(), quantization)
                 }
             }?;
-            files.with_encoder_split(split).with_moe_parallel(moe_parallel)
+            files.shared(experts, encoder)
         })
     }
 

@@ -96,30 +96,24 @@ impl ModelFiles {
         Ok(Self { checkpoint, config, specs, has_lm_head })
     }
 
-    /// The same model, whose experts ranks share so.
+    /// The same model, of which ranks share the experts as `experts` says and split what `encoder` says of the encoder. Without an
+    /// encoder there is nothing to split.
     ///
     /// # Errors
     /// Whole experts of a model that has none.
-    pub fn with_moe_parallel(mut self, parallel: MoeParallel) -> Result<Self> {
+    pub fn shared(mut self, experts: MoeParallel, encoder: EncoderSplit) -> Result<Self> {
         self.config
-            .share_experts(parallel)
+            .share_experts(experts)
             .map_err(|error| Error::option("--moe-parallel", format!("ep: {error}")))?;
-        self.specs = self.config.specs(self.has_lm_head);
-        Ok(self)
-    }
-
-    /// The same model, of whose encoder ranks split what `split` says. Without an encoder there is nothing to split.
-    #[must_use]
-    pub fn with_encoder_split(mut self, split: EncoderSplit) -> Self {
         match &mut self.config.vision {
-            Some(vision) => vision.split = split,
-            None if split == EncoderSplit::Weights => {
+            Some(vision) => vision.split = encoder,
+            None if encoder == EncoderSplit::Weights => {
                 tracing::warn!("no effect: --mm-encoder-tp-mode weights: the model has no encoder");
             }
             None => {}
         }
         self.specs = self.config.specs(self.has_lm_head);
-        self
+        Ok(self)
     }
 
     /// The compute dtype that `auto` means: float32 for a float32 checkpoint, else bfloat16. Half precision

@@ -11,7 +11,7 @@ use spark_engine::{
 use spark_models::ModelConfig;
 use spark_weights::Summary;
 
-use super::{encoder::EncoderArgs, head::HeadArgs, model_name::ModelName, moe_parallel::MoeParallelArgs};
+use super::{head::HeadArgs, model_name::ModelName, sharing::SharingArgs};
 
 /// Show architecture, quantisation and sizes.
 #[derive(Args)]
@@ -26,9 +26,7 @@ pub(crate) struct InspectArgs {
     #[arg(long, visible_alias = "tp", default_value_t = 1, value_name = "N")]
     tensor_parallel_size: usize,
     #[command(flatten)]
-    moe_parallel: MoeParallelArgs,
-    #[command(flatten)]
-    encoder: EncoderArgs,
+    sharing: SharingArgs,
     #[command(flatten)]
     head: HeadArgs,
     /// One JSON object instead of text.
@@ -38,7 +36,7 @@ pub(crate) struct InspectArgs {
 
 pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
     let files = ModelFiles::open(&args.model.choose()?.model, args.revision)?;
-    let files = files.with_encoder_split(args.encoder.split()).with_moe_parallel(args.moe_parallel.get())?;
+    let files = files.shared(args.sharing.experts(), args.sharing.encoder())?;
     let report = report(&files, args.tensor_parallel_size, args.head.dtype())?;
     let mut stdout = std::io::stdout().lock();
     if args.json {

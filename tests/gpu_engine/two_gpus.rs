@@ -79,7 +79,7 @@ impl Setup {
         models.extend(model_names("").unwrap().iter().map(|name| Model::fixture(name)));
         models.retain(|model| {
             let files = ModelFiles::open(&model.folder.display().to_string(), None).unwrap();
-            files.with_moe_parallel(self.parallel).is_ok()
+            files.shared(self.parallel, self.split).is_ok()
         });
         assert!(models.len() > 15, "{} models", models.len());
         models

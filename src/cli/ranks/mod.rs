@@ -24,7 +24,7 @@ use spark_runtime::Error as RuntimeError;
 use spark_weights::Error as WeightsError;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{encoder::EncoderArgs, moe_parallel::MoeParallelArgs};
+use super::sharing::SharingArgs;
 use environment::{DEFAULT_PORT, launched};
 use processes::{Other, Processes};
 
@@ -52,7 +52,7 @@ pub(crate) struct RankArgs {
     #[arg(long, visible_alias = "tp", value_name = "N")]
     tensor_parallel_size: Option<usize>,
     #[command(flatten)]
-    moe_parallel: MoeParallelArgs,
+    sharing: SharingArgs,
     /// Machines to start ranks on by ssh, this one first, by the names under which they reach each other. Where this program is
     /// missing or another one, it is copied to ~/.cache/spark-engine/bin. The model must be there under the same name, unless
     /// --copy-model.
@@ -91,8 +91,6 @@ pub(crate) struct RankArgs {
     /// Use an NCCL that is known to hang on this kind of machine.
     #[arg(long)]
     allow_old_nccl: bool,
-    #[command(flatten)]
-    encoder: EncoderArgs,
 }
 
 /// What the flags and the environment say.
@@ -153,11 +151,11 @@ impl RankArgs {
         let seconds = self.step_timeout.unwrap_or(default);
         let step_timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
         let builder = builder.engine(|options| options.step_timeout = step_timeout);
-        let builder = builder.moe_parallel(self.moe_parallel.get()).encoder_split(self.encoder.split());
+        let builder = builder.moe_parallel(self.sharing.experts()).encoder_split(self.sharing.encoder());
         Ok(match ranks {
             Some(ranks) => builder.ranks(ranks),
             None => {
-                if self.moe_parallel.get() == MoeParallel::Ep {
+                if self.sharing.experts() == MoeParallel::Ep {
                     tracing::warn!("no effect: --moe-parallel ep: the only rank holds all experts");
                 }
                 builder

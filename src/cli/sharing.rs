@@ -1,10 +1,10 @@
-//! The flag about how ranks share experts, which commands with ranks and those that only count their bytes share.
+//! The flags about what of a model ranks share, for commands with ranks and those that only count their bytes.
 
 use clap::{Args, ValueEnum};
-use spark_engine::MoeParallel;
+use spark_engine::{EncoderSplit, MoeParallel};
 
 #[derive(Args)]
-pub(crate) struct MoeParallelArgs {
+pub(crate) struct SharingArgs {
     /// How ranks share experts: a slice of every expert each (`tp`), so that all read the same number of bytes in every step, or as
     /// many whole experts each (`ep`), where a step waits for the rank that holds more of the chosen ones. Attention and the rest
     /// are shared alike in both.
@@ -13,6 +13,10 @@ pub(crate) struct MoeParallelArgs {
     /// The same as --moe-parallel ep, in vLLM's words.
     #[arg(long, conflicts_with = "moe_parallel", help_heading = "Ranks")]
     enable_expert_parallel: bool,
+    /// What ranks split of the vision encoder: its pictures, by patches, each rank with all of the weights; or its weights, so that
+    /// each holds a part of them and all ranks encode every picture together.
+    #[arg(long, value_enum, default_value = "data", value_name = "MODE", help_heading = "Ranks")]
+    mm_encoder_tp_mode: EncoderTpMode,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -21,12 +25,26 @@ enum MoeParallelArg {
     Ep,
 }
 
-impl MoeParallelArgs {
-    /// How they share them.
-    pub(crate) fn get(&self) -> MoeParallel {
+#[derive(Clone, Copy, ValueEnum)]
+enum EncoderTpMode {
+    Data,
+    Weights,
+}
+
+impl SharingArgs {
+    /// How they share the experts.
+    pub(crate) fn experts(&self) -> MoeParallel {
         match self.moe_parallel {
             MoeParallelArg::Tp if !self.enable_expert_parallel => MoeParallel::Tp,
             MoeParallelArg::Tp | MoeParallelArg::Ep => MoeParallel::Ep,
+        }
+    }
+
+    /// What they split of the encoder.
+    pub(crate) fn encoder(&self) -> EncoderSplit {
+        match self.mm_encoder_tp_mode {
+            EncoderTpMode::Data => EncoderSplit::Data,
+            EncoderTpMode::Weights => EncoderSplit::Weights,
         }
     }
 }
@@ -40,13 +58,13 @@ mod tests {
     #[derive(Parser)]
     struct Command {
         #[command(flatten)]
-        args: MoeParallelArgs,
+        args: SharingArgs,
     }
 
     #[test]
     fn both_words_for_whole_experts_mean_them() {
         let parse = |flags: &[&str]| Command::try_parse_from([&["command"], flags].concat());
-        let parallel = |flags: &[&str]| parse(flags).ok().unwrap().args.get();
+        let parallel = |flags: &[&str]| parse(flags).ok().unwrap().args.experts();
         assert_eq!(parallel(&[]), MoeParallel::Tp);
         assert_eq!(parallel(&["--moe-parallel", "ep"]), MoeParallel::Ep);
         assert_eq!(parallel(&["--enable-expert-parallel"]), MoeParallel::Ep);
