@@ -276,6 +276,50 @@ fn inspect_tells_whole_experts() {
     assert!(six.contains("num_experts: 6") && six.contains("over 1, 2 ranks"), "{six}");
 }
 
+/// The plan of two GPUs counts from a configuration what `inspect` counts from the tensors.
+#[test]
+fn plan_holds_what_inspect_says() {
+    let json = |arguments: &[&str]| -> Value {
+        serde_json::from_slice(&program(arguments).output().unwrap().stdout).unwrap()
+    };
+    let whole_experts = ["--moe-parallel", "ep"];
+    let split_encoder = ["--mm-encoder-tp-mode", "weights"];
+    let (whole_experts, split_encoder) = (&whole_experts[..], &split_encoder[..]);
+    let mut held = Vec::new();
+    for (model, sharing) in [
+        ("moe_vl_bf16", &[][..]),
+        ("moe_vl_bf16", whole_experts),
+        ("moe_vl_bf16", split_encoder),
+        ("moe_vl_bf16", &[whole_experts, split_encoder].concat()),
+        ("text_moe_bf16", whole_experts),
+        ("dense_vl_bf16", split_encoder),
+        ("dense_vl_bf16_tied", &[]),
+        ("text_dense_f16", &[]),
+    ] {
+        let folder = folder(model);
+        let inspected = json(&[&["inspect", &folder, "--json", "--tp", "2"], sharing].concat());
+        let storage = ["--quantization", "bf16", "--kv-cache-dtype", "fp8"];
+        let plan = ["plan", "--hardware", "h200x2", "--model", &folder, "--json"];
+        let planned = json(&[&plan[..], &storage, sharing].concat());
+        let [rank, memory] = [&inspected["ranks"][0], &planned["memory"]];
+        let bytes = |value: &Value| value.as_f64().unwrap();
+        assert_eq!(bytes(&memory["weights"]), bytes(&rank["bytes_held"]), "{model} {sharing:?}");
+        let kv = &rank["kv_bytes_per_token"]["fp8"];
+        assert_eq!(bytes(&memory["kv_bytes_per_token"]), bytes(kv), "{model} {sharing:?}");
+        assert_eq!(planned["moe_parallel"], inspected["moe_parallel"], "{model} {sharing:?}");
+        held.push((bytes(&memory["weights"]), planned["decode"][0]["bytes"]["experts"].clone()));
+    }
+    assert!(held[2].0 < held[0].0 && held[1].0 == held[0].0, "{held:?}");
+    assert!(
+        held[1].1.as_f64() > held[0].1.as_f64(),
+        "a rank waits for the one with more of the experts: {held:?}"
+    );
+    let plan =
+        |arguments: &[&str]| failure(&[&["plan", "--hardware", "gb10x2", "--model"], arguments].concat());
+    let dense = plan(&["qwen3-vl-8b", "--moe-parallel", "ep"]);
+    assert!(dense.contains("--moe-parallel: ep") && dense.contains("no experts"), "{dense}");
+}
+
 /// What the program says when it fails: exit code 1 and one error, no panic.
 fn failure(arguments: &[&str]) -> String {
     let Output { status, stdout, stderr } = program(arguments).output().unwrap();

@@ -136,16 +136,21 @@ impl HeadBytes {
 
 /// Bytes of KV cache that a token takes on `rank`, by dtype of the cache.
 fn kv_bytes(config: &ModelConfig, rank: Rank) -> Value {
-    let bytes = |dtype: KvCacheDtype| -> Value {
-        let options = EngineOptions { kv_cache_dtype: dtype, ..EngineOptions::default() };
-        let unlimited = Memory { total: u64::MAX >> 1, available: u64::MAX >> 1, is_shared: true };
-        let memory = MemoryUse { before: unlimited, now: unlimited };
-        match MemoryPlan::new(config, &options, Dtype::Bf16, memory, rank, |spec| spec.num_bytes(2)) {
-            Ok(plan) => plan.kv.bytes_per_token().into(),
-            Err(_) => Value::Null,
-        }
-    };
+    let bytes = |dtype| kv_bytes_per_token(config, dtype, rank).ok();
     json!({"bf16": bytes(KvCacheDtype::Bf16), "fp8": bytes(KvCacheDtype::Fp8)})
+}
+
+/// Bytes that a token takes on `rank` in a KV cache of `dtype`.
+pub(super) fn kv_bytes_per_token(
+    config: &ModelConfig,
+    dtype: KvCacheDtype,
+    rank: Rank,
+) -> anyhow::Result<usize> {
+    let options = EngineOptions { kv_cache_dtype: dtype, ..EngineOptions::default() };
+    let unlimited = Memory { total: u64::MAX >> 1, available: u64::MAX >> 1, is_shared: true };
+    let memory = MemoryUse { before: unlimited, now: unlimited };
+    let plan = MemoryPlan::new(config, &options, Dtype::Bf16, memory, rank, |spec| spec.num_bytes(2))?;
+    Ok(plan.kv.bytes_per_token())
 }
 
 fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {

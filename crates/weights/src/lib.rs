@@ -63,4 +63,4 @@ pub use names::normalise;
 pub use params::{Param, Params};
 pub use pull::{PullOptions, PullProgress, PullProgressFn, Pulled, pull};
 pub use spec::{ParamKind, ParamSpec, Shard};
-pub use summary::{PartSummary, RankSummary, SchemeSummary, Summary};
+pub use summary::{HeldNumbers, PartSummary, RankSummary, SchemeSummary, Summary, held_numbers};

@@ -1,4 +1,5 @@
-//! What a checkpoint contains and what each rank would hold, for `inspect`. Reads no data.
+//! What a checkpoint contains and what each rank would hold, for `inspect`; and what a rank would hold of a model without one, for
+//! `plan`. Reads no data.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,8 +14,8 @@ use crate::load::requests;
 use crate::plan::{Item, Plan, Recipe};
 use crate::read::num_bytes;
 use crate::scheme::{NVFP4_GROUP, Scheme};
-use crate::shard::part;
-use crate::spec::{ParamKind, ParamSpec, Shard};
+use crate::shard::{experts, part};
+use crate::spec::{ParamKind, ParamSpec, Shard, join};
 
 /// Bytes and schemes of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -153,23 +154,7 @@ fn held_bytes(item: &Item, spec: &ParamSpec, rank: Rank) -> u64 {
     match &item.recipe {
         Recipe::Floats { dtype } => {
             let count = item.segments[0].len / dtype.size();
-            let held = match &spec.kind {
-                ParamKind::Vector { shape: [rows, cols] } => match spec.shard {
-                    Shard::Replicated => count,
-                    Shard::Vocab => rank.range(*rows).len() * cols,
-                    _ => rank.range(count).len(),
-                },
-                // The bias of a row-parallel layer is rank 0's.
-                _ if spec.shard == Shard::Columns => {
-                    if rank.is_first() {
-                        count
-                    } else {
-                        0
-                    }
-                }
-                _ => part(spec, item.slot, [count, 1], rank).map_or(0, |[rows, _]| rows.len()),
-            };
-            4 * held as u64
+            4 * held_floats(spec, item.slot, count, rank).unwrap_or(0)
         }
         Recipe::Matrix(layout) => {
             let bytes = |[rows, columns]: &[Range<usize>; 2]| {
@@ -178,6 +163,65 @@ fn held_bytes(item: &Item, spec: &ParamSpec, rank: Rank) -> u64 {
             item.keep.iter().map(bytes).sum()
         }
     }
+}
+
+/// Numbers that a rank holds of the `count` of a vector, or of the bias of part `slot`.
+fn held_floats(spec: &ParamSpec, slot: usize, count: usize, rank: Rank) -> Result<u64> {
+    let held = match (&spec.kind, spec.shard) {
+        (ParamKind::Vector { .. }, Shard::Replicated) => count,
+        (&ParamKind::Vector { shape: [rows, cols] }, Shard::Vocab) => rank.range(rows).len() * cols,
+        (ParamKind::Vector { .. }, _) => rank.range(count).len(),
+        // The bias of a row-parallel layer is rank 0's.
+        (_, Shard::Columns) if rank.is_first() => count,
+        (_, Shard::Columns) => 0,
+        _ => part(spec, slot, [count, 1], rank)?[0].len(),
+    };
+    Ok(held as u64)
+}
+
+/// Numbers of a part of a model that one rank holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HeldNumbers {
+    /// In matrices, whatever their scheme.
+    pub matrices: u64,
+    /// In norms, biases and tables: float32 on the host.
+    pub floats: u64,
+}
+
+/// What `rank` holds of a model that is only described, by the parts of a [`Summary`].
+///
+/// # Errors
+/// A parameter that cannot be split over the ranks.
+pub fn held_numbers(specs: &[ParamSpec], rank: Rank) -> Result<BTreeMap<&'static str, HeldNumbers>> {
+    let mut parts: BTreeMap<&'static str, HeldNumbers> = BTreeMap::new();
+    for spec in specs {
+        let held = |slot, shape| {
+            Ok(part(spec, slot, shape, rank)?.iter().map(|kept| kept.len() as u64).product::<u64>())
+        };
+        match &spec.kind {
+            &ParamKind::Vector { shape: [rows, cols] } => {
+                parts.entry(part_of(&spec.name)).or_default().floats +=
+                    held_floats(spec, 0, rows * cols, rank)?;
+            }
+            ParamKind::Linear { parts: modules, k, bias } => {
+                for (slot, (module, n)) in modules.iter().enumerate() {
+                    let numbers = parts.entry(part_of(&join(&spec.name, module))).or_default();
+                    let count = spec.shard.matrices();
+                    numbers.matrices += count as u64 * held(slot, [n / count, *k])?;
+                    if *bias {
+                        numbers.floats += held_floats(spec, slot, *n, rank)?;
+                    }
+                }
+            }
+            &ParamKind::Experts { hidden, intermediate, .. } => {
+                let shapes = [[intermediate, hidden], [intermediate, hidden], [hidden, intermediate]];
+                let each = (0..3).map(|slot| held(slot, shapes[slot])).sum::<Result<u64>>()?;
+                parts.entry(part_of(&spec.name)).or_default().matrices +=
+                    experts(spec, rank)?.len() as u64 * each;
+            }
+        }
+    }
+    Ok(parts)
 }
 
 /// Bytes of `[n, k]` in canonical form; of groups that a cut makes smaller, the whole ones are counted.

@@ -1,5 +1,6 @@
 //! `spark-engine plan`: what a model can reach on a machine that need not be here, from bytes and operations. Runs nothing.
 
+mod fullest;
 mod hardware;
 mod roofline;
 
@@ -12,8 +13,9 @@ use std::{
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
-use spark_models::ModelConfig;
+use spark_engine::{KvCacheDtype, ModelFiles};
 
+use super::sharing::SharingArgs;
 use hardware::{Hardware, Machine};
 use roofline::{Roofline, Storage};
 
@@ -29,7 +31,8 @@ pub(crate) struct PlanArgs {
     /// The machine.
     #[arg(long, value_enum)]
     hardware: Machine,
-    /// A published shape (qwen3-vl-235b-a22b, qwen3-vl-30b-a3b, qwen3-30b-a3b, qwen3-vl-8b), or a folder with config.json.
+    /// A published shape (qwen3-vl-235b-a22b, qwen3-vl-30b-a3b, qwen3-30b-a3b, qwen3-vl-8b), a folder with config.json, or a Hugging Face
+    /// id that is on this machine.
     #[arg(long, value_name = "NAME|FOLDER")]
     model: String,
     /// Sequences that are decoded together.
@@ -53,6 +56,8 @@ pub(crate) struct PlanArgs {
     /// What `spark-engine probe --json FILE` measured on such a GPU, in place of the program's figures for memory and tensor cores.
     #[arg(long, value_name = "FILE")]
     probe: Option<PathBuf>,
+    #[command(flatten)]
+    sharing: SharingArgs,
     /// One JSON object instead of text.
     #[arg(long)]
     json: bool,
@@ -96,17 +101,24 @@ impl Scheme {
 }
 
 impl Wide {
-    /// Bytes of a number; `shared` is what a scale adds to it.
-    fn bytes(self, shared: f64) -> f64 {
+    /// Bytes of a weight of the output head; FP8 has a scale for each 128.
+    fn bytes_of_head(self) -> f64 {
         match self {
-            Self::Fp8 => 1.0 + shared,
+            Self::Fp8 => 1.0 + 4.0 / 128.0,
             Self::Bf16 => 2.0,
+        }
+    }
+
+    fn of_cache(self) -> KvCacheDtype {
+        match self {
+            Self::Fp8 => KvCacheDtype::Fp8,
+            Self::Bf16 => KvCacheDtype::Bf16,
         }
     }
 }
 
 pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
-    let config = config(&args.model)?;
+    let files = files(args)?;
     if !(args.efficiency > 0.0 && args.efficiency <= 1.0) {
         bail!("--efficiency must be above 0 and at most 1, got {}", args.efficiency);
     }
@@ -117,7 +129,7 @@ pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
         None => args.hardware.hardware(),
         Some(path) => probed(args.hardware, path).with_context(|| format!("--probe {}", path.display()))?,
     };
-    let report = report(args, &config, hardware);
+    let report = report(args, &files, hardware)?;
     let mut stdout = std::io::stdout().lock();
     match args.json {
         true => writeln!(stdout, "{report:#}")?,
@@ -130,43 +142,37 @@ fn probed(machine: Machine, path: &Path) -> anyhow::Result<Hardware> {
     machine.hardware().measured(&serde_json::from_str(&fs::read_to_string(path)?)?)
 }
 
-/// A published configuration, or that of a folder.
-fn config(model: &str) -> anyhow::Result<ModelConfig> {
-    if let Some(text) = spark_models::published(model) {
-        return Ok(ModelConfig::published(text)?);
-    }
-    let folder = Path::new(model);
-    let file = if folder.is_dir() { folder.join("config.json") } else { folder.to_path_buf() };
-    let text = fs::read_to_string(&file).with_context(|| {
-        format!("{model} is no published shape (see --help), and {} cannot be read", file.display())
-    })?;
-    let value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", file.display()))?;
-    Ok(ModelConfig::parse(&value, None)?)
+/// A published configuration, or that of a folder, shared as the flags say.
+fn files(args: &PlanArgs) -> anyhow::Result<ModelFiles> {
+    let files = ModelFiles::open_config(&args.model, None, None)
+        .with_context(|| format!("{} is no published shape (see --help)", args.model))?;
+    Ok(files.shared(args.sharing.experts(), args.sharing.encoder())?)
 }
 
-fn report(args: &PlanArgs, config: &ModelConfig, hardware: Hardware) -> Value {
-    let scale = 2.0 / config.text.head_dim as f64;
+fn report(args: &PlanArgs, files: &ModelFiles, hardware: Hardware) -> anyhow::Result<Value> {
     let storage = Storage {
         weight: args.quantization.bytes(),
-        head: args.lm_head_dtype.bytes(4.0 / 128.0),
-        kv: args.kv_cache_dtype.bytes(scale),
+        head: args.lm_head_dtype.bytes_of_head(),
+        kv: args.kv_cache_dtype.of_cache(),
     };
-    let roofline = Roofline { config, storage, ranks: hardware.ranks };
+    let roofline = Roofline::new(files, storage, hardware.ranks)?;
     let weights = roofline.weight_bytes() + roofline.vision_bytes();
-    let kv_tokens = ((hardware.memory - weights) / roofline.kv_bytes()).max(0.0).floor();
+    let kv_tokens = ((hardware.memory - weights) / roofline.kv_bytes).max(0.0).floor();
     let decode: Vec<Value> = args
         .batch
         .iter()
         .map(|&batch| decode(args, &roofline, hardware, f64::from(batch), kv_tokens))
         .collect();
-    json!({
-        "model": config.model_type, "hardware": hardware.name, "ranks": hardware.ranks,
+    let moe = files.config.text.moe.as_ref();
+    Ok(json!({
+        "model": files.config.model_type, "hardware": hardware.name, "ranks": hardware.ranks,
+        "moe_parallel": moe.map(|moe| format!("{:?}", moe.parallel).to_lowercase()),
         "context": args.context, "efficiency": args.efficiency,
-        "memory": {"available": hardware.memory, "weights": weights, "kv_bytes_per_token": roofline.kv_bytes(),
+        "memory": {"available": hardware.memory, "weights": weights, "kv_bytes_per_token": roofline.kv_bytes,
                    "kv_tokens": kv_tokens, "fits": weights < hardware.memory},
         "decode": decode,
         "prefill": prefill(args, &roofline, hardware),
-    })
+    }))
 }
 
 fn decode(args: &PlanArgs, roofline: &Roofline<'_>, hardware: Hardware, batch: f64, kv_tokens: f64) -> Value {
@@ -221,7 +227,11 @@ fn write_text(out: &mut impl Write, report: &Value) -> anyhow::Result<()> {
     if memory["fits"] == false {
         writeln!(out, "The weights do not fit.")?;
     }
-    writeln!(out, "\ndecode at {} tokens of context, GB that each rank reads in a step:", report["context"])?;
+    let who = match report["moe_parallel"] == "ep" {
+        true => "the rank with most of the chosen experts",
+        false => "each rank",
+    };
+    writeln!(out, "\ndecode at {} tokens of context, GB that {who} reads in a step:", report["context"])?;
     let heads = ["batch", "experts", "attention", "experts", "dense", "router", "head", "kv", "total"];
     let units = ["", "hit", "GB", "GB", "GB", "GB", "GB", "GB", "GB"];
     for line in [heads, units] {
@@ -280,7 +290,7 @@ mod tests {
 
     fn planned(line: &str) -> Value {
         let args = Program::parse_from(line.split_whitespace()).plan;
-        report(&args, &config(&args.model).unwrap(), args.hardware.hardware())
+        report(&args, &files(&args).unwrap(), args.hardware.hardware()).unwrap()
     }
 
     #[test]
@@ -310,7 +320,8 @@ mod tests {
 
     #[test]
     fn an_unknown_model_is_named() {
-        let error = format!("{:#}", config("gpt-7").unwrap_err());
+        let args = Program::parse_from(["plan", "--hardware", "gb10", "--model", "gpt-7"]).plan;
+        let error = format!("{:#}", files(&args).err().unwrap());
         assert!(error.contains("gpt-7 is no published shape"), "{error}");
     }
 }
