@@ -83,7 +83,7 @@ fn succeed(output: &Output) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The answers without what differs between two runs: ids of answers, their times, and what the prefix cache had.
+/// The answers without what differs between two runs: ids of answers, when they were made, and what the prefix cache had.
 fn answers(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap();
     let parse = |line: &str| {
@@ -93,7 +93,6 @@ fn answers(path: &Path) -> Vec<Value> {
         if let Some(body) = response["body"].as_object_mut() {
             body.remove("id");
             body.remove("created");
-            body.remove("timings");
         }
         if let Some(usage) = response["body"]["usage"].as_object_mut() {
             usage.remove("prompt_tokens_details");
@@ -180,6 +179,19 @@ fn refuse(input: &Path, output: &Path, needles: &[&str]) {
         assert!(message.contains(needle), "{needle:?} is missing in {message}");
     }
     assert!(std::fs::read(output).unwrap() == before, "{} was changed", output.display());
+}
+
+#[test]
+fn what_an_answer_took_is_told_to_a_line_that_asks() {
+    let folder = tempfile::tempdir().unwrap();
+    let [input, output] = ["in.jsonl", "out.jsonl"].map(|name| folder.path().join(name));
+    let timed = two_requests().replacen("\"prompt\":", "\"timings_per_token\":true,\"prompt\":", 1);
+    std::fs::write(&input, timed).unwrap();
+    succeed(&run(&input, &output));
+    let timings = answers(&output).into_iter().map(|answer| answer["response"]["body"]["timings"].clone());
+    let [asked, unasked] = timings.collect::<Vec<_>>().try_into().unwrap();
+    assert_eq!(asked["predicted_n"], 2, "{asked}");
+    assert_eq!(unasked, Value::Null);
 }
 
 /// Two completions with these ids.

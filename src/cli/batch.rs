@@ -19,7 +19,7 @@ use super::{
 ///
 /// Each input line is {"custom_id", "method", "url", "body"} with url /v1/chat/completions or /v1/completions; each
 /// output line {"id", "custom_id", "response", "error"}, in the order of the input. A run that was stopped goes on after
-/// its last whole line when it is started again.
+/// its last whole line when it is started again. What an answer took (`timings`) is told where its body has `"timings_per_token": true`.
 #[derive(Args)]
 #[command(args_override_self = true)]
 pub(crate) struct BatchArgs {
@@ -115,7 +115,12 @@ async fn answer(front_end: &FrontEnd, line: Line) -> Value {
     let id = answer_id(line.number);
     let (custom_id, status, body) = match line.request {
         Ok(request) => {
-            let (status, body) = front_end.handle(&request.url, request.body).await;
+            let is_timed = request.body["timings_per_token"] == true;
+            let (status, mut body) = front_end.handle(&request.url, request.body).await;
+            // Files of answers are kept and compared: what is another number in every run is in them only where it was asked for.
+            if let Some(body) = body.as_object_mut().filter(|_| !is_timed) {
+                body.remove("timings");
+            }
             (Value::String(request.custom_id), status, body)
         }
         Err(problem) => {
