@@ -219,7 +219,7 @@ mod tests {
     fn whole_experts_are_as_many_bytes_but_more_of_them_are_read() {
         let sliced = model("qwen3-vl-235b-a22b");
         let whole = model("qwen3-vl-235b-a22b").shared(MoeParallel::Ep, EncoderSplit::Data).unwrap();
-        for (ranks, expected) in [(1, [1.0, 1.0, 1.0]), (2, [1.27, 1.13, 1.05])] {
+        for (ranks, expected) in [(1, [1.0, 1.0, 1.0]), (2, [1.26, 1.13, 1.05])] {
             let [sliced, whole] = [&sliced, &whole].map(|model| Roofline::new(model, AWQ, ranks).unwrap());
             assert_eq!(sliced.held, whole.held);
             assert_eq!(sliced.linear_flops(), whole.linear_flops());
