@@ -31,6 +31,7 @@ impl PlanSender {
         for (rank, stream) in &mut self.peers {
             stream.write_all(&self.buffer).map_err(|_| self.monitor.explain(*rank, LossReason::Closed))?;
         }
+        trim(&mut self.buffer);
         Ok(())
     }
 }
@@ -53,8 +54,9 @@ impl PlanReceiver {
     /// [`Error::Lost`], also when what came is no such message.
     pub fn recv<T: DeserializeOwned>(&mut self) -> Result<T> {
         self.monitor.check()?;
-        receive(&mut self.stream, &mut self.buffer, Prefix::Plan)
-            .map_err(|reason| self.monitor.explain(0, reason))
+        let message = receive(&mut self.stream, &mut self.buffer, Prefix::Plan);
+        trim(&mut self.buffer);
+        message.map_err(|reason| self.monitor.explain(0, reason))
     }
 
     pub(crate) fn stream(&self) -> &TcpStream {
@@ -141,7 +143,7 @@ impl BulkFollower {
     }
 }
 
-/// Buffers keep their memory from message to message up to this: one large picture must not hold its size forever.
+/// Buffers keep their memory from message to message up to this: one large picture or plan must not hold its size forever.
 const KEPT_BYTES: usize = 1 << 20;
 
 fn trim(buffer: &mut Vec<u8>) {

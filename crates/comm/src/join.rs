@@ -8,7 +8,7 @@ use spark_backend::Rank;
 
 use crate::handshake::{Failure, Hello, Introduction, Key, Purpose, introduce, settle};
 use crate::team::{Follower, Parts, START};
-use crate::{Error, HANDSHAKE_TIMEOUT, MAX_WORLD, Refusal, Result};
+use crate::{Error, HANDSHAKE_TIMEOUT, MAX_WORLD, Refusal, Result, deadline};
 
 /// Time between two attempts to reach the leader.
 const RETRY: Duration = Duration::from_millis(100);
@@ -30,7 +30,7 @@ pub fn join(
         .filter(|rank| world <= MAX_WORLD && !rank.is_first())
         .ok_or(Error::World { rank, world })?;
     let key = Key::new(&hello.token);
-    let until = Instant::now() + timeout;
+    let until = deadline(timeout);
     loop {
         let source = match attempt(address, rank, hello, &key, until) {
             Ok(parts) => return Follower::assemble(rank, key, parts),

@@ -59,7 +59,7 @@ mod team;
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use channel::{BulkFollower, BulkLeader, PlanReceiver, PlanSender};
 pub use collective::{AbortHandle, TcpCollective};
@@ -74,8 +74,9 @@ pub use team::{Follower, Leader};
 /// Most ranks of a group.
 pub const MAX_WORLD: usize = 64;
 
-/// Most bytes of a message on a plan connection: a plan of thousands of sequences is a few hundred kilobytes.
-pub const PLAN_LIMIT: u64 = 16 << 20;
+/// Most bytes of a message on a plan connection. A plan of thousands of sequences is a few hundred kilobytes, but those that enter their
+/// slots may bring their prompts, and many that share a prefix enter together: 64 of 262,144 tokens are 50 MB.
+pub const PLAN_LIMIT: u64 = 256 << 20;
 
 /// Most bytes of a message on a bulk connection or of one rank's part in a collective.
 pub const BULK_LIMIT: u64 = 1 << 30;
@@ -88,3 +89,9 @@ pub const HEARTBEAT: Duration = Duration::from_millis(200);
 
 /// After so much silence a peer counts as lost: five heartbeats.
 pub const SILENCE: Duration = Duration::from_secs(1);
+
+/// When a wait of `timeout` ends: of one that no clock can count, in a hundred years.
+fn deadline(timeout: Duration) -> Instant {
+    const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+    Instant::now() + timeout.min(LONGEST)
+}

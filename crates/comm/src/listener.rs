@@ -10,7 +10,7 @@ use spark_backend::Rank;
 use crate::acceptor::{Acceptor, Outcome};
 use crate::handshake::{Hello, Key, Purpose, Waiting, random};
 use crate::team::{Leader, Parts};
-use crate::{Error, MAX_WORLD, Refusal, Result};
+use crate::{Error, MAX_WORLD, Refusal, Result, deadline};
 
 /// How often members that have joined are asked whether they are still there.
 const CHECK_MEMBERS: Duration = Duration::from_millis(250);
@@ -129,7 +129,7 @@ impl Listener {
     ) -> Result<Leader> {
         let rank =
             Rank::new(0, world).filter(|_| world <= MAX_WORLD).ok_or(Error::World { rank: 0, world })?;
-        let until = Instant::now() + timeout;
+        let until = deadline(timeout);
         let key = Key::new(&hello.token);
         let acceptor = Acceptor::start(&self.socket, key)?;
         let mut roster = Roster { hello, members: (1..world).map(|_| None).collect() };

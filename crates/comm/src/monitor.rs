@@ -90,6 +90,8 @@ struct State {
     watchers: Vec<Watcher>,
     /// Who is told that a rank wants the team to end in order.
     stop_watchers: Vec<StopWatcher>,
+    /// The first rank that does.
+    asks_to_stop: Option<usize>,
     /// All sockets on which a call of this team may block.
     sockets: Vec<TcpStream>,
     /// Looks at each heartbeat whether data reach the other ranks, and says why not.
@@ -153,9 +155,16 @@ impl Monitor {
         self.shared.say(STOP);
     }
 
-    /// Calls `on_request` with the first rank that asks for an orderly end, from a thread of the monitor.
+    /// Calls `on_request` with the first rank that asks for an orderly end: from a thread of the monitor, or from this call if one has
+    /// asked.
     pub fn watch_for_stop(&self, on_request: impl FnOnce(usize) + Send + 'static) {
-        self.shared.state().stop_watchers.push(Box::new(on_request));
+        let mut state = self.shared.state();
+        if let Some(rank) = state.asks_to_stop {
+            drop(state);
+            on_request(rank);
+        } else {
+            state.stop_watchers.push(Box::new(on_request));
+        }
     }
 
     /// Asks `check` with every heartbeat whether data reach the other ranks. When it says why not, and no rank turns out to be lost
@@ -314,7 +323,10 @@ fn meaning(shared: &Shared, peer: usize, word: u8) -> Option<PeerLost> {
         ALIVE => None,
         GOODBYE => Some(PeerLost { rank: peer, reason: LossReason::Left }),
         STOP => {
-            let watchers = std::mem::take(&mut shared.state().stop_watchers);
+            let mut state = shared.state();
+            state.asks_to_stop.get_or_insert(peer);
+            let watchers = std::mem::take(&mut state.stop_watchers);
+            drop(state);
             watchers.into_iter().for_each(|watcher| watcher(peer));
             None
         }

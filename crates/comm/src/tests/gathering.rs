@@ -294,3 +294,12 @@ fn a_gathering_can_be_stopped_until_it_is_allowed_again() {
     listener.gather(3, &hello(), SOON, &mut |_| ()).unwrap();
     assert!(follower.join().unwrap().is_ok() && second.join().unwrap().is_ok());
 }
+
+#[test]
+fn ranks_may_wait_for_each_other_as_long_as_can_be_said() {
+    let listener = listener();
+    let address = listener.local_addr();
+    let follower = std::thread::spawn(move || join(address, 1, 2, &hello(), Duration::MAX));
+    listener.gather(2, &hello(), Duration::MAX, &mut |_| {}).unwrap();
+    follower.join().unwrap().unwrap();
+}

@@ -173,6 +173,31 @@ fn a_follower_may_ask_for_an_orderly_end() {
 }
 
 #[test]
+fn an_end_that_was_asked_for_early_is_not_forgotten() {
+    let (leader, mut followers) = team(2);
+    let follower = followers.remove(0);
+    follower.monitor().ask_to_stop();
+    drop(follower);
+    // What was said before the goodbye has been heard with it.
+    let left = PeerLost { rank: 1, reason: LossReason::Left };
+    assert_eq!(watch(&leader.monitor()).recv_timeout(SOON), Ok(left));
+    let (asked, asks) = std::sync::mpsc::channel();
+    leader.monitor().watch_for_stop(move |rank| asked.send(rank).unwrap());
+    assert_eq!(asks.try_recv(), Ok(1));
+}
+
+#[test]
+fn a_plan_may_bring_many_long_prompts() {
+    let (mut leader, mut followers) = team(2);
+    let mut follower = followers.remove(0);
+    // 64 sequences that share a prefix enter their slots in one step, each with its prompt for the repetition penalty.
+    let prompts: Vec<Vec<u32>> = (0..64).map(|i| vec![100_000 + i; 100_000]).collect();
+    let received = apart(move || (follower.recv_plan::<Vec<Vec<u32>>>(), follower));
+    leader.send_plan(&prompts).unwrap();
+    assert!(received.recv_timeout(SOON).unwrap().0.unwrap() == prompts);
+}
+
+#[test]
 fn a_message_over_the_limit_is_not_sent() {
     let (mut leader, mut followers) = team(2);
     let long = vec![0_u8; PLAN_LIMIT as usize + 1];
