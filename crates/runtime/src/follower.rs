@@ -69,11 +69,11 @@ pub fn follow<B: Backend>(
     }
 }
 
-/// Keeps what comes and confirms it, until the connection ends: the plan connection says why.
+/// Keeps what comes and confirms what is whole, until the connection ends: the plan connection says why.
 fn receive_uploads(mut bulk: BulkFollower, uploads: &Uploads) {
-    while let Ok(ToFollower::Upload { id, media }) = bulk.recv() {
-        lock(uploads).insert(id, media);
-        if bulk.send(&FromFollower::Uploaded(id)).is_err() {
+    while let Ok(ToFollower::Upload { id, pixels, is_last }) = bulk.recv() {
+        lock(uploads).entry(id).or_default().push(pixels);
+        if is_last && bulk.send(&FromFollower::Uploaded(id)).is_err() {
             return;
         }
     }

@@ -80,26 +80,41 @@ pub(crate) struct Upload {
 }
 
 /// Brings each upload to all followers and says so to the engine. Ends with the channel, or when the group is lost, which
-/// the monitor reports.
+/// the monitor reports; what else goes wrong ends the group, because sequences wait for their pixels.
 pub(crate) fn run_uploads(
     mut bulk: BulkLeader,
     uploads: &Receiver<Upload>,
     commands: &Sender<Command>,
     generation: u64,
+    monitor: &Monitor,
 ) {
-    while let Ok(Upload { id, media }) = uploads.recv() {
-        if bulk.send(&ToFollower::Upload { id, media }).is_err() {
-            return;
-        }
-        let Ok(answers) = bulk.gather::<FromFollower>() else { return };
-        if answers.iter().any(|answer| *answer != FromFollower::Uploaded(id)) {
-            tracing::error!("a rank has confirmed other pixels than were sent: {answers:?}");
+    while let Ok(upload) = uploads.recv() {
+        let id = upload.id;
+        if let Err(error) = bring(&mut bulk, upload) {
+            if monitor.lost().is_none() {
+                tracing::error!("bringing pixels to the other ranks: {error}");
+                monitor.abort();
+            }
             return;
         }
         if commands.send(Command::Uploaded { generation, id }).is_err() {
             return;
         }
     }
+}
+
+/// Returns when all followers have it.
+fn bring(bulk: &mut BulkLeader, Upload { id, media }: Upload) -> Result<()> {
+    let count = media.len();
+    for (before, pixels) in media.into_iter().enumerate() {
+        bulk.send(&ToFollower::Upload { id, pixels, is_last: before + 1 == count })?;
+    }
+    for (i, answer) in bulk.gather::<FromFollower>()?.into_iter().enumerate() {
+        if answer != FromFollower::Uploaded(id) {
+            return Err(unexpected(i + 1, &answer, "that it has the pixels that were sent last"));
+        }
+    }
+    Ok(())
 }
 
 /// A runner whose results are hashed, so that ranks can be compared.
@@ -181,5 +196,65 @@ impl<B: Backend> Drop for LeaderSteps<B> {
     fn drop(&mut self) {
         // Followers that are gone already need no word.
         let _ = self.plans.send(&PlanMessage::<StepWork>::End);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc::channel, thread, time::Duration};
+
+    use spark_comm::{BulkFollower, Hello, Listener, LossReason, PeerLost, join};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    /// A leader that uploads two media as number 7 to one follower, which does `work`; what the engine is told, and how the group ended.
+    fn upload(work: impl FnOnce(BulkFollower) + Send + 'static) -> (Option<u64>, Option<PeerLost>) {
+        let hello = Hello { token: "t".into(), version: "1".into(), model: [0; 32], settings: [0; 32] };
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (address, theirs) = (listener.local_addr(), hello.clone());
+        let (over, end) = channel::<()>();
+        let follower = thread::spawn(move || {
+            let (plans, bulk, monitor) = join(address, 1, 2, &theirs, SOON).unwrap().split();
+            work(bulk);
+            // It stays until the other side has seen what it did.
+            let _ = end.recv_timeout(SOON);
+            drop((plans, monitor));
+        });
+        let LeaderGroup { plans, bulk, monitor } =
+            LeaderGroup::new(listener.gather(2, &hello, SOON, &mut |_| {}).unwrap());
+        let (uploads, queue) = channel();
+        let media = [1, 2].map(|value| Pixels(vec![value; 3].into())).to_vec();
+        uploads.send(Upload { id: 7, media }).unwrap();
+        drop(uploads);
+        let (commands, told) = channel();
+        run_uploads(bulk, &queue, &commands, 0, &monitor);
+        let lost = monitor.lost();
+        drop((over, plans, monitor));
+        follower.join().unwrap();
+        let told = told.try_iter().map(|command| match command {
+            Command::Uploaded { generation: 0, id } => id,
+            _ => panic!("only uploads are told"),
+        });
+        (told.last(), lost)
+    }
+
+    #[test]
+    fn each_medium_is_a_message_and_all_are_confirmed_together() {
+        let outcome = upload(|mut bulk| {
+            for expected in [1, 2] {
+                let ToFollower::Upload { id: 7, pixels, is_last } = bulk.recv().unwrap() else { panic!() };
+                assert_eq!((&pixels.0[..], is_last), (&[expected; 3][..], expected == 2));
+            }
+            bulk.send(&FromFollower::Uploaded(7)).unwrap();
+        });
+        assert_eq!(outcome, (Some(7), None));
+    }
+
+    #[test]
+    fn a_rank_that_confirms_something_else_does_not_leave_sequences_waiting() {
+        let outcome = upload(|mut bulk| bulk.send(&FromFollower::Uploaded(8)).unwrap());
+        assert_eq!(outcome, (None, Some(PeerLost { rank: 0, reason: LossReason::Aborted })));
     }
 }

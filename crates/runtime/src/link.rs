@@ -46,7 +46,8 @@ impl Link {
         if let Some((bulk, watched)) = group {
             let (sender, queue) = channel();
             let done = commands.clone();
-            spawn("spark-uploads", move || run_uploads(bulk, &queue, &done, generation))?;
+            let ended = watched.clone();
+            spawn("spark-uploads", move || run_uploads(bulk, &queue, &done, generation, &ended))?;
             let lost = commands.clone();
             watched.watch(move |_| {
                 // An engine that has ended needs no word.

@@ -39,12 +39,14 @@ pub(crate) struct Results {
 pub(crate) enum ToFollower {
     /// The sizes of the state that every rank allocates.
     Agreement(Agreement),
-    /// Pixels of a request that is about to be scheduled.
+    /// Pixels of a request that is about to be scheduled: one medium, since all of them may be more than a message takes.
     Upload {
         /// Its number.
         id: u64,
-        /// Of each medium, in order.
-        media: Vec<Pixels>,
+        /// Of its next medium.
+        pixels: Pixels,
+        /// Whether all have come with this one.
+        is_last: bool,
     },
 }
 
