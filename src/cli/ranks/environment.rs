@@ -67,7 +67,12 @@ impl Environment<'_> {
 /// Its store listens on MASTER_PORT itself, so the ranks meet one above.
 fn torchrun(env: &Environment<'_>) -> anyhow::Result<Option<Launched>> {
     let Some((rank, world)) = env.place("RANK", "WORLD_SIZE")? else { return Ok(None) };
-    let port = env.number("MASTER_PORT")?.map_or(DEFAULT_PORT as usize, |port| port + 1);
+    let port = match env.number("MASTER_PORT")? {
+        None => DEFAULT_PORT,
+        Some(port) => u16::try_from(port).ok().and_then(|port| port.checked_add(1)).with_context(|| {
+            format!("MASTER_PORT={port}: ranks meet one port above it, so it must be below {}", u16::MAX)
+        })?,
+    };
     Ok(Some(Launched {
         by: "torchrun",
         rank,
@@ -228,6 +233,14 @@ mod tests {
     fn nonsense_is_named() {
         let message = of(&[("RANK", "one"), ("WORLD_SIZE", "2")]).unwrap_err().to_string();
         assert!(message.contains("RANK=one"), "{message}");
+        for port in ["65535", "18446744073709551615"] {
+            let message =
+                of(&[("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", port)]).unwrap_err().to_string();
+            assert!(
+                message.contains(&format!("MASTER_PORT={port}")) && message.contains("65535"),
+                "{message}"
+            );
+        }
         let message = of(&[("PMI_RANK", "2"), ("PMI_SIZE", "2")]).unwrap_err().to_string();
         assert!(message.contains("rank 2 of 2"), "{message}");
     }

@@ -159,11 +159,11 @@ impl Processes {
                 let line = labelled(rank, &String::from_utf8_lossy(&line));
                 let _ = writeln!(std::io::stderr().lock(), "{line}");
             }
-            if let Some(status) = running.wait_for(pid)
-                && !status.success()
-            {
-                stopper.stop(format!("rank {rank}{place} has ended ({status}){}", hint(status)));
-            }
+            running.wait_for(pid, |status| {
+                if !status.success() {
+                    stopper.stop(format!("rank {rank}{place} has ended ({status}){}", hint(status)));
+                }
+            });
         })?;
         start
             .recv()
@@ -207,15 +207,17 @@ impl Drop for Processes {
 }
 
 impl Running {
-    /// Waits for the end of a rank whose output has ended; `None` if it was ended from here.
-    fn wait_for(&self, pid: u32) -> Option<ExitStatus> {
+    /// Waits for the end of a rank whose output has ended, and tells `ended` of it if it was not ended from here: before ranks can be
+    /// started again, whose start would be stopped by the end of an earlier one.
+    fn wait_for(&self, pid: u32, ended: impl FnOnce(ExitStatus)) {
         let mut children = lock(&self.children);
-        let process = children.iter_mut().find(|process| process.child.id() == pid)?;
+        let Some(process) = children.iter_mut().find(|process| process.child.id() == pid) else { return };
         process.is_over = true;
-        let status = process.child.wait().ok();
+        if let Ok(status) = process.child.wait() {
+            ended(status);
+        }
         drop(children);
         self.changed.notify_all();
-        status
     }
 
     /// Waits for the end of all ranks; those that run on after `patience` are killed, stopped ones, too.
@@ -250,6 +252,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_rank_is_told_before_ranks_are_started_again() {
+        let running = Running::default();
+        let child = Command::new("sh").args(["-c", "exit 3"]).spawn().unwrap();
+        let pid = child.id();
+        lock(&running.children).push(Process { child, is_over: false });
+        let mut told = None;
+        running.wait_for(pid, |status| {
+            assert!(running.children.try_lock().is_err(), "a start would go on without having heard of it");
+            told = status.code();
+        });
+        assert_eq!(told, Some(3));
+        running.end_all(Duration::ZERO);
+        running.wait_for(pid, |_| panic!("it was ended from here"));
+    }
 
     #[test]
     fn messages_say_whose_they_are_and_stay_json() {
