@@ -233,7 +233,7 @@ impl Settings {
             ..self.options.clone()
         };
         let (load_format, seed, eager) = (self.load_format, self.seed, self.enforce_eager);
-        let formats = (self.lm_head_dtype, self.prefill_activations);
+        let formats = (self.lm_head_dtype, self.prefill_activations, self.native_fp4);
         let shared = (self.moe_parallel, self.encoder_split, self.load_exchange);
         let settings =
             format!("{device} {dtype:?} {formats:?} {shared:?} {load_format:?} {seed} {eager} {options:?}");

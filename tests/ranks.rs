@@ -287,9 +287,11 @@ fn strangers_and_wrong_ranks_are_refused_and_the_right_one_is_served() {
                 assert_eq!(code, Some(1), "{text}");
                 assert!(text.contains("refuse") && text.contains(named), "{text}");
             }
-            let (code, text) = Started::with(&["--moe-parallel", "ep"], MODEL, "1", address, "secret").end();
-            assert_eq!(code, Some(1), "{text}");
-            assert!(text.contains("refuse") && text.contains("settings"), "{text}");
+            for other in [["--moe-parallel", "ep"], ["--native-fp4", "emulate"]] {
+                let (code, text) = Started::with(&other, MODEL, "1", address, "secret").end();
+                assert_eq!(code, Some(1), "{text}");
+                assert!(text.contains("refuse") && text.contains("settings"), "{text}");
+            }
             drop(silent);
             Started::new(MODEL, "1", address, "secret")
         });

@@ -17,7 +17,10 @@ fn of_whole(each: usize, ranks: usize, hit: usize) -> f64 {
     let coins = coins(each, hit as f64 / (each * ranks) as f64);
     let chance = |limit: usize| {
         let one = &coins[..=limit.min(each)];
-        (1..ranks).fold(one.to_vec(), |all, _| product(&all, one, hit)).get(hit).copied().unwrap_or(0.0)
+        let others = (1..ranks).fold(vec![1.0], |all, _| product(&all, one, hit));
+        let ways =
+            others.iter().enumerate().filter_map(|(there, others)| Some(others * one.get(hit - there)?));
+        ways.sum::<f64>()
     };
     let all = chance(each);
     (0..each.min(hit)).map(|limit| 1.0 - chance(limit) / all).sum()
