@@ -1,7 +1,7 @@
 //! `spark-engine serve`: the HTTP server, its signals and its end.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -39,8 +39,8 @@ pub(crate) struct ServeArgs {
     /// A TOML file with settings under the names of these flags (`port = 9000`); flags on the command line count more.
     #[arg(long, help_heading = "Server", env = "SPARK_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Address to listen on; 0.0.0.0 for all.
-    #[arg(long, help_heading = "Server", default_value = "127.0.0.1")]
+    /// Address to listen on, or a name of one; 0.0.0.0 for all, :: for those of IPv6 too.
+    #[arg(long, help_heading = "Server", default_value = "127.0.0.1", value_parser = address)]
     host: IpAddr,
     /// Port to listen on; 0 takes a free one and prints it.
     #[arg(long, help_heading = "Server", default_value_t = 8000)]
@@ -134,9 +134,9 @@ pub(crate) fn run(args: ServeArgs, settings: Value) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // Bound before loading, so that a taken port is known at once and not after minutes.
-    let listener = runtime
-        .block_on(TcpListener::bind((host, port)))
-        .with_context(|| format!("--host {host} --port {port}: cannot listen there"))?;
+    let listener = runtime.block_on(TcpListener::bind((host, port))).with_context(|| {
+        format!("--host {host} --port {port}: cannot listen there (--port 0 takes a free one)")
+    })?;
     raise_open_files();
     let watchers = watchers(crashes, traces.as_ref(), settings);
     let engine = model.for_server(args.max_num_queued_tokens, args.answers, watchers).build()?;
@@ -209,7 +209,10 @@ impl ServeArgs {
     /// What clients may take of the server.
     fn options(&self) -> anyhow::Result<server::ServeOptions> {
         let tls = match (&self.ssl_certfile, &self.ssl_keyfile) {
-            (Some(certificates), Some(key)) => Some(server::Tls::open(certificates, key)?),
+            (Some(certificates), Some(key)) => {
+                let tls = server::Tls::open(certificates, key);
+                Some(tls.context("--ssl-certfile and --ssl-keyfile: HTTPS cannot be served with them")?)
+            }
             _ => None,
         };
         let cors = server::Cors {
@@ -230,6 +233,21 @@ impl ServeArgs {
             tls,
         })
     }
+}
+
+/// `--host`: an address, also in the brackets that it has in URLs, or a name as vLLM takes one. Of several that a name has the first
+/// of IPv4, which all clients of this machine find.
+fn address(text: &str) -> Result<IpAddr, String> {
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    if let Ok(address) = bare.parse() {
+        return Ok(address);
+    }
+    let found = (bare, 0)
+        .to_socket_addrs()
+        .map_err(|error| format!("neither an address nor a known name ({error})"))?;
+    let addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();
+    let first = addresses.iter().find(|address| address.is_ipv4()).or(addresses.first());
+    first.copied().ok_or_else(|| "a name without an address".to_owned())
 }
 
 /// The words of a list: one by one, or as the JSON list that vLLM's flags take.
@@ -399,6 +417,16 @@ async fn finish_now(engine: &SparkEngine, serving: tokio::task::JoinHandle<std::
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_is_an_address_or_a_name() {
+        assert_eq!(address("0.0.0.0").unwrap(), IpAddr::from([0, 0, 0, 0]));
+        assert_eq!(address("[::1]"), address("::1"));
+        assert!(address("localhost").unwrap().is_loopback());
+        for text in ["", "http://localhost", "1.2.3.4:80", "no such name"] {
+            assert!(address(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn lists_come_word_by_word_or_as_json() {
