@@ -37,6 +37,7 @@ mod sizes;
 mod ssh;
 mod support;
 mod top;
+mod trust;
 
 use std::io::{IsTerminal, Write};
 
