@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, builder::RangedU64ValueParser};
 use serde_json::Value;
 use spark_engine::{Failure, FailureHook, SparkEngine, server};
 use tokio::{
@@ -69,25 +69,25 @@ pub(crate) struct ServeArgs {
     #[arg(long, help_heading = "Server", value_name = "NAME", num_args = 1..)]
     allowed_hosts: Vec<String>,
     /// Largest request body, in bytes.
-    #[arg(long, help_heading = "Server", default_value_t = server::DEFAULT_MAX_BODY_BYTES, value_name = "BYTES")]
+    #[arg(long, help_heading = "Server", default_value_t = server::DEFAULT_MAX_BODY_BYTES, value_name = "BYTES", value_parser = at_least_one())]
     max_body_bytes: usize,
     /// Most prompt tokens of all sequences at work, each counting as 256 at least; more get a 503. One alone is always taken.
     #[arg(long, help_heading = "Server", default_value_t = 1 << 26, value_name = "TOKENS")]
     max_num_queued_tokens: usize,
     /// Most connections at once; one more gets a 503.
-    #[arg(long, help_heading = "Server", default_value_t = 4096, value_name = "N")]
+    #[arg(long, help_heading = "Server", default_value_t = 4096, value_name = "N", value_parser = at_least_one())]
     max_connections: usize,
     /// How long a client may take to send a request's headers, or stay silent between requests, in seconds.
-    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
+    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     header_timeout: u64,
     /// How long a client may pause within a request's body, in seconds.
-    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
+    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     body_timeout: u64,
     /// Most bytes of request bodies that are being read and judged, over all clients; one more gets a 503.
-    #[arg(long, help_heading = "Server", default_value_t = 1 << 30, value_name = "BYTES")]
+    #[arg(long, help_heading = "Server", default_value_t = 1 << 30, value_name = "BYTES", value_parser = at_least_one())]
     max_intake_bytes: usize,
     /// How long a client may leave an answer unread, in seconds; its request is cancelled then.
-    #[arg(long, help_heading = "Server", default_value_t = 60, value_name = "SECONDS")]
+    #[arg(long, help_heading = "Server", default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     write_timeout: u64,
     /// Certificate chain in PEM form: serve HTTPS. Read again when the file changes.
     #[arg(long, help_heading = "Server", value_name = "FILE", requires = "ssl_keyfile")]
@@ -233,6 +233,11 @@ impl ServeArgs {
             tls,
         })
     }
+}
+
+/// A limit: with 0 the server would answer nobody.
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
 }
 
 /// `--host`: an address, also in the brackets that it has in URLs, or a name as vLLM takes one. Of several that a name has the first
@@ -417,6 +422,30 @@ async fn finish_now(engine: &SparkEngine, serving: tokio::task::JoinHandle<std::
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_that_let_nobody_in_are_refused() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: ServeArgs,
+        }
+        let parse = |flag: &str, value: &str| <Line as clap::Parser>::try_parse_from(["serve", flag, value]);
+        for flag in [
+            "--max-body-bytes",
+            "--max-connections",
+            "--max-intake-bytes",
+            "--header-timeout",
+            "--body-timeout",
+            "--write-timeout",
+        ] {
+            assert!(parse(flag, "0").is_err(), "{flag}");
+            assert!(parse(flag, "1").is_ok(), "{flag}");
+        }
+        assert_eq!(parse("--shutdown-timeout", "0").ok().map(|line| line.args.shutdown_timeout), Some(0));
+        assert!(parse("--served-model-name", "").is_err());
+        assert!(parse("--threads", "99999").is_err());
+    }
 
     #[test]
     fn a_host_is_an_address_or_a_name() {
