@@ -201,7 +201,15 @@ impl ServeArgs {
             Some(folder) => Some(folder.clone()).filter(|folder| folder.as_os_str() != "none"),
             None => crash::default_folder(),
         };
-        Some(CrashReporter::new(folder?, settings.clone()))
+        let folder = folder?;
+        // Better known now than when there is something to report.
+        if let Err(error) = crash::try_folder(&folder) {
+            let folder = folder.display();
+            tracing::warn!(
+                "a failure would leave no report in {folder}: {error}; --crash-dir names another folder, or none"
+            );
+        }
+        Some(CrashReporter::new(folder, settings.clone()))
     }
 }
 
