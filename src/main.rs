@@ -11,6 +11,7 @@ fn main() -> ExitCode {
     cli.init_logging();
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if cli::is_closed_output(&error) => ExitCode::from(cli::OUTPUT_CLOSED),
         Err(error) => {
             // The chain's texts already say what, where and what to do; a backtrace would hide them.
             cli::print_error(&error);

@@ -99,7 +99,7 @@ impl Ranks {
                     let problem = |error| Error::option("--tp", format!("starting the ranks: {error}"));
                     others.start(address).map_err(problem)?;
                 }
-                tracing::info!("waiting at {address} for {} other ranks", world - 1);
+                tracing::info!("waiting at {address} for the others of {world} ranks");
                 let began = Instant::now();
                 let leader =
                     listener.gather(world, &hello, timeout, &mut |event| tracing::info!("{event}"))?;

@@ -253,6 +253,18 @@ fn two_batches_do_not_write_into_one_file() {
     refuse(&input, &output, &["another process"]);
 }
 
+#[test]
+fn a_batch_of_errors_only_fails_and_keeps_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let [input, output] = ["in.jsonl", "out.jsonl"].map(|name| folder.path().join(name));
+    std::fs::write(&input, "# not\na batch\n").unwrap();
+    let failed = run(&input, &output);
+    let message = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert_eq!(failed.status.code(), Some(1), "{message}");
+    assert!(message.contains("all 2 lines of this run have an error"), "{message}");
+    assert_eq!(answers(&output).len(), 2);
+}
+
 /// Lines as editors and other systems write them, and more at work than the queue would take.
 #[test]
 fn wrong_bytes_are_the_error_of_their_line() {

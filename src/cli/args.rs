@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, builder::NonEmptyStringValueParser};
 use spark_engine::{EngineBuilder, FailureHook, LoadFormat, LoadStrategy, SparkEngine, server::Observers};
 
 use super::{
@@ -19,7 +19,7 @@ pub(crate) struct ModelArgs {
     #[arg(long)]
     pub(crate) revision: Option<String>,
     /// Names under which the model is served; by default MODEL.
-    #[arg(long, num_args = 1.., value_name = "NAME")]
+    #[arg(long, num_args = 1.., value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) served_model_name: Vec<String>,
     /// Folder of another tokenizer (with its chat template and image processor settings).
     #[arg(long, value_name = "FOLDER")]

@@ -16,12 +16,17 @@ use super::{
 };
 
 /// Run a file of OpenAI batch requests.
-///
-/// Each input line is {"custom_id", "method", "url", "body"} with url /v1/chat/completions or /v1/completions; each
-/// output line {"id", "custom_id", "response", "error"}, in the order of the input. A run that was stopped goes on after
-/// its last whole line when it is started again. What an answer took (`timings`) is told where its body has `"timings_per_token": true`.
 #[derive(Args)]
 #[command(args_override_self = true)]
+#[command(after_help = "\
+Each input line is a request: {\"custom_id\": NAME, \"method\": \"POST\", \"url\": URL, \"body\": {...}}, with the URL \
+/v1/chat/completions, /v1/completions or /v1/responses and a body as the server takes it. Each output line is an answer: {\"id\", \
+\"custom_id\", \"response\", \"error\"}, in the order of the input. What an answer took (`timings`) is told where a body has \
+\"timings_per_token\": true. A run that was stopped goes on after its last whole line when it is started again.\n\n\
+Exit code 0: every line has an answer, which may be an error (they are counted); 1: the batch could not be run, or all of this run's \
+answers are errors.\n\n\
+Example:\n  \
+    spark-engine batch ./model -i prompts.jsonl -o answers.jsonl")]
 pub(crate) struct BatchArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -65,9 +70,11 @@ pub(crate) fn run(args: BatchArgs) -> anyhow::Result<()> {
         runtime.block_on(answer_all(front_end, &args.input_file, &mut output, args.max_inflight, &bar))?;
     bar.finish_and_clear();
     output.sync()?;
-    tracing::info!(
-        "{total} lines in {}, {num_failed} of this run's with an error",
-        args.output_file.display()
+    let file = args.output_file.display();
+    tracing::info!("{total} lines in {file}, {num_failed} of this run's with an error");
+    anyhow::ensure!(
+        num_failed < total - done,
+        "all {num_failed} lines of this run have an error, which {file} says; to ask them again, remove it"
     );
     Ok(())
 }

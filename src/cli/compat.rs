@@ -44,6 +44,8 @@ impl CompatArgs {
                 self.distributed_executor_backend.is_some(),
                 "--distributed-executor-backend: ranks are our own processes",
             ),
+            (self.swap_space.is_some(), "--swap-space: preempted sequences are recomputed, never swapped"),
+            (self.disable_log_stats, "--disable-log-stats: statistics are at /metrics, not in the log"),
         ];
         for (_, what) in given.iter().filter(|(given, _)| *given) {
             tracing::warn!("no effect: {what}");

@@ -1,15 +1,14 @@
 //! `serve --config FILE`: flags from a TOML file, under the names they have on the command line. What is said on the command line
 //! counts more. Knows no flag by name: the command line's own description says which there are.
 
-use std::{ffi::OsString, fs, path::Path};
+use std::{collections::HashSet, ffi::OsString, fs, path::Path};
 
 use anyhow::{Context, bail, ensure};
-use clap::{ArgAction, Command};
+use clap::{Arg, ArgAction, Command, error::ErrorKind, parser::ValueSource};
 
-/// Name of the flag, and of the variable that may name the file instead.
-const FLAG: &str = "--config";
-const VARIABLE: &str = "SPARK_CONFIG";
-/// Key of the positional argument.
+/// The flag that names the file.
+const FLAG: &str = "config";
+/// Key of the positional argument, and name of the flag that says the same.
 const MODEL: &str = "model";
 
 /// `args` (the program's name first) with the settings of the file that they name put before the flags of `subcommand`; as they
@@ -22,95 +21,113 @@ pub(crate) fn expand(
     program: &Command,
     subcommand: &str,
 ) -> anyhow::Result<Vec<OsString>> {
-    let Some(place) = args.iter().position(|arg| arg == subcommand) else { return Ok(args) };
-    let (mut expanded, rest) = (args[..=place].to_vec(), &args[place + 1..]);
-    let (file, rest) = take_flag(rest)?;
-    let Some(file) = file.or_else(|| std::env::var_os(VARIABLE).filter(|path| !path.is_empty())) else {
+    // What is wrong on the command line is said when it is read in earnest.
+    let Ok(matches) = program.clone().ignore_errors(true).try_get_matches_from(&args) else {
         return Ok(args);
     };
-    let path = Path::new(&file);
-    let text = fs::read_to_string(path).with_context(|| format!("{FLAG} {}", path.display()))?;
-    let command = program.find_subcommand(subcommand).context("the subcommand is described")?;
-    // A model on the command line replaces that of the file: clap takes one.
-    let has_model = has_positional(command, &rest);
-    let settings = settings(&text, command, has_model).with_context(|| path.display().to_string())?;
+    let Some((name, matches)) = matches.subcommand() else { return Ok(args) };
+    let place = args.iter().position(|arg| arg == subcommand);
+    let (Some(place), true) = (place, name == subcommand) else { return Ok(args) };
+    let file = matches.try_get_raw(FLAG).ok().flatten().and_then(|mut files| files.next());
+    // A variable that is empty is one that is not set.
+    let from_variable = matches.value_source(FLAG) == Some(ValueSource::EnvVariable);
+    let Some(file) = file.filter(|file| !(file.is_empty() && from_variable)) else { return Ok(args) };
+    let path = Path::new(file);
+    let text = fs::read_to_string(path).with_context(|| format!("--{FLAG} {}", path.display()))?;
+    let flags = Flags::of(program, subcommand)?;
+    let is_given = |arg: &&Arg| matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
+    let given = flags.0.iter().copied().filter(is_given).map(|arg| arg.get_id().as_str()).collect();
+    let check = |words: &[String]| check(words, program, subcommand);
+    let settings = flags.words(&text, &given, check).with_context(|| path.display().to_string())?;
+    let mut expanded = args[..=place].to_vec();
     expanded.extend(settings.into_iter().map(OsString::from));
-    expanded.extend(rest);
+    expanded.extend_from_slice(&args[place + 1..]);
     Ok(expanded)
 }
 
-/// The value of the flag, and the other arguments.
-fn take_flag(args: &[OsString]) -> anyhow::Result<(Option<OsString>, Vec<OsString>)> {
-    let (mut file, mut rest) = (None, Vec::new());
-    let mut args = args.iter();
-    while let Some(arg) = args.next() {
-        match arg.to_str() {
-            Some(FLAG) => file = Some(args.next().context("--config: name a TOML file")?.clone()),
-            Some(text) if text.starts_with("--config=") => file = Some(text["--config=".len()..].into()),
-            _ => rest.push(arg.clone()),
+/// Whether the value is one of the flag's. What only the whole command line can say, such as a flag that needs another, is not asked.
+fn check(words: &[String], program: &Command, subcommand: &str) -> anyhow::Result<()> {
+    let line = [program.get_name(), subcommand].into_iter().chain(words.iter().map(String::as_str));
+    match program.clone().try_get_matches_from(line) {
+        Err(error) if matches!(error.kind(), ErrorKind::InvalidValue | ErrorKind::ValueValidation) => {
+            let text = error.to_string();
+            let said = text.split("\n\nFor more").next().unwrap_or_default().trim_start_matches("error: ");
+            bail!("{}", said.trim_end())
         }
+        _ => Ok(()),
     }
-    Ok((file, rest))
 }
 
-/// Whether `args` have a word that is no flag and no flag's value.
-fn has_positional(command: &Command, args: &[OsString]) -> bool {
-    let takes_value = |flag: &str| {
-        let found = command.get_arguments().find(|arg| is_named(arg, flag));
-        found.is_some_and(|arg| arg.get_action().takes_values())
-    };
-    let mut is_value = false;
-    for arg in args {
-        let text = arg.to_string_lossy();
-        match text.strip_prefix("--") {
-            Some(flag) => is_value = !flag.contains('=') && takes_value(flag),
-            None if text.starts_with('-') => is_value = true,
-            None if is_value => is_value = false,
-            None => return true,
-        }
+/// What a subcommand takes: its own flags and the program's.
+struct Flags<'a>(Vec<&'a Arg>);
+
+impl<'a> Flags<'a> {
+    fn of(program: &'a Command, subcommand: &str) -> anyhow::Result<Self> {
+        let command = program.find_subcommand(subcommand).context("the subcommand is described")?;
+        let global = program.get_arguments().filter(|arg| arg.is_global_set());
+        Ok(Self(command.get_arguments().chain(global).collect()))
     }
-    false
-}
 
-fn is_named(arg: &clap::Arg, name: &str) -> bool {
-    arg.get_long() == Some(name) || arg.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
-}
-
-/// The words of the command line that say what `text` says.
-fn settings(text: &str, command: &Command, has_model: bool) -> anyhow::Result<Vec<String>> {
-    let table: toml::Table = text.parse()?;
-    let mut words = Vec::new();
-    for (key, value) in table {
-        let name = key.replace('_', "-");
-        if name == MODEL {
-            let model = value.as_str().context("model: has to be a text")?;
-            if !has_model {
-                words.insert(0, model.to_owned());
-            }
-            continue;
-        }
-        let arg = command.get_arguments().find(|arg| is_named(arg, &name));
-        let Some(arg) = arg else {
-            bail!(
-                "{key}: `{}` has no flag --{name} (see `{} --help`)",
-                command.get_name(),
-                command.get_name()
-            )
+    fn find(&self, name: &str) -> Option<&'a Arg> {
+        let is_named = |arg: &&Arg| {
+            arg.get_long() == Some(name)
+                || arg.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
         };
-        let is_switch = matches!(arg.get_action(), ArgAction::SetTrue | ArgAction::SetFalse);
-        match (value, is_switch) {
-            (toml::Value::Boolean(true), true) => words.push(format!("--{name}")),
-            (toml::Value::Boolean(false), true) => {}
-            (toml::Value::Array(values), false) => {
-                for value in &values {
-                    words.push(format!("--{name}={}", scalar(&key, value)?));
-                }
-            }
-            (value, false) => words.push(format!("--{name}={}", scalar(&key, &value)?)),
-            (_, true) => bail!("{key}: has to be true or false"),
-        }
+        self.0.iter().copied().find(is_named)
     }
-    Ok(words)
+
+    /// The words of the command line that say what `text` says, without the flags that are `given` there; each flag's have to
+    /// pass `check`.
+    fn words(
+        &self,
+        text: &str,
+        given: &HashSet<&str>,
+        check: impl Fn(&[String]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Vec<String>> {
+        let table: toml::Table = text.parse()?;
+        let mut words = Vec::new();
+        for (key, value) in table {
+            let name = key.replace('_', "-");
+            ensure!(name != FLAG, "{key}: a file of settings names no other");
+            if name == MODEL {
+                let model = value.as_str().context("model: has to be a text")?;
+                let is_model = |arg: &&Arg| arg.is_positional() || arg.get_long() == Some(MODEL);
+                if !self.0.iter().filter(|arg| is_model(arg)).any(|arg| given.contains(arg.get_id().as_str()))
+                {
+                    words.insert(0, model.to_owned());
+                }
+                continue;
+            }
+            let arg = self.find(&name).with_context(|| {
+                format!("{key}: `serve` has no flag --{name} (see `spark-engine serve --help`)")
+            })?;
+            let of_key = self.flag(&key, &name, arg, &value)?;
+            check(&of_key).with_context(|| key.clone())?;
+            if !given.contains(arg.get_id().as_str()) {
+                words.extend(of_key);
+            }
+        }
+        Ok(words)
+    }
+
+    /// The words for one key.
+    fn flag(&self, key: &str, name: &str, arg: &Arg, value: &toml::Value) -> anyhow::Result<Vec<String>> {
+        let is_switch = matches!(arg.get_action(), ArgAction::SetTrue | ArgAction::SetFalse);
+        Ok(match (value, is_switch) {
+            (toml::Value::Boolean(true), true) => vec![format!("--{name}")],
+            // Off is what a switch is when it is not given, unless another one says it: --no-enable-prefix-caching.
+            (toml::Value::Boolean(false), true) => {
+                let opposite = format!("no-{name}");
+                self.find(&opposite).map(|_| format!("--{opposite}")).into_iter().collect()
+            }
+            (_, true) => bail!("{key}: has to be true or false"),
+            (toml::Value::Array(values), false) => {
+                let words = values.iter().map(|value| Ok(format!("--{name}={}", scalar(key, value)?)));
+                words.collect::<anyhow::Result<_>>()?
+            }
+            (value, false) => vec![format!("--{name}={}", scalar(key, value)?)],
+        })
+    }
 }
 
 fn scalar(key: &str, value: &toml::Value) -> anyhow::Result<String> {
@@ -133,12 +150,18 @@ mod tests {
     use super::*;
 
     fn program() -> Command {
-        Command::new("p").subcommand(
+        let switch = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
+        let level = Arg::new("level").long("log-level").global(true);
+        let other = Command::new("bench").subcommand(Command::new("serve"));
+        Command::new("p").arg(level).subcommand(other).subcommand(
             Command::new("serve")
-                .arg(Arg::new("model"))
-                .arg(Arg::new("port").long("port"))
-                .arg(Arg::new("api_key").long("api-key").action(ArgAction::Append))
-                .arg(Arg::new("eager").long("enforce-eager").action(ArgAction::SetTrue))
+                .args_override_self(true)
+                .arg(Arg::new("MODEL"))
+                .arg(Arg::new("model").long("model").short('m'))
+                .arg(Arg::new("config").long("config"))
+                .arg(Arg::new("port").long("port").value_parser(clap::value_parser!(u16)))
+                .arg(Arg::new("api_key").long("api-key").action(ArgAction::Append).num_args(1..))
+                .args([switch("enforce-eager"), switch("caching"), switch("no-caching")])
                 .arg(Arg::new("tp").long("tensor-parallel-size").visible_alias("tp")),
         )
     }
@@ -149,16 +172,19 @@ mod tests {
         fs::write(&file, text).unwrap();
         let given = ["p", "serve", "--config", file.to_str().unwrap()];
         let args = given.iter().chain(args).map(OsString::from).collect();
-        let words = expand(args, &program(), "serve")?;
-        Ok(words[2..].iter().map(|word| word.to_str().unwrap().to_owned()).collect())
+        let words = expand(args, &program(), "serve")?.into_iter();
+        let words: Vec<String> = words.skip(2).map(|word| word.into_string().unwrap()).collect();
+        // Without the file's own name.
+        let place = words.iter().position(|word| word == "--config").unwrap();
+        Ok([&words[..place], &words[place + 2..]].concat())
     }
 
     #[test]
     fn keys_become_flags_before_those_of_the_command_line() {
         let text = "model = \"m\"\nport = 9000\napi_key = [\"a\", \"b c\"]\nenforce-eager = true\ntp = 2\n";
-        let words = expanded(text, &["--port", "1"]).unwrap();
+        let words = expanded(text, &["--log-level", "warn"]).unwrap();
         assert_eq!(words[0], "m");
-        assert_eq!(words[words.len() - 2..], ["--port", "1"]);
+        assert_eq!(words[words.len() - 2..], ["--log-level", "warn"]);
         for word in ["--port=9000", "--api-key=a", "--api-key=b c", "--enforce-eager", "--tp=2"] {
             assert!(words.iter().any(|w| w == word), "{words:?}");
         }
@@ -166,8 +192,32 @@ mod tests {
 
     #[test]
     fn a_model_of_the_command_line_replaces_that_of_the_file() {
-        let words = expanded("model = \"m\"\n", &["--port", "1", "other"]).unwrap();
-        assert_eq!(words, ["--port", "1", "other"]);
+        for given in
+            [&["--port", "1", "other"][..], &["-m", "other"], &["--model=other"], &["other", "--port", "1"]]
+        {
+            assert_eq!(expanded("model = \"m\"\n", given).unwrap(), given);
+        }
+        // The second key is none.
+        let given = ["--api-key", "a", "b"];
+        assert_eq!(expanded("model = \"m\"\n", &given).unwrap(), ["m", "--api-key", "a", "b"]);
+    }
+
+    #[test]
+    fn a_flag_of_the_command_line_replaces_that_of_the_file() {
+        let words = expanded("api-key = [\"a\", \"b\"]\ntp = 2\n", &["--api-key", "c", "--tp=4"]).unwrap();
+        assert_eq!(words, ["--api-key", "c", "--tp=4"]);
+    }
+
+    #[test]
+    fn false_is_the_switch_that_says_so() {
+        assert_eq!(expanded("caching = false\nenforce-eager = false\n", &[]).unwrap(), ["--no-caching"]);
+        assert_eq!(expanded("caching = false\n", &["--caching"]).unwrap(), ["--caching"]);
+        assert!(expanded("no-caching = false\n", &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn flags_of_the_program_may_stand_in_the_file() {
+        assert_eq!(expanded("log-level = \"warn\"\n", &[]).unwrap(), ["--log-level=warn"]);
     }
 
     #[test]
@@ -176,6 +226,8 @@ mod tests {
             ("prot = 1", "prot: `serve` has no flag --prot"),
             ("enforce-eager = 3", "enforce-eager: has to be true or false"),
             ("port = { a = 1 }", "port: has to be a text"),
+            ("port = 70000", "port: invalid value '70000' for '--port <port>': 70000 is not in 0..=65535"),
+            ("config = \"other.toml\"", "config: a file of settings names no other"),
             ("port = ", "port ="),
         ] {
             let error = format!("{:#}", expanded(text, &[]).unwrap_err());
@@ -185,7 +237,11 @@ mod tests {
 
     #[test]
     fn other_commands_are_left_alone() {
-        let args: Vec<OsString> = ["p", "bench", "--config", "qwen3-30b-a3b"].map(OsString::from).to_vec();
-        assert_eq!(expand(args.clone(), &program(), "serve").unwrap(), args);
+        for args in
+            [&["p", "bench", "--config", "qwen3-30b-a3b"][..], &["p", "bench", "serve", "--config", "x"]]
+        {
+            let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+            assert_eq!(expand(args.clone(), &program(), "serve").unwrap(), args);
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     fmt::Write as _,
-    fs,
+    fs, io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -49,6 +49,15 @@ pub(crate) fn default_folder() -> Option<PathBuf> {
         .or_else(|| Some(variable("XDG_STATE_HOME")?.join("spark-engine")))
         .or_else(|| Some(variable("HOME")?.join(".local/state/spark-engine")))
         .map(|folder| folder.join("crashes"))
+}
+
+/// Whether reports could be written below `folder`, which need not be there yet. Makes nothing.
+pub(crate) fn try_folder(folder: &Path) -> io::Result<()> {
+    let Some(place) = folder.ancestors().find(|place| place.exists()) else { return Ok(()) };
+    if !place.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    Ok(rustix::fs::access(place, rustix::fs::Access::WRITE_OK)?)
 }
 
 impl CrashReporter {
@@ -332,6 +341,15 @@ mod tests {
         {
             assert_eq!(time_stamp(UNIX_EPOCH + Duration::from_secs(seconds)), text);
         }
+    }
+
+    #[test]
+    fn a_folder_that_takes_no_report_is_known_before_there_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("state/crashes");
+        assert!(try_folder(&deep).is_ok() && !deep.exists(), "it is not made");
+        fs::write(folder.path().join("state"), "a file").unwrap();
+        assert_eq!(try_folder(&deep).unwrap_err().kind(), io::ErrorKind::NotADirectory);
     }
 
     #[test]

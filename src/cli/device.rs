@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, builder::RangedU64ValueParser};
 use spark_engine::{Device, Dtype, EngineBuilder, NativeFp4, PrefillActivations};
 
 #[derive(Args)]
@@ -23,8 +23,8 @@ pub(crate) struct DeviceArgs {
     /// they stay in bfloat16 (W4A16). `emulate` does it on the CPU, in every product, to measure the error.
     #[arg(long, value_enum, default_value = "off")]
     native_fp4: NativeFp4Arg,
-    /// CPU threads; by default one per core.
-    #[arg(long, value_name = "N")]
+    /// CPU threads, 1024 at most; by default one per core.
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
     /// A folder of GPU kernels made by `kernels build`; by default they are compiled at the first start and kept.
     #[arg(long, env = "SPARK_KERNEL_DIR", value_name = "FOLDER")]

@@ -47,7 +47,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long, help_heading = "Prompt and sampling", short = 'n', value_name = "TOKENS")]
     max_tokens: Option<usize>,
     /// 0 is greedy; by default the model's own setting.
-    #[arg(long, help_heading = "Prompt and sampling")]
+    #[arg(long, help_heading = "Prompt and sampling", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Keep the smallest set of tokens whose probability reaches this.
     #[arg(long, help_heading = "Prompt and sampling")]
@@ -189,6 +189,8 @@ fn read_prompt() -> anyhow::Result<String> {
     );
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text).context("reading the prompt from standard input")?;
+    // What filled the pipe has most likely failed.
+    anyhow::ensure!(!text.trim().is_empty(), "the prompt on standard input is empty");
     Ok(text)
 }
 

@@ -37,14 +37,18 @@ mod sizes;
 mod ssh;
 mod support;
 mod top;
+mod trust;
 
 use std::io::{IsTerminal, Write};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 /// Exit code after Ctrl-C, as shells give it: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
+
+/// Exit code when nobody reads the output any more, as shells give it: 128 + SIGPIPE.
+pub(crate) const OUTPUT_CLOSED: u8 = 141;
 
 /// Native inference engine for Qwen3-VL mixture-of-experts models.
 #[derive(Parser)]
@@ -61,7 +65,7 @@ pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Messages on stderr: error, warn, info, debug or trace; or a filter such as `spark_runtime=debug`.
-    #[arg(long, global = true, env = "SPARK_LOG", default_value = "info", value_name = "LEVEL")]
+    #[arg(long, global = true, env = "SPARK_LOG", default_value = "info", value_name = "LEVEL", value_parser = log_filter)]
     log_level: String,
     /// Messages as JSON lines.
     #[arg(long, global = true)]
@@ -78,7 +82,7 @@ enum Command {
     Agent(agent::AgentArgs),
     /// Serve an OpenAI-compatible HTTP API.
     Serve(serve::ServeArgs),
-    /// Answer one prompt on the terminal.
+    /// Answer a prompt, or several, on the terminal.
     Generate(generate::GenerateArgs),
     /// Run a file of OpenAI batch requests; resumes where an earlier run was stopped.
     Batch(batch::BatchArgs),
@@ -129,14 +133,16 @@ impl Cli {
 
     /// Sends messages to stderr; stdout is for results.
     pub(crate) fn init_logging(&self) {
+        // Its parser has tried it.
         let filter = EnvFilter::try_new(&self.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
+        let is_plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(log_tail::TeeStderr)
             // Otherwise the complaint about a reader that is gone goes to the same place, and panics there.
             .log_internal_errors(false)
-            // Colours are for people; a file or a journal gets plain text.
-            .with_ansi(std::io::stderr().is_terminal())
+            // Colours are for people who want them; a file or a journal gets plain text.
+            .with_ansi(std::io::stderr().is_terminal() && !is_plain)
             .with_target(false);
         if self.log_json {
             builder.json().init();
@@ -187,17 +193,59 @@ impl Command {
     }
 }
 
+/// `--log-level`: a level, or a filter. A word that is neither would be taken for a module and silence all others.
+fn log_filter(text: &str) -> Result<String, String> {
+    for directive in text.split(',').filter(|directive| !directive.contains(['=', '['])) {
+        directive.trim().parse::<LevelFilter>().map_err(|_| {
+            format!("`{directive}` is not error, warn, info, debug, trace or off; a filter names a module and its level, such as spark_runtime=debug")
+        })?;
+    }
+    EnvFilter::try_new(text).map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
+}
+
+/// Whether it is that nobody reads the output any more, as in `spark-engine inspect | head -1`: nothing to complain about.
+pub(crate) fn is_closed_output(error: &anyhow::Error) -> bool {
+    // What has a context is about something else: a connection, a file.
+    let is_bare = error.chain().count() == 1;
+    let cause = error.downcast_ref::<std::io::Error>();
+    is_bare && cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
 /// One line on stderr per link of the chain.
 pub(crate) fn print_error(error: &anyhow::Error) {
     let mut stderr = std::io::stderr().lock();
     let _ = writeln!(stderr, "error: {error}");
     let mut last = error.to_string();
     for cause in error.chain().skip(1) {
-        // Transparent wrappers repeat their source.
+        // Wrappers repeat their source, or end with it.
         let text = cause.to_string();
-        if text != last {
+        if !last.ends_with(&text) {
             let _ = writeln!(stderr, "  caused by: {text}");
         }
         last = text;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_that_is_none_is_refused() {
+        for text in ["info", "WARN", "off", "spark_runtime=debug", "warn,spark_runtime=trace"] {
+            assert_eq!(log_filter(text).as_deref(), Ok(text));
+        }
+        for text in ["wrning", "spark_runtime", "warn,debgu", "a=b=c", "spark_runtime=loud"] {
+            assert!(log_filter(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn only_the_reader_of_the_output_may_leave_without_a_word() {
+        let closed = || anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::BrokenPipe));
+        assert!(is_closed_output(&closed()));
+        assert!(!is_closed_output(&closed().context("http://127.0.0.1:8000")));
+        assert!(!is_closed_output(&std::io::Error::from(std::io::ErrorKind::StorageFull).into()));
     }
 }

@@ -22,6 +22,8 @@ use opentelemetry_sdk::{
 };
 use spark_engine::server::{Observer, RequestReport, TraceParent};
 
+use super::trust;
+
 /// Longest that a collector may take for a batch.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Where OTLP over HTTP expects spans.
@@ -57,7 +59,7 @@ impl Traces {
             if has_path { endpoint.to_owned() } else { format!("{}{PATH}", endpoint.trim_end_matches('/')) };
         let exporter = SpanExporter::builder()
             .with_http()
-            .with_http_client(Client::new())
+            .with_http_client(Client::new(endpoint)?)
             .with_endpoint(url)
             .with_timeout(TIMEOUT)
             .build()
@@ -150,13 +152,14 @@ fn attributes(report: &RequestReport) -> Vec<KeyValue> {
 struct Client(ureq::Agent);
 
 impl Client {
-    fn new() -> Self {
+    fn new(endpoint: &str) -> anyhow::Result<Self> {
         let config = ureq::Agent::config_builder()
+            .tls_config(trust::for_requests_to(endpoint)?)
             .timeout_global(Some(TIMEOUT))
             .http_status_as_error(false)
             .max_redirects(0)
             .build();
-        Self(config.into())
+        Ok(Self(config.into()))
     }
 
     fn send(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {

@@ -1,14 +1,14 @@
 //! `spark-engine serve`: the HTTP server, its signals and its end.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
     path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, builder::RangedU64ValueParser};
 use serde_json::Value;
 use spark_engine::{Failure, FailureHook, SparkEngine, server};
 use tokio::{
@@ -39,8 +39,8 @@ pub(crate) struct ServeArgs {
     /// A TOML file with settings under the names of these flags (`port = 9000`); flags on the command line count more.
     #[arg(long, help_heading = "Server", env = "SPARK_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Address to listen on; 0.0.0.0 for all.
-    #[arg(long, help_heading = "Server", default_value = "127.0.0.1")]
+    /// Address to listen on, or a name of one; 0.0.0.0 for all, :: for those of IPv6 too.
+    #[arg(long, help_heading = "Server", default_value = "127.0.0.1", value_parser = address)]
     host: IpAddr,
     /// Port to listen on; 0 takes a free one and prints it.
     #[arg(long, help_heading = "Server", default_value_t = 8000)]
@@ -69,25 +69,25 @@ pub(crate) struct ServeArgs {
     #[arg(long, help_heading = "Server", value_name = "NAME", num_args = 1..)]
     allowed_hosts: Vec<String>,
     /// Largest request body, in bytes.
-    #[arg(long, help_heading = "Server", default_value_t = server::DEFAULT_MAX_BODY_BYTES, value_name = "BYTES")]
+    #[arg(long, help_heading = "Server", default_value_t = server::DEFAULT_MAX_BODY_BYTES, value_name = "BYTES", value_parser = at_least_one())]
     max_body_bytes: usize,
     /// Most prompt tokens of all sequences at work, each counting as 256 at least; more get a 503. One alone is always taken.
     #[arg(long, help_heading = "Server", default_value_t = 1 << 26, value_name = "TOKENS")]
     max_num_queued_tokens: usize,
     /// Most connections at once; one more gets a 503.
-    #[arg(long, help_heading = "Server", default_value_t = 4096, value_name = "N")]
+    #[arg(long, help_heading = "Server", default_value_t = 4096, value_name = "N", value_parser = at_least_one())]
     max_connections: usize,
     /// How long a client may take to send a request's headers, or stay silent between requests, in seconds.
-    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
+    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     header_timeout: u64,
     /// How long a client may pause within a request's body, in seconds.
-    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
+    #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     body_timeout: u64,
     /// Most bytes of request bodies that are being read and judged, over all clients; one more gets a 503.
-    #[arg(long, help_heading = "Server", default_value_t = 1 << 30, value_name = "BYTES")]
+    #[arg(long, help_heading = "Server", default_value_t = 1 << 30, value_name = "BYTES", value_parser = at_least_one())]
     max_intake_bytes: usize,
     /// How long a client may leave an answer unread, in seconds; its request is cancelled then.
-    #[arg(long, help_heading = "Server", default_value_t = 60, value_name = "SECONDS")]
+    #[arg(long, help_heading = "Server", default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     write_timeout: u64,
     /// Certificate chain in PEM form: serve HTTPS. Read again when the file changes.
     #[arg(long, help_heading = "Server", value_name = "FILE", requires = "ssl_keyfile")]
@@ -134,9 +134,9 @@ pub(crate) fn run(args: ServeArgs, settings: Value) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // Bound before loading, so that a taken port is known at once and not after minutes.
-    let listener = runtime
-        .block_on(TcpListener::bind((host, port)))
-        .with_context(|| format!("--host {host} --port {port}: cannot listen there"))?;
+    let listener = runtime.block_on(TcpListener::bind((host, port))).with_context(|| {
+        format!("--host {host} --port {port}: cannot listen there (--port 0 takes a free one)")
+    })?;
     raise_open_files();
     let watchers = watchers(crashes, traces.as_ref(), settings);
     let engine = model.for_server(args.max_num_queued_tokens, args.answers, watchers).build()?;
@@ -201,7 +201,15 @@ impl ServeArgs {
             Some(folder) => Some(folder.clone()).filter(|folder| folder.as_os_str() != "none"),
             None => crash::default_folder(),
         };
-        Some(CrashReporter::new(folder?, settings.clone()))
+        let folder = folder?;
+        // Better known now than when there is something to report.
+        if let Err(error) = crash::try_folder(&folder) {
+            let folder = folder.display();
+            tracing::warn!(
+                "a failure would leave no report in {folder}: {error}; --crash-dir names another folder, or none"
+            );
+        }
+        Some(CrashReporter::new(folder, settings.clone()))
     }
 }
 
@@ -209,7 +217,10 @@ impl ServeArgs {
     /// What clients may take of the server.
     fn options(&self) -> anyhow::Result<server::ServeOptions> {
         let tls = match (&self.ssl_certfile, &self.ssl_keyfile) {
-            (Some(certificates), Some(key)) => Some(server::Tls::open(certificates, key)?),
+            (Some(certificates), Some(key)) => {
+                let tls = server::Tls::open(certificates, key);
+                Some(tls.context("--ssl-certfile and --ssl-keyfile: HTTPS cannot be served with them")?)
+            }
             _ => None,
         };
         let cors = server::Cors {
@@ -230,6 +241,26 @@ impl ServeArgs {
             tls,
         })
     }
+}
+
+/// A limit: with 0 the server would answer nobody.
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
+}
+
+/// `--host`: an address, also in the brackets that it has in URLs, or a name as vLLM takes one. Of several that a name has the first
+/// of IPv4, which all clients of this machine find.
+fn address(text: &str) -> Result<IpAddr, String> {
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    if let Ok(address) = bare.parse() {
+        return Ok(address);
+    }
+    let found = (bare, 0)
+        .to_socket_addrs()
+        .map_err(|error| format!("neither an address nor a known name ({error})"))?;
+    let addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();
+    let first = addresses.iter().find(|address| address.is_ipv4()).or(addresses.first());
+    first.copied().ok_or_else(|| "a name without an address".to_owned())
 }
 
 /// The words of a list: one by one, or as the JSON list that vLLM's flags take.
@@ -399,6 +430,40 @@ async fn finish_now(engine: &SparkEngine, serving: tokio::task::JoinHandle<std::
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_that_let_nobody_in_are_refused() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: ServeArgs,
+        }
+        let parse = |flag: &str, value: &str| <Line as clap::Parser>::try_parse_from(["serve", flag, value]);
+        for flag in [
+            "--max-body-bytes",
+            "--max-connections",
+            "--max-intake-bytes",
+            "--header-timeout",
+            "--body-timeout",
+            "--write-timeout",
+        ] {
+            assert!(parse(flag, "0").is_err(), "{flag}");
+            assert!(parse(flag, "1").is_ok(), "{flag}");
+        }
+        assert_eq!(parse("--shutdown-timeout", "0").ok().map(|line| line.args.shutdown_timeout), Some(0));
+        assert!(parse("--served-model-name", "").is_err());
+        assert!(parse("--threads", "99999").is_err());
+    }
+
+    #[test]
+    fn a_host_is_an_address_or_a_name() {
+        assert_eq!(address("0.0.0.0").unwrap(), IpAddr::from([0, 0, 0, 0]));
+        assert_eq!(address("[::1]"), address("::1"));
+        assert!(address("localhost").unwrap().is_loopback());
+        for text in ["", "http://localhost", "1.2.3.4:80", "no such name"] {
+            assert!(address(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn lists_come_word_by_word_or_as_json() {

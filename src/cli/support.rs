@@ -14,7 +14,7 @@ use clap::Args;
 use flate2::{Compression, write::GzEncoder};
 use serde_json::{Value, json};
 
-use super::{crash, log_tail, redact::Redactor};
+use super::{crash, log_tail, redact::Redactor, trust};
 
 /// Most of a file that is taken: its end.
 const MAX_FILE: u64 = 1 << 20;
@@ -140,6 +140,7 @@ impl SupportArgs {
     /// What the server answers, whatever its status.
     fn ask(&self, route: &str) -> Result<String, String> {
         let config = ureq::Agent::config_builder()
+            .tls_config(trust::for_requests_to(&self.url).map_err(|error| format!("{error:#}"))?)
             .proxy(None)
             .timeout_global(Some(PATIENCE))
             .http_status_as_error(false);

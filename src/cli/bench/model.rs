@@ -136,7 +136,11 @@ impl BenchModel {
         let expert_tally = ExpertTally::default();
         let started = ranks.apply(builder.expert_tally(expert_tally.clone()))?.start();
         bar.finish();
-        Ok(Some(Bench { started: started?, model, weights, profile, expert_tally }))
+        let started = started.with_context(|| {
+            let Load { num_seqs, num_tokens } = load;
+            format!("this benchmark needs room for {num_seqs} sequences of up to {num_tokens} tokens; other sizes: see --help")
+        })?;
+        Ok(Some(Bench { started, model, weights, profile, expert_tally }))
     }
 
     /// Everything but the loading; `set_sizes` has the last word about sizes.

@@ -72,6 +72,11 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
 
 /// Whether anything failed.
 fn one_machine(args: &DoctorArgs) -> anyhow::Result<bool> {
+    // In JSON it is a fact, with which the machine that asks compares its own.
+    if let (Some(folder), false) = (&args.model, args.json) {
+        fingerprint::model(folder)
+            .with_context(|| format!("--model {}: not a checkpoint", folder.display()))?;
+    }
     let host = Recording::new(ThisHost);
     let (checks, facts) = examine(&host);
     if let Some(path) = &args.record {

@@ -26,12 +26,12 @@ use self::{
 use super::{INTERRUPTED, args::ModelArgs, progress, ranks::RankArgs};
 
 /// Measure how many held-out samples a model answers right.
-///
-/// The model is MODEL, in this process, or what an OpenAI-compatible server at --url serves. All samples are asked
-/// greedily. Prints a table with a line per task; with --json the last line on stdout is one JSON object.
 #[derive(Args)]
 #[command(args_override_self = true)]
-#[command(after_help = "Examples:\n  \
+#[command(after_help = "\
+The model is MODEL, in this process, or what an OpenAI-compatible server at --url serves. All samples are asked greedily. Prints a \
+table with a line per task; with --json the last line on stdout is one JSON object.\n\n\
+Examples:\n  \
     spark-engine eval --suite tiny-vl --samples 500 --json > awq.json\n  \
     spark-engine eval --suite tiny-vl --url http://localhost:8000 --tasks add,sort\n  \
     spark-engine eval --compare bf16.json awq.json --plot formats.svg\n  \

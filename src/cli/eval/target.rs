@@ -10,6 +10,8 @@ use ureq::{
     http::{Response, Uri},
 };
 
+use crate::cli::trust;
+
 const CHAT: &str = "/v1/chat/completions";
 /// Most time for an answer, or for any part of it to arrive.
 const SILENCE: Duration = Duration::from_secs(600);
@@ -84,6 +86,7 @@ impl Endpoint {
         );
         let is_local = matches!(address.host(), Some("localhost" | "127.0.0.1" | "[::1]"));
         let config = Agent::config_builder()
+            .tls_config(trust::for_requests_to(&base)?)
             .user_agent(concat!("spark-engine/", env!("CARGO_PKG_VERSION")))
             .http_status_as_error(false)
             .timeout_connect(Some(Duration::from_secs(30)))

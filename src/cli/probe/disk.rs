@@ -25,18 +25,13 @@ const THREADS: [usize; 3] = [1, 4, 8];
 
 /// Measures with `file`, or with one that is made in the current folder and removed.
 pub(super) fn measure(file: Option<&Path>) -> anyhow::Result<Value> {
-    let written = match file {
-        Some(_) => None,
-        None => Some(Written::new()?),
+    let (direct, path, write_speed) = match file {
+        Some(path) => (open(path)?, path.to_owned(), None),
+        None => {
+            let Written { file, path, gb_per_second } = Written::new()?;
+            (file, path, Some(gb_per_second))
+        }
     };
-    let path = written.as_ref().map(|written| written.path.as_path()).or(file).context("a file to read")?;
-    let flags = i32::try_from(OFlags::DIRECT.bits()).context("the flag of direct reads")?;
-    let direct = OpenOptions::new().read(true).custom_flags(flags).open(path).with_context(|| {
-        format!(
-            "{}: cannot be read past the page cache (a folder in memory?); name another with --file",
-            path.display()
-        )
-    })?;
     let whole = direct.metadata()?.len().min(MOST) / ALIGN as u64 * ALIGN as u64;
     ensure!(whole > 0, "{}: smaller than {ALIGN} bytes; name a larger file with --file", path.display());
     let mut speeds = serde_json::Map::new();
@@ -49,13 +44,24 @@ pub(super) fn measure(file: Option<&Path>) -> anyhow::Result<Value> {
     let mut disk = json!({
         "bytes": whole,
         "piece_bytes": PIECE,
-        "was_written_for_this": written.is_some(),
-        "write_gb_per_s": written.as_ref().map(|written| number(written.gb_per_second)),
+        "was_written_for_this": write_speed.is_some(),
+        "write_gb_per_s": write_speed.map(number),
     });
     if let Some(disk) = disk.as_object_mut() {
         disk.extend(speeds);
     }
     Ok(disk)
+}
+
+/// For reads past the page cache.
+fn open(path: &Path) -> anyhow::Result<File> {
+    let flags = i32::try_from(OFlags::DIRECT.bits()).context("the flag of direct reads")?;
+    OpenOptions::new().read(true).custom_flags(flags).open(path).with_context(|| {
+        format!(
+            "{}: cannot be read past the page cache (a folder in memory?); name another with --file",
+            path.display()
+        )
+    })
 }
 
 /// Reads the first `whole` bytes of `file`, a piece at a time, by `threads` threads.
@@ -87,8 +93,11 @@ fn read(file: &File, whole: u64, threads: usize) -> std::io::Result<()> {
     })
 }
 
-/// A file that is removed when dropped.
+/// A file that has no name any more, so that it goes with this process, however that ends.
 struct Written {
+    /// For reads past the page cache.
+    file: File,
+    /// What it was called.
     path: PathBuf,
     /// How fast it reached the disk.
     gb_per_second: f64,
@@ -102,9 +111,10 @@ impl Written {
     fn with_bytes(folder: &Path, num_bytes: u64) -> anyhow::Result<Self> {
         let path = folder.join(format!("spark-engine-probe-{}.tmp", std::process::id()));
         let failed = || format!("{}: name a file on the disk with --file", path.display());
-        let mut file = OpenOptions::new().write(true).create_new(true).open(&path).with_context(failed)?;
-        // From here on it is removed whatever happens.
-        let mut written = Self { path: path.clone(), gb_per_second: 0.0 };
+        let mut out = OpenOptions::new().write(true).create_new(true).open(&path).with_context(failed)?;
+        let opened = open(&path);
+        fs::remove_file(&path).with_context(failed)?;
+        let file = opened?;
         // No disk makes less of these bytes.
         let mut random = fastrand::Rng::with_seed(1);
         let mut piece = vec![0; PIECE];
@@ -115,19 +125,12 @@ impl Written {
             let part = left.min(PIECE as u64);
             // Pieces differ from each other.
             piece[..8].copy_from_slice(&left.to_le_bytes());
-            file.write_all(&piece[..part as usize]).with_context(failed)?;
+            out.write_all(&piece[..part as usize]).with_context(failed)?;
             left -= part;
         }
-        file.sync_all().with_context(failed)?;
-        written.gb_per_second = num_bytes as f64 / start.elapsed().as_secs_f64() / 1e9;
-        Ok(written)
-    }
-}
-
-impl Drop for Written {
-    fn drop(&mut self) {
-        // Nothing can be done about an error here.
-        let _ = fs::remove_file(&self.path);
+        out.sync_all().with_context(failed)?;
+        let gb_per_second = num_bytes as f64 / start.elapsed().as_secs_f64() / 1e9;
+        Ok(Self { file, path, gb_per_second })
     }
 }
 
@@ -138,17 +141,27 @@ mod tests {
     #[test]
     fn files_are_read_to_their_end_by_any_number_of_threads() {
         let folder = tempfile::tempdir().unwrap();
-        let written = Written::with_bytes(folder.path(), 2 * PIECE as u64 + 8192).unwrap();
-        let file = File::open(&written.path).unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, vec![7; 2 * PIECE + 8192]).unwrap();
+        let file = File::open(&path).unwrap();
         for threads in [1, 2, 5] {
             read(&file, 2 * PIECE as u64 + 8192, threads).unwrap();
             read(&file, 4096, threads).unwrap();
         }
         let error = read(&file, 3 * PIECE as u64, 2).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
-        let path = written.path.clone();
-        drop(written);
-        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_that_is_written_for_this_has_no_name_while_it_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let written = Written::with_bytes(folder.path(), PIECE as u64 + 8192);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        match written {
+            Ok(written) => assert_eq!(written.file.metadata().unwrap().len(), PIECE as u64 + 8192),
+            // A folder in memory cannot be read past the page cache everywhere.
+            Err(error) => assert!(error.to_string().contains("--file"), "{error:#}"),
+        }
     }
 
     #[test]

@@ -75,7 +75,8 @@ impl Processes {
     ) -> Self {
         let is_ours = |name: &str| {
             name.starts_with("NCCL_")
-                || ["HF_HOME", "HF_HUB_CACHE", "SPARK_KERNEL_DIR", "SPARK_NCCL"].contains(&name)
+                || ["HF_HOME", "HF_HUB_CACHE", "SPARK_CONFIG", "SPARK_KERNEL_DIR", "SPARK_NCCL"]
+                    .contains(&name)
         };
         let passed_on = std::env::vars().filter(|(name, _)| is_ours(name)).collect();
         Self { others, nodes, world, token, stopper, passed_on, running: Arc::default() }

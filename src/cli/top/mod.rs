@@ -25,6 +25,7 @@ use self::{
     scrape::Page,
     view::{Sample, Section},
 };
+use super::trust;
 
 /// Longest that the server may take for an answer; it promises ten milliseconds.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -62,7 +63,7 @@ fn interval(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(args: &TopArgs) -> anyhow::Result<()> {
-    let server = Server::new(args);
+    let server = Server::new(args)?;
     let interval = Duration::from_secs_f64(args.interval);
     if args.once || args.json || !std::io::stdout().is_terminal() {
         return once(args, &server, interval);
@@ -145,15 +146,18 @@ struct Server {
 }
 
 impl Server {
-    fn new(args: &TopArgs) -> Self {
+    fn new(args: &TopArgs) -> anyhow::Result<Self> {
+        let has_scheme = ["http://", "https://"].iter().any(|scheme| args.url.starts_with(scheme));
+        anyhow::ensure!(has_scheme, "--url {}: expected an address such as http://localhost:8000", args.url);
         let config = ureq::Agent::config_builder()
+            .tls_config(trust::for_requests_to(&args.url)?)
             .proxy(None)
             .timeout_global(Some(PATIENCE))
             .http_status_as_error(false);
         let url = args.url.trim_end_matches('/').to_owned();
         let host = url.split("://").nth(1).unwrap_or(&url);
         let is_here = ["127.", "localhost", "[::1]"].iter().any(|name| host.starts_with(name));
-        Self { agent: config.build().into(), key: args.api_key.clone(), is_here, url }
+        Ok(Self { agent: config.build().into(), key: args.api_key.clone(), is_here, url })
     }
 
     fn look(&self) -> Sample {

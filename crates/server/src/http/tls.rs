@@ -14,7 +14,10 @@ use tokio_rustls::{
     TlsAcceptor,
     rustls::{
         self,
-        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+        pki_types::{
+            CertificateDer, PrivateKeyDer,
+            pem::{self, PemObject},
+        },
     },
     server::TlsStream,
 };
@@ -110,14 +113,20 @@ fn acceptor(certificates: &Path, key: &Path) -> Result<TlsAcceptor, TlsError> {
     if chain.is_empty() {
         return Err(wrong(certificates, "has no certificate in PEM form".to_owned()));
     }
-    let private = PrivateKeyDer::from_pem_file(key).map_err(|error| wrong(key, error.to_string()))?;
+    let private = PrivateKeyDer::from_pem_file(key).map_err(|error| match error {
+        pem::Error::NoItemsFound => {
+            let reason = "has no private key in PEM form; take the passphrase off one that has it: openssl pkey -in KEY -out NEW";
+            wrong(key, reason.to_owned())
+        }
+        error => wrong(key, error.to_string()),
+    })?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| wrong(certificates, error.to_string()))?
         .with_no_client_auth()
         .with_single_cert(chain, private)
-        .map_err(|error| wrong(key, error.to_string()))?;
+        .map_err(|error| wrong(key, format!("does not go with {}: {error}", certificates.display())))?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
@@ -143,6 +152,8 @@ mod tests {
         assert!(Tls::open(&certificate, &key).is_ok());
         let error = |certificate: &Path, key: &Path| Tls::open(certificate, key).err().unwrap();
         assert_eq!(error(&key, &key).path, key, "no certificate in it");
+        let no_key = error(&certificate, &certificate);
+        assert!(no_key.path == certificate && no_key.reason.contains("no private key"), "{no_key}");
         assert_eq!(error(&certificate, &folder.path().join("none")).path, folder.path().join("none"));
         let other = tempfile::tempdir().unwrap();
         let [_, other_key] = write(other.path(), &["localhost"]);

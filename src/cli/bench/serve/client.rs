@@ -20,8 +20,10 @@ use tokio::{
 };
 use tokio_rustls::{
     TlsConnector,
-    rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::ServerName},
+    rustls::{ClientConfig, crypto::ring, pki_types::ServerName},
 };
+
+use crate::cli::trust;
 
 type Sender = SendRequest<Full<Bytes>>;
 
@@ -151,10 +153,9 @@ async fn start(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> 
 }
 
 fn tls() -> anyhow::Result<TlsConnector> {
-    let roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
+        .with_root_certificates(trust::roots()?)
         .with_no_client_auth();
     Ok(TlsConnector::from(Arc::new(config)))
 }

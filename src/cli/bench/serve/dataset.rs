@@ -226,7 +226,11 @@ impl DatasetArgs {
 
     /// As many prompts as asked for: those of a short file again, from its beginning.
     fn filled(&self, mut prompts: Vec<Prompt>) -> anyhow::Result<Vec<Prompt>> {
-        ensure!(!prompts.is_empty(), "--dataset-path: no usable prompt in the file");
+        ensure!(
+            !prompts.is_empty(),
+            "--dataset-path: no usable prompt in the file (of sharegpt, as in vLLM: two turns, a prompt of 4 to 1024 tokens, and an answer \
+             of at least 4 unless --sharegpt-output-len is given, 2048 together)"
+        );
         let found = prompts.len();
         if found < self.num_prompts {
             tracing::warn!(
