@@ -60,20 +60,23 @@ impl FrontEnd {
         let request_id = params.request_id.clone().unwrap_or_else(random_id);
         let id = form.id(&request_id);
         let is_chat = form.is_chat();
-        let summary = Arc::new(self.summary(&id, &model, is_chat, (&params, &prompts)));
+        let summary = Arc::new(self.summary(&id, &model, &form, (&params, &prompts)));
         let ending_tokens = self.ending_tokens(&params.sampling);
-        let echo_alone = params.output.echo && params.max_tokens == Some(0);
-        let first_seed = params.seed.unwrap_or_else(|| self.seeds.next());
+        // The engine makes one token at least; where none is wanted, it is not told of.
+        let prompt_alone = params.max_tokens == Some(0) && (params.output.echo || form.shows_prompts());
+        let first_seed = params.seed.unwrap_or_else(|| form.seed(self.seeds.next()));
+        let mut seeds = Vec::with_capacity(prompts.len() * params.n);
         let mut choices = Vec::with_capacity(prompts.len() * params.n);
         let mut infos = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let max_tokens =
-                if echo_alone { 1 } else { self.max_tokens(is_chat, &params, prompt.tokens.len()) };
+                if prompt_alone { 1 } else { self.max_tokens(&form, &params, prompt.tokens.len()) };
             let grammar = prompt.grammar.as_ref().map(AnswerGrammar::constraint);
             for i in 0..params.n {
                 // As vLLM: a seed that was asked for begins anew with each prompt; else no two choices share one.
                 let offset = if params.seed.is_some() { i } else { choices.len() };
                 let seed = first_seed.wrapping_add(offset as u64);
+                seeds.push(seed);
                 let sampling = SamplingParams { seed, max_tokens, ..params.sampling.clone() };
                 let mut request = self.request(is_chat, &prompt, &params, &id, sampling)?;
                 request.constraint = self.constraint(prompt.answer.as_ref(), grammar.clone())?;
@@ -97,7 +100,7 @@ impl FrontEnd {
                     answer: prompt.answer.clone(),
                     grammar_field: prompt.grammar.as_ref().map(|grammar| grammar.field),
                     ending_tokens: ending_tokens.clone(),
-                    discard_output: echo_alone,
+                    discard_output: prompt_alone,
                 }));
             }
             infos.push(PromptInfo { tokens: prompt.tokens.into(), echo: prompt.echo });
@@ -110,6 +113,7 @@ impl FrontEnd {
             model,
             arrived: params.arrived,
             prompts: infos,
+            seeds,
             n: params.n,
             reasons,
             output: params.output,
@@ -124,7 +128,7 @@ impl FrontEnd {
         &self,
         id: &str,
         model: &str,
-        is_chat: bool,
+        form: &Form,
         (params, prompts): (&Params, &[Prompt]),
     ) -> Summary {
         let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
@@ -133,7 +137,7 @@ impl FrontEnd {
             model: model.to_owned(),
             arrived: params.arrived,
             n: params.n,
-            max_tokens: self.max_tokens(is_chat, params, longest),
+            max_tokens: self.max_tokens(form, params, longest),
             temperature: params.sampling.temperature,
             top_p: params.sampling.top_p,
             num_images: prompts.iter().map(|prompt| prompt.images.len()).sum(),
@@ -207,13 +211,16 @@ impl FrontEnd {
         Ok(request)
     }
 
-    /// What was asked for, else the endpoint's default; too much is refused with the request.
-    fn max_tokens(&self, is_chat: bool, params: &Params, num_prompt_tokens: usize) -> usize {
+    /// What was asked for, else the endpoint's default. Too much is refused with the request, but for llama-server's
+    /// clients: their answers end where the context does, and say so.
+    fn max_tokens(&self, form: &Form, params: &Params, num_prompt_tokens: usize) -> usize {
         let room = self.engine.info().limits.max_model_len.saturating_sub(num_prompt_tokens).max(1);
-        params.max_tokens.unwrap_or_else(|| match is_chat {
-            true => self.options.sampling_defaults.max_tokens.unwrap_or(room).min(room),
-            false => DEFAULT_COMPLETION_TOKENS.min(room),
-        })
+        match (params.max_tokens, form) {
+            (Some(count), Form::Llama(_)) => count.min(room),
+            (Some(count), _) => count,
+            (None, Form::Completion) => DEFAULT_COMPLETION_TOKENS.min(room),
+            (None, _) => self.options.sampling_defaults.max_tokens.unwrap_or(room).min(room),
+        }
     }
 
     /// Tokens that end a sequence and do not show in its text.
