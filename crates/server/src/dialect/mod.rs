@@ -73,6 +73,11 @@ impl Form {
         if let Self::Llama(_) = self { drawn & u64::from(u32::MAX) } else { drawn }
     }
 
+    /// Bytes of the request that each choice repeats, its prompt aside.
+    pub(crate) fn repeated_bytes(&self) -> usize {
+        if let Self::Llama(head) = self { head.settings_bytes() } else { 0 }
+    }
+
     /// Whether the answer repeats its prompts.
     pub(crate) fn shows_prompts(&self) -> bool {
         matches!(self, Self::Llama(_))

@@ -431,6 +431,17 @@ async fn a_grammar_holds_the_answer() {
 }
 
 #[tokio::test]
+async fn an_answer_does_not_repeat_a_long_request_for_many_choices() {
+    let engine = Fake::says("x");
+    let server = server_with(&engine, &[], 4 << 20);
+    let schema = json!({"type": "integer", "description": "d".repeat(600_000)});
+    for (n, status) in [(1, 200), (100, 200), (128, 400)] {
+        let (got, answer) = complete(&server, say(json!({"json_schema": schema, "n": n}))).await;
+        assert_eq!(got, status, "{n}: {}", answer["error"]);
+    }
+}
+
+#[tokio::test]
 async fn without_the_cache_each_request_has_a_salt_of_its_own() {
     let engine = Fake::says("x");
     let server = server(&engine);

@@ -33,6 +33,13 @@ pub(crate) struct LlamaHead {
     max_model_len: usize,
 }
 
+impl LlamaHead {
+    /// About as many as `generation_settings` has.
+    pub(super) fn settings_bytes(&self) -> usize {
+        self.settings.values().map(|value| value.to_string().len()).sum()
+    }
+}
+
 impl FrontEnd {
     /// Queues a completion as llama-server has it (the body of `POST /completion`).
     ///

@@ -100,7 +100,7 @@ fn unknown(name: &str) -> ApiError {
 mod tests {
     use super::*;
 
-    fn read(samplers: Value) -> Result<Option<Vec<&'static str>>, ApiError> {
+    fn read(samplers: &Value) -> Result<Option<Vec<&'static str>>, ApiError> {
         let samplers = Samplers::read(&mut Body::new(json!({"samplers": samplers}))?)?;
         Ok(samplers.map(|samplers| samplers.0))
     }
@@ -118,7 +118,7 @@ mod tests {
             (json!("kt"), Some(&["top_k", "temperature"])),
             (json!([]), Some(&[])),
         ] {
-            assert_eq!(read(samplers.clone()).unwrap(), used.map(<[_]>::to_vec), "{samplers}");
+            assert_eq!(read(&samplers).unwrap(), used.map(<[_]>::to_vec), "{samplers}");
         }
     }
 
@@ -133,7 +133,7 @@ mod tests {
             json!([1]),
             json!({}),
         ] {
-            let error = read(samplers.clone()).expect_err(&samplers.to_string()).to_json();
+            let error = read(&samplers).expect_err(&samplers.to_string()).to_json();
             assert_eq!(error["error"]["param"], NAME);
         }
     }
