@@ -335,6 +335,39 @@ fn a_long_prompt_shows_its_progress() {
     assert_eq!((again[0], *again.last().unwrap()), ([cached, cached, 300], [cached, 300, 300]));
 }
 
+/// Another dialect, the same tokens; and what `cache_prompt` switches off is the cache.
+#[test]
+fn llama_servers_completions_are_those_of_the_same_model() {
+    const PATH: &str = "/completion";
+    let server = Server::start(MODEL, &["--max-model-len", "512"]);
+    let prompt: Vec<u32> = (0..100).map(|i| 40 + i % 50).collect();
+    let expected =
+        server.ask(COMPLETIONS, &with(endless(8), json!({"prompt": prompt})))["choices"][0].clone();
+    let body = json!({"prompt": prompt, "n_predict": 8, "temperature": 0, "ignore_eos": true, "return_tokens": true,
+        "n_probs": 2, "cache_prompt": false});
+    let alone = server.ask(PATH, &body);
+    assert_eq!((&alone["tokens"], &alone["content"]), (&expected["token_ids"], &expected["text"]));
+    assert_eq!((&alone["stop_type"], &alone["truncated"]), (&json!("limit"), &json!(false)));
+    assert_eq!((&alone["tokens_evaluated"], &alone["tokens_cached"]), (&json!(100), &json!(0)));
+    let cached = server.ask(PATH, &with(body.clone(), json!({"cache_prompt": true})));
+    assert!(cached["tokens_cached"].as_u64().unwrap() >= 64, "{}", cached["tokens_cached"]);
+    assert_eq!(cached["tokens"], alone["tokens"]);
+
+    let chunks: Vec<Value> =
+        server.stream(PATH, &body).map(|data| serde_json::from_str(&data).unwrap()).collect();
+    let (last, tokens) = chunks.split_last().unwrap();
+    assert_eq!((&last["stop"], &last["tokens_predicted"]), (&json!(true), &json!(8)));
+    let streamed: Vec<Value> = tokens.iter().map(|chunk| chunk["tokens"][0].clone()).collect();
+    assert_eq!(json!(streamed), alone["tokens"]);
+    let ids =
+        tokens.iter().map(|chunk| chunk["completion_probabilities"][0]["top_logprobs"][0]["id"].clone());
+    assert_eq!(json!(ids.collect::<Vec<_>>()), alone["tokens"], "greedy takes the most likely token");
+
+    // To the end of the context, which the answer says.
+    let full = server.ask(PATH, &with(body, json!({"n_predict": -1})));
+    assert_eq!((&full["tokens_predicted"], &full["truncated"]), (&json!(412), &json!(true)));
+}
+
 /// The demo model would think for longer.
 #[test]
 fn thoughts_are_cut_at_their_budget_and_the_answer_follows() {

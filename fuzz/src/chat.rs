@@ -15,7 +15,7 @@ use tower::ServiceExt;
 use crate::engine::Instantly;
 use crate::folder::model;
 
-const PATHS: [&str; 8] = [
+const PATHS: [&str; 9] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/messages",
@@ -24,6 +24,7 @@ const PATHS: [&str; 8] = [
     "/detokenize",
     "/v1/messages/count_tokens",
     "/v1/responses/input_tokens",
+    "/completion",
 ];
 
 struct Server {

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::answer::FINGERPRINT;
+use crate::completion_request::IMAGE_MARK;
 use crate::{ApiError, FrontEnd};
 
 /// Class of a tokenizer whose settings name none.
@@ -17,21 +18,20 @@ impl FrontEnd {
         let has_videos = has_images
             && limits.video_token_id.is_some()
             && self.media.as_ref().is_some_and(|media| media.takes_videos());
-        // By way of decimal digits: 0.7 as an f32 is another number as an f64.
-        let number = |value: f32| value.to_string().parse::<f64>().unwrap_or_default();
         let mut props = json!({
             "default_generation_settings": {
                 "n_ctx": limits.max_model_len,
                 "params": {
-                    "temperature": number(defaults.temperature),
+                    "temperature": decimal(defaults.temperature),
                     "top_k": defaults.top_k,
-                    "top_p": number(defaults.top_p),
-                    "min_p": number(defaults.min_p),
+                    "top_p": decimal(defaults.top_p),
+                    "min_p": decimal(defaults.min_p),
                 },
             },
             "model_alias": self.options.model_name(),
             "model_path": self.options.model_root,
             "modalities": {"vision": has_images, "video": has_videos, "audio": false},
+            "media_marker": IMAGE_MARK,
             "build_info": FINGERPRINT,
         });
         for name in ["bos_token", "eos_token"] {
@@ -66,6 +66,11 @@ impl FrontEnd {
     fn shown_template(&self) -> Option<String> {
         self.template.as_ref().filter(|_| self.options.tokenizer_info)?.source()
     }
+}
+
+/// By way of decimal digits: 0.7 as an f32 is another number as an f64.
+pub(crate) fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or_default()
 }
 
 /// Added tokens are objects in the file; who reads their names wants the text.

@@ -32,6 +32,8 @@ pub(crate) struct Shape {
     /// When the request arrived.
     pub(crate) arrived: Instant,
     pub(crate) prompts: Vec<PromptInfo>,
+    /// With which each choice is drawn.
+    pub(crate) seeds: Vec<u64>,
     /// Choices per prompt.
     pub(crate) n: usize,
     /// Whether reasoning is looked for, and its tokens counted.
@@ -183,6 +185,11 @@ impl Answer {
         whole.prompt = whole.prompt.take().or(delta.prompt);
         whole.timings = delta.timings.or(whole.timings);
         whole.finish = whole.finish.take().or(delta.finish);
+    }
+
+    /// The joined deltas, one a choice.
+    pub(crate) fn into_choices(self) -> Vec<Delta> {
+        self.0
     }
 
     pub(crate) fn into_json(self, shape: &Shape) -> Value {

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::Delta;
 use crate::answer::{Shape, Usage, add_echo_logprobs, put_finish, put_reasoning, put_timings, tool_call};
 use crate::logprobs::CompletionLogprobs;
+use crate::progress::PromptProgress;
 use crate::timings::Timings;
 
 /// What has been written of each choice.
@@ -20,8 +21,7 @@ struct Written {
     num_reasoning_tokens: usize,
     num_cached_tokens: usize,
     timings: Option<Timings>,
-    /// Whether anything was said about the progress of the prompt.
-    has_progress: bool,
+    progress: PromptProgress,
     /// Characters of tokens, for `text_offset`.
     offset: usize,
 }
@@ -106,26 +106,17 @@ fn parts(delta: &Delta) -> Vec<Value> {
 }
 
 impl Written {
-    /// llama-server's `prompt_progress`, in a chunk of its own. What the first one finds done was cached.
+    /// llama-server's `prompt_progress`, in a chunk of its own.
     fn progress(&mut self, shape: &Shape, delta: &Delta) -> Option<Value> {
-        let total = shape.prompt(delta.choice).tokens.len();
-        let at_end = delta.prompt.as_ref().filter(|_| self.has_progress).map(|_| total);
-        let processed = delta.progress.or(at_end)?;
-        if !std::mem::replace(&mut self.has_progress, true) {
-            self.num_cached_tokens = processed;
-        }
+        let progress = self.progress.report(shape, delta)?;
+        self.num_cached_tokens = progress.num_cached;
         let choice = match shape.form.is_chat() {
             true => json!({"index": delta.choice, "delta": {"role": "assistant", "content": null},
                 "logprobs": null, "finish_reason": null}),
             false => json!({"index": delta.choice, "text": "", "logprobs": null, "finish_reason": null}),
         };
         let mut chunk = self.chunk(shape, delta.choice, choice);
-        let time_ms = shape.arrived.elapsed().as_millis();
-        chunk.insert(
-            "prompt_progress".into(),
-            json!({"total": total, "cache": self.num_cached_tokens,
-            "processed": processed, "time_ms": u64::try_from(time_ms).unwrap_or(u64::MAX)}),
-        );
+        chunk.insert("prompt_progress".into(), progress.to_json());
         Some(Value::Object(chunk))
     }
 

@@ -7,7 +7,7 @@ use crate::ApiError;
 use crate::body::{Body, as_token_id, wrong_type};
 
 /// Most prompts of one request, as in vLLM.
-const MAX_PROMPTS: usize = 1024;
+pub(crate) const MAX_PROMPTS: usize = 1024;
 const WANTED: &str = "a string, a list of strings, a list of token ids or a list of such lists";
 
 /// One prompt as it was sent.
@@ -15,7 +15,17 @@ const WANTED: &str = "a string, a list of strings, a list of token ids or a list
 pub(crate) enum PromptInput {
     Text(String),
     Ids(Vec<TokenId>),
+    /// Texts and ids, one after the other; each text is tokenised by itself.
+    Mixed(Vec<PromptInput>),
+    /// A text with marks for images ([`IMAGE_MARK`]), and their files as base64.
+    WithImages {
+        text: String,
+        images: Vec<String>,
+    },
 }
+
+/// Where an image of [`PromptInput::WithImages`] stands: llama-server's mark, as `/props` tells.
+pub(crate) const IMAGE_MARK: &str = "<__media__>";
 
 /// Reads `prompt`.
 ///

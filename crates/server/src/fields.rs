@@ -20,6 +20,15 @@ pub(crate) enum Endpoint {
     Messages,
     /// `/v1/responses`
     Responses,
+    /// `/completion`
+    Llama,
+}
+
+impl Endpoint {
+    /// All of them.
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Chat, Self::Completions, Self::Messages, Self::Responses, Self::Llama];
 }
 
 /// What becomes of a field.
@@ -69,7 +78,7 @@ impl Neutral {
 }
 
 pub(crate) use self::tables::PASSED;
-use self::tables::{CHAT, COMMON, COMPLETIONS, MESSAGES, RESPONSES};
+use self::tables::{CHAT, COMMON, COMPLETIONS, LLAMA, MESSAGES, RESPONSES};
 use Support::Refused;
 
 /// Looks a field up.
@@ -84,6 +93,7 @@ pub(crate) fn all(endpoint: Endpoint) -> impl Iterator<Item = (&'static str, Sup
         Endpoint::Completions => (COMPLETIONS, COMMON),
         Endpoint::Messages => (MESSAGES, &[]),
         Endpoint::Responses => (RESPONSES, &[]),
+        Endpoint::Llama => (LLAMA, &[]),
     };
     let is_translated = matches!(endpoint, Endpoint::Messages | Endpoint::Responses);
     let passed = PASSED.iter().filter(move |_| is_translated).map(|name| (*name, Support::Works));
@@ -195,7 +205,7 @@ mod tests {
 
     #[test]
     fn no_field_is_listed_twice() {
-        for endpoint in [Endpoint::Chat, Endpoint::Completions, Endpoint::Messages, Endpoint::Responses] {
+        for endpoint in Endpoint::ALL {
             let names: Vec<_> = all(endpoint).map(|(name, _)| name).collect();
             assert_eq!(names.len(), names.iter().collect::<BTreeSet<_>>().len());
         }

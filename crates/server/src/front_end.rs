@@ -10,7 +10,7 @@ use spark_text::{ChatTemplate, GrammarStart, Tokenizer};
 use spark_vision::{ImageProcessor, VideoProcessor};
 
 use crate::body::Body;
-use crate::completion_request::read_prompts;
+use crate::completion_request::{PromptInput, read_prompts};
 use crate::dialect::Form;
 use crate::dialect::responses::ResponseStore;
 use crate::fields::{self, Endpoint, UnknownFields};
@@ -108,11 +108,22 @@ impl FrontEnd {
         let model = read_model(&mut body, &self.options)?;
         let params = self.read_params(Endpoint::Completions, &mut body)?;
         let inputs = read_prompts(&mut body)?;
+        self.queue_prompts(Form::Completion, model, params, inputs).await
+    }
+
+    /// Queues what goes on after each of several prompts.
+    pub(crate) async fn queue_prompts(
+        &self,
+        form: Form,
+        model: String,
+        params: Params,
+        inputs: Vec<PromptInput>,
+    ) -> Result<Generation, ApiError> {
         if inputs.len() * params.n > MAX_CHOICES {
             let message = format!("{} prompts x n {} is over {MAX_CHOICES} choices", inputs.len(), params.n);
             return Err(ApiError::field("n", message));
         }
-        let echo = params.output.echo;
+        let echo = params.output.echo || form.shows_prompts();
         let mut prompts = try_join_all(
             inputs.into_iter().map(|input| self.completion_prompt(input, echo, params.truncation)),
         )
@@ -121,7 +132,7 @@ impl FrontEnd {
             let grammar = self.grammars.compile(wanted, GrammarStart::Answer).await?;
             prompts.iter_mut().for_each(|prompt| prompt.grammar = Some(grammar.clone()));
         }
-        self.submit(Form::Completion, model, params, prompts)
+        self.submit(form, model, params, prompts)
     }
 
     /// Answers one line of an offline batch: status and body, as the server would.

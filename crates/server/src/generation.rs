@@ -9,7 +9,7 @@ use spark_api::TokenId;
 
 use crate::answer::Shape;
 use crate::choice::Choice;
-use crate::dialect::{Whole, Writer};
+use crate::dialect::{Framing, Whole, Writer};
 use crate::submit::HeldTokens;
 use crate::{ApiError, Delta};
 
@@ -50,9 +50,9 @@ impl Generation {
         self.shape.stream.stream
     }
 
-    /// Whether the events of the stream have names (their types), and no `[DONE]` at the end.
-    pub(crate) fn has_named_events(&self) -> bool {
-        self.shape.form.has_named_events()
+    /// What the events of the stream look like.
+    pub(crate) fn framing(&self) -> Framing {
+        self.shape.form.framing()
     }
 
     /// Tokens of all prompts together.

@@ -33,6 +33,7 @@ mod options;
 mod params;
 mod parts;
 mod pool;
+mod progress;
 mod prompts;
 mod structured;
 mod submit;

@@ -1,4 +1,4 @@
-//! Log-probabilities in the three dialects: chat, completions, `prompt_logprobs`.
+//! Log-probabilities in all dialects: chat, completions, llama-server's, `prompt_logprobs`.
 
 use serde_json::{Map, Value, json};
 use spark_api::{RankedToken, TokenId, TokenLogprobs};
@@ -27,9 +27,25 @@ impl TokenNames<'_> {
 
     /// `choices[].logprobs` of chat, with `count` alternatives per token.
     pub(crate) fn chat(&self, tokens: &[TokenLogprobs], count: usize) -> Value {
+        json!({"content": self.entries(tokens, count, |_| Map::new())})
+    }
+
+    /// llama-server's `completion_probabilities`: as in a chat, with ids.
+    pub(crate) fn llama(&self, tokens: &[TokenLogprobs], count: usize) -> Value {
+        let with_id = |id| Map::from_iter([("id".to_owned(), json!(id))]);
+        self.entries(tokens, count, with_id)
+    }
+
+    /// One object a token, with one for each of `count` alternatives. `begin` is what each begins with.
+    fn entries(
+        &self,
+        tokens: &[TokenLogprobs],
+        count: usize,
+        begin: impl Fn(TokenId) -> Map<String, Value>,
+    ) -> Value {
         let entry = |token: &RankedToken| {
             let TokenText { token: name, bytes } = self.text(token.id);
-            let mut entry = Map::new();
+            let mut entry = begin(token.id);
             entry.insert("token".into(), json!(name));
             entry.insert("logprob".into(), json!(clamp(token.logprob)));
             entry.insert("bytes".into(), json!(bytes));
@@ -39,9 +55,9 @@ impl TokenNames<'_> {
             let mut token = entry(&at.token);
             let top: Vec<_> = at.top.iter().take(count).map(entry).collect();
             token.insert("top_logprobs".into(), json!(top));
-            token
+            Value::Object(token)
         });
-        json!({"content": content.collect::<Vec<_>>()})
+        content.collect()
     }
 
     /// `prompt_logprobs`: null for the first token, then objects by token id, with `count` alternatives per token.

@@ -10,6 +10,7 @@ use spark_text::StopStrings;
 use crate::ApiError;
 use crate::body::{Body, as_float, wrong_type};
 use crate::fields::Endpoint;
+use crate::ids::random_id;
 use crate::options::{Options, SamplingDefaults};
 use crate::prompts::refuse_text;
 use crate::structured::{self, Wanted};
@@ -17,7 +18,7 @@ use crate::structured::{self, Wanted};
 /// Most choices of one prompt. vLLM allows 16,384; a client that wants more can send more requests.
 const MAX_N: usize = 128;
 /// Most entries of `logit_bias` and of `stop_token_ids`: they are copied to every rank at admission.
-const MAX_TOKEN_ENTRIES: usize = 1024;
+pub(crate) const MAX_TOKEN_ENTRIES: usize = 1024;
 /// Most wrong keys of `logit_bias` that a refusal names.
 const MAX_SHOWN: usize = 8;
 /// Most bytes of `cache_salt`, `request_id` and of a model name.
@@ -186,7 +187,7 @@ impl Params {
             sampling,
             seed: body.integer("seed", i64::MIN, i64::MAX)?.map(i64::cast_unsigned),
             priority: read_priority(body)?,
-            cache_salt: body.string("cache_salt", MAX_LABEL_BYTES)?,
+            cache_salt: read_salt(body)?,
             output,
             request_id: body.string("request_id", MAX_LABEL_BYTES)?,
             stream,
@@ -302,6 +303,12 @@ fn read_stop(body: &mut Body) -> Result<Arc<StopStrings>, ApiError> {
         other => Err(wrong_type("stop", "a string or a list of strings", &other)),
     });
     StopStrings::new(strings.collect::<Result<_, _>>()?).map_err(|error| refuse_text("stop", &error))
+}
+
+/// `cache_prompt: false` (llama-server's) takes nothing from the cache: under a salt of its own nothing is there.
+fn read_salt(body: &mut Body) -> Result<Option<String>, ApiError> {
+    let salt = body.string("cache_salt", MAX_LABEL_BYTES)?;
+    Ok(if body.boolean("cache_prompt", true)? { salt } else { Some(random_id()) })
 }
 
 fn read_priority(body: &mut Body) -> Result<i32, ApiError> {

@@ -4,13 +4,16 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 use spark_api::{MediaItem, TokenId};
-use spark_text::{ChatTemplate, GrammarStart, PlaceholderRun, TextError, expand_media, expand_videos};
+use spark_text::{
+    ChatTemplate, GrammarStart, IMAGE_PLACEHOLDER, PlaceholderRun, TextError, Tokenizer, expand_media,
+    expand_videos,
+};
 
 use crate::body::Body;
 use crate::chat_request::{read_chat, segment_text};
-use crate::completion_request::PromptInput;
+use crate::completion_request::{IMAGE_MARK, PromptInput};
 use crate::grammars::AnswerGrammar;
-use crate::media::{HeldMedium, Kind, MediaFile, MediaUrl, media_items};
+use crate::media::{HeldMedium, Kind, MediaFile, MediaUrl, VideoOptions, media_items};
 use crate::params::{Params, Truncation};
 use crate::parts::AnswerPlan;
 use crate::structured::Wanted;
@@ -48,14 +51,7 @@ impl FrontEnd {
     pub(crate) async fn chat_prompt(&self, body: &mut Body, params: &Params) -> Result<Prompt, ApiError> {
         let ChatTokens { tokens, files, offsets, answer, wanted } =
             self.chat_tokens(body, params.structured.clone(), params.truncation).await?;
-        let max_model_len = self.engine.info().limits.max_model_len;
-        if tokens.len() >= max_model_len {
-            let message = format!(
-                "the messages have {} tokens; with at least one output token that is over max_model_len ({max_model_len})",
-                tokens.len()
-            );
-            return Err(ApiError::field("messages", message));
-        }
+        self.check_room("messages", tokens.len())?;
         let grammar = match wanted {
             Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
             None => None,
@@ -194,21 +190,25 @@ impl FrontEnd {
         echo: bool,
         truncation: Option<Truncation>,
     ) -> Result<Prompt, ApiError> {
+        let (input, images) = match input {
+            PromptInput::WithImages { text, images } => (with_placeholders(&text, images.len())?, images),
+            other => (other, Vec::new()),
+        };
         let tokenizer = self.tokenizer.clone();
         let max_bytes = self.max_text_bytes();
         let work = move || {
             let (mut tokens, mut text) = match input {
-                PromptInput::Ids(tokens) => {
-                    let text = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
-                    (tokens, text)
-                }
                 PromptInput::Text(mut text) => {
                     if let Some(truncation) = truncation {
                         truncation.cut_text(&mut text, max_bytes);
                     }
                     check_length(text.len(), max_bytes, "prompt")?;
-                    let tokens =
-                        tokenizer.encode_trusted(&text).map_err(|error| refuse_text("prompt", &error))?;
+                    (encode_prompt(&tokenizer, &text)?, text)
+                }
+                other => {
+                    check_length(other.text_bytes(), max_bytes, "prompt")?;
+                    let tokens = other.into_tokens(&tokenizer)?;
+                    let text = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
                     (tokens, text)
                 }
             };
@@ -225,12 +225,86 @@ impl FrontEnd {
                 grammar: None,
             })
         };
-        self.pool.run(work).await
+        let prompt = self.pool.run(work).await?;
+        if images.is_empty() {
+            return Ok(prompt);
+        }
+        let names = [("messages", "prompt"), ("image_url", "prompt")];
+        self.add_images(prompt, images).await.map_err(|error| error.renamed(&names))
+    }
+
+    /// Puts images, given as base64, where the placeholders of a prompt are.
+    async fn add_images(&self, prompt: Prompt, images: Vec<String>) -> Result<Prompt, ApiError> {
+        // What is declared does not matter: the bytes say what they are.
+        let url = |data: String| MediaUrl {
+            kind: Kind::Image,
+            url: format!("data:image/png;base64,{data}"),
+            video: VideoOptions::default(),
+        };
+        let files = self.inspect_media(images.into_iter().map(url).collect()).await?;
+        let (tokens, offsets) = self.expand(prompt.tokens, &files)?;
+        self.check_room("prompt", tokens.len())?;
+        let images: Arc<[_]> = match &self.media {
+            Some(media) => media.load(&self.pool, files).await?.into(),
+            None => Arc::default(),
+        };
+        let media = media_items(&images, &offsets);
+        Ok(Prompt { tokens, media, images, ..prompt })
+    }
+
+    /// Refuses a prompt that leaves no room for an answer, before its media are decoded.
+    fn check_room(&self, param: &'static str, num_tokens: usize) -> Result<(), ApiError> {
+        let max_model_len = self.engine.info().limits.max_model_len;
+        if num_tokens < max_model_len {
+            return Ok(());
+        }
+        let message = format!(
+            "{param}: {num_tokens} tokens; with at least one output token that is over max_model_len ({max_model_len})"
+        );
+        Err(ApiError::field(param, message))
     }
 
     /// A text of more bytes has too many tokens: that need not be found out by tokenising it.
     fn max_text_bytes(&self) -> usize {
         self.engine.info().limits.max_model_len.saturating_mul(self.tokenizer.max_token_bytes())
+    }
+}
+
+/// The text with placeholders for its marks.
+fn with_placeholders(text: &str, num_images: usize) -> Result<PromptInput, ApiError> {
+    let num_marks = text.matches(IMAGE_MARK).count();
+    if num_marks != num_images {
+        let message = format!(
+            "prompt has {num_marks} marks {IMAGE_MARK} and {num_images} entries of multimodal_data: each mark stands for one"
+        );
+        return Err(ApiError::field("prompt", message));
+    }
+    Ok(PromptInput::Text(text.replace(IMAGE_MARK, IMAGE_PLACEHOLDER)))
+}
+
+fn encode_prompt(tokenizer: &Tokenizer, text: &str) -> Result<Vec<TokenId>, ApiError> {
+    tokenizer.encode_trusted(text).map_err(|error| refuse_text("prompt", &error))
+}
+
+impl PromptInput {
+    /// Bytes of its texts, which have to be tokenised.
+    fn text_bytes(&self) -> usize {
+        match self {
+            Self::Text(text) | Self::WithImages { text, .. } => text.len(),
+            Self::Ids(_) => 0,
+            Self::Mixed(parts) => parts.iter().map(Self::text_bytes).sum(),
+        }
+    }
+
+    fn into_tokens(self, tokenizer: &Tokenizer) -> Result<Vec<TokenId>, ApiError> {
+        match self {
+            Self::Text(text) | Self::WithImages { text, .. } => encode_prompt(tokenizer, &text),
+            Self::Ids(tokens) => Ok(tokens),
+            Self::Mixed(parts) => {
+                let parts = parts.into_iter().map(|part| part.into_tokens(tokenizer));
+                Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+            }
+        }
     }
 }
 

@@ -29,6 +29,9 @@ const DEFAULT_COMPLETION_TOKENS: usize = 16;
 /// alternatives would otherwise take gigabytes.
 const MAX_PROMPT_LOGPROBS: usize = 1 << 20;
 
+/// Most bytes of a request that its answer repeats, if it has several choices.
+const MAX_REPEATED_BYTES: usize = 64 << 20;
+
 /// What a sequence counts as at least when tokens are counted: it takes more memory than a short prompt.
 const SEQUENCE_TOKENS: usize = 256;
 
@@ -54,26 +57,30 @@ impl FrontEnd {
         prompts: Vec<Prompt>,
     ) -> Result<Generation, ApiError> {
         check_prompt_logprobs(&params, &prompts)?;
+        check_repeats(&form, params.n, &prompts)?;
         settle();
         let held = self.hold(&prompts, params.n)?;
         let reasons = prompts.iter().flat_map(|prompt| &prompt.answer).any(|plan| plan.form.thinks);
         let request_id = params.request_id.clone().unwrap_or_else(random_id);
         let id = form.id(&request_id);
         let is_chat = form.is_chat();
-        let summary = Arc::new(self.summary(&id, &model, is_chat, (&params, &prompts)));
+        let summary = Arc::new(self.summary(&id, &model, &form, (&params, &prompts)));
         let ending_tokens = self.ending_tokens(&params.sampling);
-        let echo_alone = params.output.echo && params.max_tokens == Some(0);
-        let first_seed = params.seed.unwrap_or_else(|| self.seeds.next());
+        // The engine makes one token at least; where none is wanted, it is not told of.
+        let prompt_alone = params.max_tokens == Some(0) && (params.output.echo || form.shows_prompts());
+        let first_seed = params.seed.unwrap_or_else(|| form.seed(self.seeds.next()));
+        let mut seeds = Vec::with_capacity(prompts.len() * params.n);
         let mut choices = Vec::with_capacity(prompts.len() * params.n);
         let mut infos = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let max_tokens =
-                if echo_alone { 1 } else { self.max_tokens(is_chat, &params, prompt.tokens.len()) };
+                if prompt_alone { 1 } else { self.max_tokens(&form, &params, prompt.tokens.len()) };
             let grammar = prompt.grammar.as_ref().map(AnswerGrammar::constraint);
             for i in 0..params.n {
                 // As vLLM: a seed that was asked for begins anew with each prompt; else no two choices share one.
                 let offset = if params.seed.is_some() { i } else { choices.len() };
                 let seed = first_seed.wrapping_add(offset as u64);
+                seeds.push(seed);
                 let sampling = SamplingParams { seed, max_tokens, ..params.sampling.clone() };
                 let mut request = self.request(is_chat, &prompt, &params, &id, sampling)?;
                 request.constraint = self.constraint(prompt.answer.as_ref(), grammar.clone())?;
@@ -97,7 +104,7 @@ impl FrontEnd {
                     answer: prompt.answer.clone(),
                     grammar_field: prompt.grammar.as_ref().map(|grammar| grammar.field),
                     ending_tokens: ending_tokens.clone(),
-                    discard_output: echo_alone,
+                    discard_output: prompt_alone,
                 }));
             }
             infos.push(PromptInfo { tokens: prompt.tokens.into(), echo: prompt.echo });
@@ -110,6 +117,7 @@ impl FrontEnd {
             model,
             arrived: params.arrived,
             prompts: infos,
+            seeds,
             n: params.n,
             reasons,
             output: params.output,
@@ -124,7 +132,7 @@ impl FrontEnd {
         &self,
         id: &str,
         model: &str,
-        is_chat: bool,
+        form: &Form,
         (params, prompts): (&Params, &[Prompt]),
     ) -> Summary {
         let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
@@ -133,7 +141,7 @@ impl FrontEnd {
             model: model.to_owned(),
             arrived: params.arrived,
             n: params.n,
-            max_tokens: self.max_tokens(is_chat, params, longest),
+            max_tokens: self.max_tokens(form, params, longest),
             temperature: params.sampling.temperature,
             top_p: params.sampling.top_p,
             num_images: prompts.iter().map(|prompt| prompt.images.len()).sum(),
@@ -207,13 +215,16 @@ impl FrontEnd {
         Ok(request)
     }
 
-    /// What was asked for, else the endpoint's default; too much is refused with the request.
-    fn max_tokens(&self, is_chat: bool, params: &Params, num_prompt_tokens: usize) -> usize {
+    /// What was asked for, else the endpoint's default. Too much is refused with the request, but for llama-server's
+    /// clients: their answers end where the context does, and say so.
+    fn max_tokens(&self, form: &Form, params: &Params, num_prompt_tokens: usize) -> usize {
         let room = self.engine.info().limits.max_model_len.saturating_sub(num_prompt_tokens).max(1);
-        params.max_tokens.unwrap_or_else(|| match is_chat {
-            true => self.options.sampling_defaults.max_tokens.unwrap_or(room).min(room),
-            false => DEFAULT_COMPLETION_TOKENS.min(room),
-        })
+        match (params.max_tokens, form) {
+            (Some(count), Form::Llama(_)) => count.min(room),
+            (Some(count), _) => count,
+            (None, Form::Completion) => DEFAULT_COMPLETION_TOKENS.min(room),
+            (None, _) => self.options.sampling_defaults.max_tokens.unwrap_or(room).min(room),
+        }
     }
 
     /// Tokens that end a sequence and do not show in its text.
@@ -222,6 +233,21 @@ impl FrontEnd {
             if sampling.ignore_eos { &[] } else { &self.engine.info().limits.eos_token_ids };
         sampling.stop_token_ids.iter().chain(eos).copied().collect()
     }
+}
+
+/// An answer that repeats its prompts does so for each choice.
+fn check_repeats(form: &Form, n: usize, prompts: &[Prompt]) -> Result<(), ApiError> {
+    let own = form.repeated_bytes();
+    let num_bytes: usize = prompts.iter().map(|prompt| prompt.echo.len().saturating_add(own)).sum();
+    let num_bytes = num_bytes.saturating_mul(n);
+    if num_bytes <= MAX_REPEATED_BYTES || prompts.len() * n == 1 {
+        return Ok(());
+    }
+    let message = format!(
+        "{} prompts x n {n}: the answer would repeat {num_bytes} bytes of the request; the limit is {MAX_REPEATED_BYTES}",
+        prompts.len()
+    );
+    Err(ApiError::field("n", message))
 }
 
 fn check_prompt_logprobs(params: &Params, prompts: &[Prompt]) -> Result<(), ApiError> {

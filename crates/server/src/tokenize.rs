@@ -101,6 +101,7 @@ impl FrontEnd {
         }
         let tokenizer = self.tokenizer.clone();
         let prompt = self.pool.run(move || Ok(tokenizer.decode(&tokens, false))).await?;
-        Ok(json!({"prompt": prompt}))
+        // llama-server's name beside vLLM's.
+        Ok(json!({"prompt": prompt, "content": prompt}))
     }
 }

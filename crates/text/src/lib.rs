@@ -28,7 +28,7 @@ pub use grammar::{
     ToolFunction, ToolMode,
 };
 pub use logprob::TokenText;
-pub use placeholder::{PlaceholderRun, expand_media, expand_placeholders, expand_videos};
+pub use placeholder::{IMAGE_PLACEHOLDER, PlaceholderRun, expand_media, expand_placeholders, expand_videos};
 pub use stop::{StopMatcher, StopOutput, StopStrings};
 pub use template::{
     ChatTemplate, Conversation, MediaKind, MediaPart, RenderInput, THINKING_SWITCH, prepare_messages,

@@ -7,6 +7,8 @@ use crate::{Result, Segment, TextError};
 const VIDEO: &str = "<|video_pad|>";
 const VISION_START: &str = "<|vision_start|>";
 const VISION_END: &str = "<|vision_end|>";
+/// How a chat template shows an image, for prompts that no template writes.
+pub const IMAGE_PLACEHOLDER: &str = "<|vision_start|><|image_pad|><|vision_end|>";
 
 /// A run of equal placeholders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

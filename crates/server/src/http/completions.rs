@@ -1,4 +1,4 @@
-//! The generating routes of OpenAI's older dialects, and what all generating routes share: a JSON body, or server-sent
+//! The generating routes of OpenAI's older dialects and of llama-server's, and what all generating routes share: a JSON body, or server-sent
 //! events.
 
 use std::convert::Infallible;
@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::HttpState;
 use super::reply::JsonBody;
 use super::request_id::REQUEST_ID;
+use crate::dialect::Framing;
 use crate::{ApiError, Generation};
 
 /// POST /v1/chat/completions
@@ -36,6 +37,16 @@ pub(super) async fn completions(
     respond(&state, state.front_end.completion(body).await?).await
 }
 
+/// POST /completion
+pub(super) async fn llama(
+    State(state): State<HttpState>,
+    headers: HeaderMap,
+    JsonBody(body): JsonBody,
+) -> Result<Response, ApiError> {
+    let body = with_request_id(body, &headers);
+    respond(&state, state.front_end.llama_completion(body).await?).await
+}
+
 /// The header names the request where the body does not, as in vLLM.
 pub(super) fn with_request_id(mut body: Value, headers: &HeaderMap) -> Value {
     let header = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
@@ -52,8 +63,8 @@ pub(super) async fn respond(state: &HttpState, generation: Generation) -> Result
     let request_id = HeaderValue::from_str(generation.request_id()).ok();
     let mut response = match generation.is_streamed() {
         true => {
-            let is_named = generation.has_named_events();
-            stream(state, generation.into_chunks(), is_named)
+            let framing = generation.framing();
+            stream(state, generation.into_chunks(), framing)
         }
         false => Json(generation.into_response().await?).into_response(),
     };
@@ -63,18 +74,18 @@ pub(super) async fn respond(state: &HttpState, generation: Generation) -> Result
     Ok(response)
 }
 
-/// Server-sent events. Those with a type are named by it; those without end with a word of their own.
+/// Server-sent events.
 pub(super) fn stream(
     state: &HttpState,
     chunks: impl Stream<Item = Value> + Send + 'static,
-    is_named: bool,
+    framing: Framing,
 ) -> Response {
     let events = chunks.map(move |chunk| {
-        let name = chunk.get("type").and_then(Value::as_str).filter(|_| is_named);
+        let name = chunk.get("type").and_then(Value::as_str).filter(|_| framing == Framing::Named);
         let event = name.map_or_else(Event::default, |name| Event::default().event(name));
         event.data(chunk.to_string())
     });
-    let done = stream::iter((!is_named).then(|| Event::default().data("[DONE]")));
+    let done = stream::iter((framing == Framing::Done).then(|| Event::default().data("[DONE]")));
     let events = events.chain(done).map(Ok::<_, Infallible>);
     let keep_alive = KeepAlive::new().interval(state.front_end.options.keep_alive).text("keep-alive");
     Sse::new(events).keep_alive(keep_alive).into_response()

@@ -89,10 +89,11 @@ pub fn router(state: HttpState) -> Router {
         .with_state(state)
 }
 
-/// What llama-server answers without `/v1` too, for clients whose address lacks it. Not `/completions`: that is another
-/// dialect there.
+/// What llama-server answers without `/v1`: there `/completions` is its own dialect, and the others are OpenAI's.
 fn without_version() -> Router<HttpState> {
     Router::new()
+        .route("/completion", post(completions::llama))
+        .route("/completions", post(completions::llama))
         .route("/chat/completions", post(completions::chat))
         .route("/chat/completions/input_tokens", post(tokens::count_chat_tokens))
         .route("/responses", post(responses::create))

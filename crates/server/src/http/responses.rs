@@ -9,6 +9,7 @@ use super::HttpState;
 use super::completions::{respond, stream};
 use super::reply::JsonBody;
 use crate::ApiError;
+use crate::dialect::Framing;
 use crate::dialect::responses::Page;
 
 /// POST /v1/responses
@@ -21,7 +22,7 @@ pub(super) async fn create(
     match generation.into_background() {
         Ok(response) if is_streamed => {
             let id = response["id"].as_str().unwrap_or_default();
-            Ok(stream(&state, state.front_end.response_events(id, None)?, true))
+            Ok(stream(&state, state.front_end.response_events(id, None)?, Framing::Named))
         }
         Ok(response) => Ok(Json(response).into_response()),
         Err(generation) => respond(&state, *generation).await,
@@ -72,7 +73,7 @@ pub(super) async fn get(
 ) -> Result<Response, ApiError> {
     match read_query(&query)? {
         None => Ok(Json(state.front_end.stored_response(&id)?).into_response()),
-        Some(after) => Ok(stream(&state, state.front_end.response_events(&id, after)?, true)),
+        Some(after) => Ok(stream(&state, state.front_end.response_events(&id, after)?, Framing::Named)),
     }
 }
 

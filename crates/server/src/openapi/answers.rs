@@ -1,7 +1,8 @@
 //! Schemas of the answers, by the names that they have in the document.
 
 use super::schema::{
-    Node, any, any_number, boolean, count, either, list, map, named, null, object, or_null, text, word,
+    Node, any, any_number, boolean, count, either, integer, list, map, named, null, object, or_null, text,
+    word,
 };
 
 /// All of them.
@@ -9,6 +10,7 @@ pub(super) fn all() -> Vec<(&'static str, Node)> {
     let mut all = openai();
     all.extend(anthropic());
     all.extend(responses());
+    all.extend(llama());
     all.extend(others());
     all
 }
@@ -94,13 +96,8 @@ fn openai() -> Vec<(&'static str, Node)> {
     let mut of_chat =
         vec![("prompt_token_ids", or_null(list(count()))), ("prompt_logprobs", or_null(list(any())))];
     of_chat.extend(timings());
-    let progress =
-        ["total", "cache", "processed", "time_ms"].into_iter().map(|name| (name, count())).collect();
-    let mut of_chunk = vec![
-        ("usage", named("Usage")),
-        ("prompt_token_ids", list(count())),
-        ("prompt_progress", object(progress, Vec::new())),
-    ];
+    let mut of_chunk =
+        vec![("usage", named("Usage")), ("prompt_token_ids", list(count())), ("prompt_progress", progress())];
     of_chunk.extend(timings());
     vec![
         ("Usage", usage()),
@@ -108,6 +105,46 @@ fn openai() -> Vec<(&'static str, Node)> {
         ("ChatCompletionChunk", object(head("chat.completion.chunk", chunk_choice), of_chunk)),
         ("Completion", object(with_usage(head("text_completion", text_choice)), timings().to_vec())),
         ("Error", error()),
+    ]
+}
+
+fn progress() -> Node {
+    let counts = ["total", "cache", "processed", "time_ms"].into_iter().map(|name| (name, count()));
+    object(counts.collect(), Vec::new())
+}
+
+/// Nothing is always there: `response_fields` says what is.
+fn llama() -> Vec<(&'static str, Node)> {
+    let chunk = || {
+        vec![
+            ("index", count()),
+            ("content", text()),
+            ("tokens", list(count())),
+            ("id_slot", integer(-1)),
+            ("stop", boolean()),
+            ("tokens_predicted", count()),
+            ("tokens_evaluated", count()),
+        ]
+    };
+    let extra = || [("timings", map(any_number())), ("completion_probabilities", list(map(any())))];
+    let mut last = chunk();
+    last.extend([
+        ("model", text()),
+        ("generation_settings", map(any())),
+        ("prompt", text()),
+        ("has_new_line", boolean()),
+        ("truncated", boolean()),
+        ("stop_type", word(&["eos", "limit", "word"])),
+        ("stopping_word", text()),
+        ("tokens_cached", count()),
+    ]);
+    last.extend(extra());
+    let last = object(Vec::new(), last);
+    let mut of_chunk = extra().to_vec();
+    of_chunk.push(("prompt_progress", progress()));
+    vec![
+        ("LlamaCompletion", either(vec![last.clone(), list(last)])),
+        ("LlamaChunk", object(chunk(), of_chunk)),
     ]
 }
 
@@ -229,6 +266,7 @@ fn props() -> Node {
             ("model_alias", text()),
             ("model_path", text()),
             ("modalities", object(modality, Vec::new())),
+            ("media_marker", text()),
             ("build_info", text()),
         ],
         vec![("bos_token", or_null(text())), ("eos_token", or_null(text())), ("chat_template", text())],
@@ -258,7 +296,7 @@ fn others() -> Vec<(&'static str, Node)> {
         ("Model", object(model, Vec::new())),
         ("Models", object(vec![("object", word(&["list"])), ("data", list(named("Model")))], Vec::new())),
         ("Tokens", object(tokens, Vec::new())),
-        ("Text", object(vec![("prompt", text())], Vec::new())),
+        ("Text", object(vec![("prompt", text())], vec![("content", text())])),
         ("ChatTokens", object(vec![("input_tokens", count())], Vec::new())),
         ("TokenizerInfo", object(vec![("tokenizer_class", text())], vec![("chat_template", text())])),
         ("Props", props()),

@@ -66,6 +66,12 @@ const ROUTES: &[Route] = &[
         Answer::Streamed("Completion", "Completion"),
     ),
     post(
+        "/completion",
+        "Go on with a text (llama-server, which has it at `/completions` too).",
+        "LlamaRequest",
+        Answer::Streamed("LlamaCompletion", "LlamaChunk"),
+    ),
+    post(
         "/v1/responses",
         "Answer a conversation that can be stored (OpenAI).",
         "ResponseRequest",
@@ -159,8 +165,8 @@ pub fn openapi() -> OpenApi {
     }
     let mut info = Info::new("spark-engine", env!("CARGO_PKG_VERSION"));
     info.description = Some(
-        "OpenAI's chat completions, completions and responses, Anthropic's messages, and what vLLM adds to them. An \
-         accepted field works, or the request gets a 400 that names it."
+        "OpenAI's chat completions, completions and responses, Anthropic's messages, and what vLLM adds to them; \
+         llama-server's completions. An accepted field works, or the request gets a 400 that names it."
             .into(),
     );
     OpenApiBuilder::new().info(info).paths(paths).components(Some(components.build())).build()
@@ -170,6 +176,7 @@ fn bodies() -> Vec<(&'static str, Node)> {
     vec![
         ("ChatRequest", requests::body(Endpoint::Chat, &["messages"])),
         ("CompletionRequest", requests::body(Endpoint::Completions, &["prompt"])),
+        ("LlamaRequest", requests::body(Endpoint::Llama, &["prompt"])),
         ("ResponseRequest", requests::body(Endpoint::Responses, &["input"])),
         ("MessageRequest", requests::body(Endpoint::Messages, &["messages", "max_tokens"])),
         ("TokenizeRequest", requests::tokenize()),

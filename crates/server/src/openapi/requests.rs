@@ -39,7 +39,10 @@ fn field(endpoint: Endpoint, name: &str) -> Option<Node> {
         "messages" => list(message(endpoint)),
         "system" => either(vec![text(), list(map(any()))]),
         "input" => either(vec![text(), list(map(any()))]),
+        "prompt" if endpoint == Endpoint::Llama => llama_prompt(),
         "prompt" => prompt(),
+        "logit_bias" if endpoint == Endpoint::Llama => either(vec![map(any()), list(list(any()))]),
+        "logprobs" if endpoint == Endpoint::Llama => count(),
         "stop" => either(vec![text(), list(text())]),
         "logprobs" if endpoint == Endpoint::Completions => either(vec![boolean(), integer(-1)]),
         "tools" => list(map(any())),
@@ -55,12 +58,15 @@ fn sampling(name: &str) -> Option<Node> {
         "top_p" | "min_p" => number(0.0, 1.0),
         "top_k" => integer(-1),
         "presence_penalty" | "frequency_penalty" => number(-2.0, 2.0),
-        "repetition_penalty" => number(0.0, 2.0),
+        "repetition_penalty" | "repeat_penalty" => number(0.0, 2.0),
         "logit_bias" => map(any_number()),
         "stop_token_ids" => list(count()),
         "stop_sequences" => list(text()),
         "seed" => integer(i64::MIN),
-        "n" => integer_in(1, 128),
+        "n" | "n_cmpl" => integer_in(1, 128),
+        "n_probs" => count(),
+        "repeat_last_n" => integer(-1),
+        "samplers" => either(vec![text(), list(text())]),
         "max_tokens" | "max_completion_tokens" | "max_output_tokens" | "min_tokens" => count(),
         "thinking_token_budget" | "truncate_prompt_tokens" | "n_predict" => integer(-1),
         "truncation_side" => word(&["left", "right"]),
@@ -78,6 +84,8 @@ fn output(name: &str) -> Option<Node> {
         | "include_stop_str_in_output"
         | "ignore_eos"
         | "return_token_ids"
+        | "return_tokens"
+        | "cache_prompt"
         | "return_tokens_as_token_ids"
         | "skip_special_tokens"
         | "add_special_tokens"
@@ -93,6 +101,7 @@ fn output(name: &str) -> Option<Node> {
         ),
         // -1: the whole vocabulary, where the operator allows that many.
         "top_logprobs" | "prompt_logprobs" => integer(-1),
+        "response_fields" => list(text()),
         "include" => list(word(&["message.output_text.logprobs", "reasoning.encrypted_content"])),
         "json_schema" | "response_format" | "structured_outputs" | "output_config" | "output_format"
         | "text" => map(any()),
@@ -115,6 +124,14 @@ fn other(name: &str) -> Option<Node> {
 
 fn prompt() -> Node {
     either(vec![text(), list(text()), list(count()), list(list(count()))])
+}
+
+/// Texts, ids, both in one list, a text with pictures; a list without numbers is several prompts.
+fn llama_prompt() -> Node {
+    let with_media = object(vec![("prompt_string", text())], vec![("multimodal_data", list(text()))]);
+    let mixed = list(either(vec![count(), text()]));
+    let one = || either(vec![text(), mixed.clone(), with_media.clone()]);
+    either(vec![one(), list(one())])
 }
 
 fn message(endpoint: Endpoint) -> Node {
@@ -164,7 +181,7 @@ mod tests {
 
     #[test]
     fn every_field_has_a_schema() {
-        for endpoint in [Endpoint::Chat, Endpoint::Completions, Endpoint::Messages, Endpoint::Responses] {
+        for endpoint in Endpoint::ALL {
             for (name, _) in fields::all(endpoint).filter(|(_, support)| *support == Support::Works) {
                 assert!(field(endpoint, name).is_some(), "{endpoint:?}: {name}");
             }

@@ -212,7 +212,7 @@ async fn texts_become_tokens_and_tokens_texts() {
     let expected = json!({"count": 3, "max_model_len": MAX_MODEL_LEN, "tokens": tokens, "token_strs": null});
     assert_eq!(answer, expected);
     let (_, answer) = ask(&server, "/detokenize", json!({"tokens": tokens})).await;
-    assert_eq!(answer, json!({"prompt": "hi<|im_end|>"}));
+    assert_eq!(answer, json!({"prompt": "hi<|im_end|>", "content": "hi<|im_end|>"}));
     let messages = json!([{"role": "user", "content": "Hello!"}]);
     let (_, answer) =
         ask(&server, "/tokenize", json!({"messages": messages, "return_token_strs": true})).await;

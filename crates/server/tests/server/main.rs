@@ -9,6 +9,7 @@ mod fake;
 mod http;
 mod images;
 mod lifecycle;
+mod llama;
 mod messages;
 mod newcomers;
 mod observed;

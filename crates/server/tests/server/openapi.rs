@@ -39,6 +39,7 @@ async fn every_field_that_works_is_read() {
         ("/v1/chat/completions", json!({"messages": messages})),
         ("/v1/completions", json!({"prompt": "x"})),
         ("/v1/responses", json!({"input": "x"})),
+        ("/completion", json!({"prompt": "x"})),
         ("/v1/messages", json!({"messages": messages, "max_tokens": 5})),
     ] {
         let (status, answer) = ask(&server, path, base.clone()).await;
