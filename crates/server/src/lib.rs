@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod about;
+mod allowed;
 mod answer;
 mod body;
 mod byte_bound;

@@ -57,7 +57,7 @@ fn sampling(name: &str) -> Option<Node> {
         "presence_penalty" | "frequency_penalty" => number(-2.0, 2.0),
         "repetition_penalty" => number(0.0, 2.0),
         "logit_bias" => map(any_number()),
-        "stop_token_ids" => list(count()),
+        "stop_token_ids" | "allowed_token_ids" | "logprob_token_ids" => list(count()),
         "stop_sequences" => list(text()),
         "seed" => integer(i64::MIN),
         "n" => integer_in(1, 128),

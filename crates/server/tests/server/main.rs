@@ -10,6 +10,7 @@ mod http;
 mod images;
 mod lifecycle;
 mod messages;
+mod named_tokens;
 mod newcomers;
 mod observed;
 mod openapi;
