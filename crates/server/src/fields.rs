@@ -14,6 +14,8 @@ use crate::ApiError;
 pub(crate) enum Endpoint {
     /// `/v1/chat/completions`
     Chat,
+    /// `/v1/chat/completions/batch`
+    Batch,
     /// `/v1/completions`
     Completions,
     /// `/v1/messages`
@@ -69,7 +71,7 @@ impl Neutral {
 }
 
 pub(crate) use self::tables::PASSED;
-use self::tables::{CHAT, COMMON, COMPLETIONS, MESSAGES, RESPONSES};
+use self::tables::{BATCH, CHAT, COMMON, COMPLETIONS, MESSAGES, RESPONSES};
 use Support::Refused;
 
 /// Looks a field up.
@@ -80,14 +82,17 @@ pub(crate) fn support(endpoint: Endpoint, name: &str) -> Option<Support> {
 /// The table of an endpoint.
 pub(crate) fn all(endpoint: Endpoint) -> impl Iterator<Item = (&'static str, Support)> {
     let (own, shared): (&[_], &[_]) = match endpoint {
-        Endpoint::Chat => (CHAT, COMMON),
+        Endpoint::Chat | Endpoint::Batch => (CHAT, COMMON),
         Endpoint::Completions => (COMPLETIONS, COMMON),
         Endpoint::Messages => (MESSAGES, &[]),
         Endpoint::Responses => (RESPONSES, &[]),
     };
     let is_translated = matches!(endpoint, Endpoint::Messages | Endpoint::Responses);
     let passed = PASSED.iter().filter(move |_| is_translated).map(|name| (*name, Support::Works));
-    own.iter().chain(shared).copied().chain(passed)
+    let special: &[_] = if endpoint == Endpoint::Batch { BATCH } else { &[] };
+    let is_special = |name: &str| special.iter().any(|(field, _)| *field == name);
+    let others = own.iter().chain(shared).filter(move |(name, _)| !is_special(name));
+    special.iter().chain(others).copied().chain(passed)
 }
 
 /// Refuses fields that are known and not supported; warns about unknown ones.
@@ -195,7 +200,9 @@ mod tests {
 
     #[test]
     fn no_field_is_listed_twice() {
-        for endpoint in [Endpoint::Chat, Endpoint::Completions, Endpoint::Messages, Endpoint::Responses] {
+        for endpoint in
+            [Endpoint::Chat, Endpoint::Batch, Endpoint::Completions, Endpoint::Messages, Endpoint::Responses]
+        {
             let names: Vec<_> = all(endpoint).map(|(name, _)| name).collect();
             assert_eq!(names.len(), names.iter().collect::<BTreeSet<_>>().len());
         }

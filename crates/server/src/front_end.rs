@@ -24,7 +24,7 @@ use crate::tools::Formats;
 use crate::{ApiError, Generation, Options};
 
 /// Most choices of one request over all its prompts.
-const MAX_CHOICES: usize = 1024;
+pub(crate) const MAX_CHOICES: usize = 1024;
 
 /// Answers OpenAI bodies with an engine. Shared by all connections; all methods take `&self`.
 pub struct FrontEnd {

@@ -8,6 +8,7 @@
 mod about;
 mod allowed;
 mod answer;
+mod batch_chat;
 mod body;
 mod byte_bound;
 mod chat_request;

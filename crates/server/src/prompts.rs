@@ -46,8 +46,19 @@ impl FrontEnd {
     /// The prompt of a chat. Its media are decoded last: a small file can hold many pixels, which are not worth their
     /// time and memory if the prompt is refused.
     pub(crate) async fn chat_prompt(&self, body: &mut Body, params: &Params) -> Result<Prompt, ApiError> {
-        let ChatTokens { tokens, files, offsets, answer, wanted } =
-            self.chat_tokens(body, params.structured.clone(), params.truncation).await?;
+        let chat = self.fitting_tokens(body, params).await?;
+        let mut prompts = self.with_media(vec![chat]).await?;
+        prompts.pop().ok_or_else(|| ApiError::internal(&"a chat without a prompt"))
+    }
+
+    /// The tokens of a conversation that leave room for an answer.
+    pub(crate) async fn fitting_tokens(
+        &self,
+        body: &mut Body,
+        params: &Params,
+    ) -> Result<ChatTokens, ApiError> {
+        let chat = self.chat_tokens(body, params.structured.clone(), params.truncation).await?;
+        let tokens = &chat.tokens;
         let max_model_len = self.engine.info().limits.max_model_len;
         if tokens.len() >= max_model_len {
             let message = format!(
@@ -56,16 +67,34 @@ impl FrontEnd {
             );
             return Err(ApiError::field("messages", message));
         }
-        let grammar = match wanted {
-            Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
-            None => None,
+        Ok(chat)
+    }
+
+    /// The prompts of one request's conversations. Their media are loaded together: a request that held some of them while it
+    /// waited for memory for others could wait for one that does the same.
+    pub(crate) async fn with_media(&self, chats: Vec<ChatTokens>) -> Result<Vec<Prompt>, ApiError> {
+        let (mut files, mut prompts) = (Vec::new(), Vec::with_capacity(chats.len()));
+        for ChatTokens { tokens, files: own, offsets, answer, wanted } in chats {
+            let grammar = match wanted {
+                Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
+                None => None,
+            };
+            let (media, images) = (Vec::new(), Arc::default());
+            let prompt = Prompt { tokens, media, images, echo: String::new(), answer, grammar };
+            prompts.push((prompt, own.len(), offsets));
+            files.extend(own);
+        }
+        let images = match &self.media {
+            Some(media) if !files.is_empty() => media.load(&self.pool, files).await?,
+            _ => Vec::new(),
         };
-        let images: Arc<[_]> = match &self.media {
-            Some(media) if !files.is_empty() => media.load(&self.pool, files).await?.into(),
-            _ => Arc::default(),
+        let mut images = images.into_iter();
+        let with_images = |(mut prompt, count, offsets): (Prompt, usize, Vec<usize>)| {
+            prompt.images = images.by_ref().take(count).collect();
+            prompt.media = media_items(&prompt.images, &offsets);
+            prompt
         };
-        let media = media_items(&images, &offsets);
-        Ok(Prompt { tokens, media, images, echo: String::new(), answer, grammar })
+        Ok(prompts.into_iter().map(with_images).collect())
     }
 
     /// Renders a conversation, tokenises it and makes room for its media. `structured`: what its answer has to be where

@@ -18,6 +18,8 @@ use crate::{ApiError, Delta};
 pub(crate) enum Form {
     /// `/v1/chat/completions`
     Chat,
+    /// `/v1/chat/completions/batch`
+    Batch,
     /// `/v1/completions`
     Completion,
     /// `/v1/messages`
@@ -35,7 +37,7 @@ impl Form {
     /// The id of the answer to a request.
     pub(crate) fn id(&self, request_id: &str) -> String {
         match self {
-            Self::Chat => format!("chatcmpl-{request_id}"),
+            Self::Chat | Self::Batch => format!("chatcmpl-{request_id}"),
             Self::Completion => format!("cmpl-{request_id}"),
             Self::Message => format!("msg_{request_id}"),
             Self::Response(_) => format!("resp_{request_id}"),
@@ -58,7 +60,7 @@ pub(crate) enum Writer {
 impl Writer {
     pub(crate) fn new(shape: &Shape) -> Self {
         match shape.form {
-            Form::Chat | Form::Completion => Self::Chunks(ChunkWriter::new(shape)),
+            Form::Chat | Form::Batch | Form::Completion => Self::Chunks(ChunkWriter::new(shape)),
             Form::Message => Self::Message(MessageWriter::default()),
             Form::Response(_) => Self::Response(ResponseWriter::default()),
         }
@@ -102,7 +104,7 @@ pub(crate) enum Whole {
 impl Whole {
     pub(crate) fn new(shape: &Shape) -> Self {
         match shape.form {
-            Form::Chat | Form::Completion => Self::Answer(Answer::new(shape.num_choices())),
+            Form::Chat | Form::Batch | Form::Completion => Self::Answer(Answer::new(shape.num_choices())),
             Form::Message => Self::Message(MessageWriter::default()),
             Form::Response(_) => Self::Response(ResponseWriter::default()),
         }

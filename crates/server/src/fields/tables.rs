@@ -112,6 +112,18 @@ pub(crate) const CHAT: &[(&str, Support)] = &[
     ("echo", Refused(Neutral::Bool(false))),
 ];
 
+/// What is otherwise in a batch of chats than in a chat: one answer for each, in one piece, without tools.
+pub(crate) const BATCH: &[(&str, Support)] = &[
+    ("n", Refused(Neutral::Number(1.0))),
+    ("stream", Refused(Neutral::Bool(false))),
+    ("stream_options", Refused(Neutral::Empty)),
+    ("return_progress", Refused(Neutral::Bool(false))),
+    ("timings_per_token", Refused(Neutral::Bool(false))),
+    ("tools", Refused(Neutral::Empty)),
+    ("tool_choice", Refused(Neutral::Words(&["none"]))),
+    ("parallel_tool_calls", NoEffect),
+];
+
 /// Fields of completions alone.
 pub(crate) const COMPLETIONS: &[(&str, Support)] = &[
     ("prompt", Works),

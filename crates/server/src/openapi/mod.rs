@@ -60,6 +60,12 @@ const ROUTES: &[Route] = &[
         Answer::Streamed("ChatCompletion", "ChatCompletionChunk"),
     ),
     post(
+        "/v1/chat/completions/batch",
+        "Answer several conversations, one choice each (vLLM).",
+        "ChatBatchRequest",
+        Answer::Json("ChatCompletion"),
+    ),
+    post(
         "/v1/completions",
         "Go on with a text (OpenAI).",
         "CompletionRequest",
@@ -169,6 +175,7 @@ pub fn openapi() -> OpenApi {
 fn bodies() -> Vec<(&'static str, Node)> {
     vec![
         ("ChatRequest", requests::body(Endpoint::Chat, &["messages"])),
+        ("ChatBatchRequest", requests::body(Endpoint::Batch, &["messages"])),
         ("CompletionRequest", requests::body(Endpoint::Completions, &["prompt"])),
         ("ResponseRequest", requests::body(Endpoint::Responses, &["input"])),
         ("MessageRequest", requests::body(Endpoint::Messages, &["messages", "max_tokens"])),

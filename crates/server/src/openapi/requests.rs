@@ -36,6 +36,7 @@ pub(super) fn body(endpoint: Endpoint, required: &[&'static str]) -> Node {
 /// What a field holds.
 fn field(endpoint: Endpoint, name: &str) -> Option<Node> {
     Some(match name {
+        "messages" if endpoint == Endpoint::Batch => list(list(message(endpoint))),
         "messages" => list(message(endpoint)),
         "system" => either(vec![text(), list(map(any()))]),
         "input" => either(vec![text(), list(map(any()))]),
@@ -164,7 +165,9 @@ mod tests {
 
     #[test]
     fn every_field_has_a_schema() {
-        for endpoint in [Endpoint::Chat, Endpoint::Completions, Endpoint::Messages, Endpoint::Responses] {
+        for endpoint in
+            [Endpoint::Chat, Endpoint::Batch, Endpoint::Completions, Endpoint::Messages, Endpoint::Responses]
+        {
             for (name, _) in fields::all(endpoint).filter(|(_, support)| *support == Support::Works) {
                 assert!(field(endpoint, name).is_some(), "{endpoint:?}: {name}");
             }

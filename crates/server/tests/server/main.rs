@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests: a case that cannot be set up has failed")]
 
 mod bad_input;
+mod batch;
 mod chat;
 mod completions;
 mod connections;
