@@ -14,6 +14,7 @@ mod byte_bound;
 mod chat_request;
 mod choice;
 mod chunks;
+mod client;
 mod completion_request;
 mod data_url;
 mod dialect;

@@ -193,7 +193,14 @@ impl FrontEnd {
                 return Err(ApiError::field("messages", message));
             }
         }
-        let files = try_join_all(urls.into_iter().map(|url| media.inspect(&self.pool, url))).await?;
+        // Each is counted among its kind, for the messages.
+        let mut counts = [0; 2];
+        let files = urls.into_iter().map(|url| {
+            let count = &mut counts[usize::from(url.kind == Kind::Video)];
+            *count += 1;
+            media.inspect(&self.pool, url, *count - 1)
+        });
+        let files = try_join_all(files).await?;
         let num_tokens = files.iter().map(MediaFile::num_tokens).fold(0, usize::saturating_add);
         if num_tokens >= limits.max_model_len {
             let what = if num_videos > 0 { "videos and images" } else { "images" };

@@ -11,6 +11,7 @@ mod http;
 mod images;
 mod lifecycle;
 mod messages;
+mod named_media;
 mod named_tokens;
 mod newcomers;
 mod observed;
