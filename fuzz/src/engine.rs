@@ -77,7 +77,7 @@ impl Engine for Instantly {
             };
             num_output_tokens += 1;
             let mut logprobs = request.sampling.logprobs.map(|count| logprobs(token, count));
-            for logprobs in &mut logprobs {
+            if let Some(logprobs) = &mut logprobs {
                 logprobs.named = request.sampling.logprob_token_ids.iter().map(|&id| (id, -1.0)).collect();
             }
             send(Event::Token(TokenEvent { token, logprobs }));
