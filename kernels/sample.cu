@@ -507,6 +507,14 @@ __device__ __forceinline__ void report(const SampleParams& p, u32 row, const u64
     if (threadIdx.x == 0) p.details[row].num_alternatives = count;
 }
 
+// Log-probabilities of the tokens that the row's slot names: floats where other rows have alternatives.
+__device__ __forceinline__ void report_named(const SampleParams& p, const Place& place, float normalizer) {
+    const u32* named = p.named + u64(place.index) * MAX_NAMED;
+    float* out = reinterpret_cast<float*>(p.alternatives + u64(place.row) * p.max_alternatives);
+    for (u32 i = threadIdx.x; i < place.slot->num_named; i += THREADS)
+        out[i] = __fsub_rn(place.source.logits[named[i]], normalizer);
+}
+
 // Log-probability and rank of one token. The `length` sorted keys are the highest of the row: where the token is as high as
 // one of them, all that are higher are there. All threads.
 __device__ __forceinline__ void report_token(const Source& s, u32 token, float normalizer, const u64* keys, u32 length,
@@ -578,7 +586,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample_select(const Sam
     u32 length = job.list_length;
     if (job.last_bin == OVERFLOW) length = list_highest(place.source, keys, p.max_alternatives);
     else sort_list(place.list, keys, length);
-    report(p, row, keys, length, normalizer);
+    if (place.slot && place.slot->num_named) report_named(p, place, normalizer);
+    else report(p, row, keys, length, normalizer);
     Detail& detail = p.details[row];
     if (place.slot && place.slot->flags & HAS_LOGPROBS)
         report_token(place.source, token, normalizer, keys, length, detail.chosen, detail.chosen_rank);

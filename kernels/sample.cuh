@@ -18,6 +18,8 @@ constexpr u32 LINEAR_BINS = 768;
 constexpr float LINEAR_NATS = 24.0f;
 // Candidates near a threshold that are sorted.
 constexpr u32 LIST = 4096;
+// Tokens that a slot may name.
+constexpr u32 MAX_NAMED = 128;
 constexpr u32 NONE = 0xffffffffu;
 // Of a probability of 1: 2^43 times 2^20 tokens fit 64 bits.
 constexpr float MASS_ONE = 8796093022208.0f;
@@ -39,6 +41,8 @@ struct Slot {
     u32 flags;
     u32 generated;
     u32 min_tokens;
+    u32 num_named; // tokens whose log-probabilities are reported in place of the most likely ones
+    u32 unused;
 };
 
 // The search for the candidates of a row: to draw one (job 0), or to report the most likely (job 1). What is gathered is zero
@@ -111,6 +115,7 @@ struct SampleParams {
     Detail* details;
     Alternative* alternatives;
     Candidate* candidates; // [num_rows] of this rank, or [world][candidate_rows] of all
+    const u32* named; // [num_slots][MAX_NAMED]
     u32 num_rows;
     u32 num_slots;
     u32 vocab;

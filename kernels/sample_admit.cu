@@ -1,14 +1,14 @@
 // sample_admit: what a sequence brings to its slot of the sampler. All of it comes in the parameters, so that no memory of
 // the host has to outlive the call and a step in flight is not waited for; long lists take several launches.
 //
-// Shapes  up to 440 entries: a token and its bias, its place in the history, or that it is a stop token.
+// Shapes  up to 440 entries: a token and its bias, its place in the history, that it is a stop token, or which named one it is.
 // Bytes   a few kilobytes.
 // Bound   launch latency.
 #include "sample.cuh"
 
 constexpr u32 ENTRIES = 440;
 // The top bits of an entry's token say what it is.
-constexpr u32 KIND_SHIFT = 30, HISTORY = 0, BIAS = 1;
+constexpr u32 KIND_SHIFT = 30, HISTORY = 0, BIAS = 1, NAMED = 3;
 
 struct AdmitParams {
     Slot* slots;
@@ -16,6 +16,7 @@ struct AdmitParams {
     float* bias;
     u32* stops;
     u16* history;
+    u32* named;
     Slot slot;
     u32 index;
     u32 has_slot; // `slot` and `last_token` are to be written
@@ -40,5 +41,6 @@ extern "C" __global__ void __launch_bounds__(512) sample_admit(const __grid_cons
     const u64 offset = u64(p.index) * p.stride;
     if (kind == HISTORY) p.history[offset + token] = u16(value);
     else if (kind == BIAS) p.bias[offset + token] = __uint_as_float(value);
+    else if (kind == NAMED) p.named[u64(p.index) * MAX_NAMED + value] = token;
     else atomicOr(p.stops + offset / 32 + token / 32, 1u << token % 32);
 }

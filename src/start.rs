@@ -7,9 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use spark_api::MAX_LOGPROB_TOKEN_IDS;
 use spark_backend::{Backend, Dtype, ExpertTally, Memory, Rank};
 use spark_cpu::CpuBackend;
-use spark_cuda::{Arch, CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, Profile};
+use spark_cuda::{
+    Arch, CudaBackend, CudaOptions, Driver, KernelOptions, MAX_ALTERNATIVES, MAX_NAMED_TOKENS, Profile,
+};
 use spark_models::{EncoderSplit, Head, HeadDtype, MoeParallel, Qwen3Vl};
 use spark_runtime::{EngineHandle, EngineOptions, LeaderGroup, MemoryPlan, MemoryUse, Rebuild, Running};
 use spark_weights::{Exchange, LoadOptions, LoadStrategy, Params, ProgressFn};
@@ -19,6 +22,9 @@ use crate::{Error, ModelFiles, Ranks, Result, fingerprint, ranks::Team};
 /// Most tokens in a step on a GPU unless said: each of many experts then gets enough rows of a prompt to be worth reading its
 /// weights.
 const GPU_BATCHED_TOKENS: usize = 8192;
+
+// What a request may name, a GPU has room for.
+const _: () = assert!(MAX_LOGPROB_TOKEN_IDS <= MAX_NAMED_TOKENS);
 
 /// Where to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -67,6 +67,63 @@ fn log_probabilities_are_those_of_the_oracle() {
     assert!(!entry["token"].as_str().unwrap().starts_with("token_id:"));
 }
 
+/// Named tokens have the log-probabilities that they have among the most likely ones, also where they are not among them; alone
+/// and on several ranks.
+#[test]
+fn named_tokens_have_the_log_probabilities_that_they_have_among_the_best() {
+    let asked = |extra: Value| {
+        with(endless(4), with(json!({"logprobs": 20, "return_tokens_as_token_ids": true}), extra))
+    };
+    let tops = |answer: &Value| answer["choices"][0]["logprobs"]["top_logprobs"].clone();
+    let mut seen = Vec::new();
+    for flags in [&[][..], &["--tp", "2"]] {
+        let server = Server::start(MODEL, flags);
+        let best = tops(&server.ask(COMPLETIONS, &asked(json!({}))));
+        let id = |name: &String| name.strip_prefix("token_id:").unwrap().parse::<u32>().unwrap();
+        let mut named: Vec<u32> = best[0].as_object().unwrap().keys().map(id).collect();
+        named.extend([0, 258]);
+        let got = tops(&server.ask(COMPLETIONS, &asked(json!({"logprob_token_ids": named}))));
+        for (best, got) in best.as_array().unwrap().iter().zip(got.as_array().unwrap()) {
+            let (best, got) = (best.as_object().unwrap(), got.as_object().unwrap());
+            let mut wanted: BTreeSet<u32> = named.iter().copied().collect();
+            let both: Vec<_> = best.keys().filter(|name| got.contains_key(*name)).collect();
+            assert!(both.iter().all(|name| best[*name] == got[*name]), "{best:?} {got:?}");
+            assert!(!both.is_empty());
+            // The sampled token is the most likely one, and always shown.
+            let (first, _) =
+                best.iter().max_by(|a, b| a.1.as_f64().unwrap().total_cmp(&b.1.as_f64().unwrap())).unwrap();
+            wanted.insert(id(first));
+            assert_eq!(got.keys().map(id).collect::<BTreeSet<_>>(), wanted);
+        }
+        seen.push(got);
+    }
+    for (alone, ranks) in seen[0].as_array().unwrap().iter().zip(seen[1].as_array().unwrap()) {
+        for (name, value) in alone.as_object().unwrap() {
+            let error = value.as_f64().unwrap() - ranks[name].as_f64().unwrap();
+            assert!(error.abs() < f64::from(FLOAT32.logprob), "{name}: off by {error}");
+        }
+    }
+}
+
+#[test]
+fn only_allowed_tokens_are_sampled() {
+    let server = Server::start(MODEL, &[]);
+    let hot =
+        json!({"allowed_token_ids": [65, 66, 200], "temperature": 2, "seed": 1, "top_k": 0, "top_p": 1});
+    let answer = server.ask(COMPLETIONS, &with(endless(40), hot));
+    let got: BTreeSet<u32> = ids(&answer["choices"][0]["token_ids"]).into_iter().collect();
+    assert_eq!(got, BTreeSet::from([65, 66, 200]));
+    // No other token ends it; one that is allowed does.
+    let body = json!({"prompt": "x", "max_tokens": 9, "allowed_token_ids": [66], "return_token_ids": true});
+    let held = server.ask(COMPLETIONS, &body);
+    assert_eq!(
+        (ids(&held["choices"][0]["token_ids"]), &held["choices"][0]["finish_reason"]),
+        (vec![66; 9], &json!("length"))
+    );
+    let ended = server.ask(COMPLETIONS, &with(body, json!({"allowed_token_ids": [258]})));
+    assert_eq!(ended["choices"][0]["finish_reason"], "stop");
+}
+
 #[test]
 fn streamed_log_probabilities_are_those_of_the_whole_answer() {
     let server = Server::start(MODEL, &[]);

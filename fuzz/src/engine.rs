@@ -57,6 +57,7 @@ impl Engine for Instantly {
         let logprobs = |id: TokenId, count: usize| TokenLogprobs {
             token: ranked(id, 1),
             top: (1..=count).map(|rank| ranked(id, rank)).collect(),
+            named: Vec::new(),
         };
         let prompt_logprobs = request.sampling.prompt_logprobs.map(|count| {
             let at = |(i, id): (usize, &TokenId)| (i > 0).then(|| logprobs(*id, count));
@@ -75,7 +76,10 @@ impl Engine for Instantly {
                 }
             };
             num_output_tokens += 1;
-            let logprobs = request.sampling.logprobs.map(|count| logprobs(token, count));
+            let mut logprobs = request.sampling.logprobs.map(|count| logprobs(token, count));
+            if let Some(logprobs) = &mut logprobs {
+                logprobs.named = request.sampling.logprob_token_ids.iter().map(|&id| (id, -1.0)).collect();
+            }
             send(Event::Token(TokenEvent { token, logprobs }));
             if is_complete {
                 reason = FinishReason::ConstraintComplete;

@@ -38,8 +38,10 @@ pub struct TokenEvent {
 pub struct TokenLogprobs {
     /// The token that was sampled, or that stands in the prompt.
     pub token: RankedToken,
-    /// The most likely tokens, best first.
+    /// The most likely tokens, best first; none where tokens were named.
     pub top: Vec<RankedToken>,
+    /// The tokens of `logprob_token_ids` and their log-probabilities, in their order. Nobody counts their ranks.
+    pub named: Vec<(TokenId, f32)>,
 }
 
 /// A token with its log-probability and rank.

@@ -21,7 +21,7 @@ pub use event::{Event, FinishReason, Finished, RankedToken, RequestTimings, Toke
 pub use limits::{Limits, MediaGeometry};
 pub use media::{GridThw, MediaHash, MediaItem};
 pub use request::{Request, RequestError};
-pub use sampling::SamplingParams;
+pub use sampling::{MAX_LOGPROB_TOKEN_IDS, SamplingParams};
 
 /// Vocabulary index of a token.
 pub type TokenId = u32;

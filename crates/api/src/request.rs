@@ -2,7 +2,9 @@
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::{Limits, MediaGeometry, MediaItem, SamplingParams, TokenConstraint, TokenId};
+use crate::{
+    Limits, MAX_LOGPROB_TOKEN_IDS, MediaGeometry, MediaItem, SamplingParams, TokenConstraint, TokenId,
+};
 
 /// One sequence to generate. Front ends turn `n` choices into `n` requests.
 #[non_exhaustive]
@@ -204,6 +206,7 @@ fn check_sampling(sampling: &SamplingParams, limits: &Limits) -> Result<(), Requ
             );
         }
     }
+    check_named(sampling, limits)?;
     for (param, count) in [("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)] {
         if count.is_some_and(|n| n > limits.max_logprobs) {
             return refuse(
@@ -213,4 +216,20 @@ fn check_sampling(sampling: &SamplingParams, limits: &Limits) -> Result<(), Requ
         }
     }
     Ok(())
+}
+
+/// Tokens whose log-probabilities are asked for by name.
+fn check_named(sampling: &SamplingParams, limits: &Limits) -> Result<(), RequestError> {
+    const PARAM: &str = "logprob_token_ids";
+    let (ids, size) = (&sampling.logprob_token_ids, limits.vocab_size);
+    if ids.len() > MAX_LOGPROB_TOKEN_IDS {
+        return refuse(PARAM, format!("{PARAM} has {} ids; the limit is {MAX_LOGPROB_TOKEN_IDS}", ids.len()));
+    }
+    if !ids.is_empty() && sampling.logprobs.is_none() {
+        return refuse(PARAM, format!("{PARAM} needs logprobs: ask for both"));
+    }
+    match ids.iter().find(|&&id| id as usize >= size) {
+        Some(id) => refuse(PARAM, format!("{PARAM} has the id {id}; the vocabulary has 0..{size}")),
+        None => Ok(()),
+    }
 }

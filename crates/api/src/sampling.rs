@@ -2,6 +2,9 @@
 
 use crate::TokenId;
 
+/// Most [`SamplingParams::logprob_token_ids`], as in vLLM: what a backend has room for beside a sampled token.
+pub const MAX_LOGPROB_TOKEN_IDS: usize = 128;
+
 /// Sampling parameters of one sequence.
 ///
 /// Order of application: logit bias, minimum length, penalties, temperature, min-p, top-k, top-p, draw.
@@ -36,7 +39,10 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// Report the log-probability of each sampled token and of this many most likely ones.
     pub logprobs: Option<usize>,
-    /// The same for every prompt token but the first. Bypasses the prefix cache.
+    /// Report the log-probabilities of these tokens instead of those of the most likely ones: at most
+    /// [`MAX_LOGPROB_TOKEN_IDS`], and only with `logprobs`, whose count then means nothing.
+    pub logprob_token_ids: Vec<TokenId>,
+    /// The same as `logprobs` for every prompt token but the first. Bypasses the prefix cache.
     pub prompt_logprobs: Option<usize>,
 }
 
@@ -58,6 +64,7 @@ impl SamplingParams {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            logprob_token_ids: Vec::new(),
             prompt_logprobs: None,
         }
     }

@@ -219,6 +219,8 @@ pub struct SlotParams {
     pub min_tokens: usize,
     /// Alternatives to report; `None` reports nothing, `Some(0)` the sampled token alone.
     pub logprobs: Option<usize>,
+    /// Tokens whose log-probabilities are reported instead of alternatives, if `logprobs` reports anything.
+    pub named_tokens: Vec<u32>,
     /// Prompt tokens (repetition penalty).
     pub prompt: Vec<u32>,
     /// Output so far: not empty when a preempted sequence resumes.
@@ -241,6 +243,7 @@ impl SlotParams {
             stop_token_ids: Vec::new(),
             min_tokens: 0,
             logprobs: None,
+            named_tokens: Vec::new(),
             prompt: Vec::new(),
             output: Vec::new(),
         }
@@ -265,6 +268,8 @@ pub struct SampledToken {
     pub token: u32,
     /// The token's and the best alternatives' log-probabilities, if the slot asked for them.
     pub logprobs: Option<(TokenLogprob, Vec<TokenLogprob>)>,
+    /// Log-probabilities of the slot's `named_tokens`, in their order; there are no alternatives then.
+    pub named: Vec<f32>,
 }
 
 /// Log-probability of a token under the raw logits of the whole head, padding rows included.

@@ -224,6 +224,11 @@ impl<'a> Logprobs<'a> {
         Some(TokenLogprob { token, logprob: logit - self.normalizer, rank })
     }
 
+    /// Of one token, without its rank; `None` when it is not in the vocabulary.
+    pub(crate) fn value(&self, token: u32) -> Option<f32> {
+        self.logits.get(token as usize).map(|logit| logit - self.normalizer)
+    }
+
     /// The `n` most likely tokens, by falling log-probability, then rising token.
     pub(crate) fn top(&self, n: usize) -> Vec<TokenLogprob> {
         let mut order: Vec<(f32, u32)> = self.logits.iter().copied().zip(0..).collect();
@@ -405,6 +410,8 @@ mod tests {
         assert_eq!(logprobs.top(9).len(), 4);
         assert!(logprobs.top(0).is_empty());
         assert!(logprobs.of(4).is_none());
+        assert!((0..4).all(|token| logprobs.value(token) == logprobs.of(token).map(|token| token.logprob)));
+        assert!(logprobs.value(4).is_none());
         let padded = [1.0, 3.0, 2.0, 3.0, 3.0];
         let with_padding = Logprobs::new(&padded, 4);
         let total = (1f64.exp() + 2f64.exp() + 3.0 * 3f64.exp()).ln();

@@ -138,15 +138,17 @@ impl State {
                     return Err(Error::shape("sample mask words", logits.len().div_ceil(32), mask.len()));
                 }
                 let token = slot.choose(logits, mask);
-                let logprobs = match slot.params.logprobs {
-                    None => None,
-                    Some(alternatives) => {
-                        let logprobs = Logprobs::new(all, vocab);
-                        let chosen = logprobs.of(token).ok_or_else(|| outside(token))?;
-                        Some((chosen, logprobs.top(alternatives)))
-                    }
-                };
-                Some(SampledToken { slot: index, token, logprobs })
+                let (mut logprobs, mut named) = (None, Vec::new());
+                if let Some(alternatives) = slot.params.logprobs {
+                    let all = Logprobs::new(all, vocab);
+                    let chosen = all.of(token).ok_or_else(|| outside(token))?;
+                    let names = &slot.params.named_tokens;
+                    let values = names.iter().map(|&token| all.value(token).ok_or_else(|| outside(token)));
+                    named = values.collect::<Result<_>>()?;
+                    let alternatives = if names.is_empty() { alternatives } else { 0 };
+                    logprobs = Some((chosen, all.top(alternatives)));
+                }
+                Some(SampledToken { slot: index, token, logprobs, named })
             }
         };
         Ok(Row { sampled, prompt })

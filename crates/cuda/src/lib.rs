@@ -51,7 +51,7 @@ pub use kernels::{
     MAX_PAIRS, MAX_ROUTED_EXPERTS, Nvfp4Test, PackedHost, PackedWeight, Prefill, ReduceNorm, RouterRule,
     Staging, WeightLoader,
 };
-pub use kernels::{MAX_ALTERNATIVES, RowRange, SampleOut, Sampler, Wanted};
+pub use kernels::{MAX_ALTERNATIVES, MAX_NAMED_TOKENS, RowRange, SampleOut, Sampler, Wanted};
 pub use mailbox::Mailboxes;
 pub use nvrtc::{Compiled, NVRTC_VARIABLE, Nvrtc};
 pub use pool::Pool;

@@ -355,7 +355,7 @@ impl Engine {
             Finish::Length => FinishReason::Length,
         });
         for &token in &update.tokens {
-            sequence.send_token(token, sampled.and_then(|s| s.logprobs.as_ref()));
+            sequence.send_token(token, sampled);
         }
         match reason {
             Some(reason) => self.remove(update.seq, reason),

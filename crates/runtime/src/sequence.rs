@@ -9,7 +9,7 @@ use spark_api::{
     Event, FinishReason, Finished, MediaItem, RankedToken, Request, RequestTimings, SamplingParams,
     TokenEvent, TokenId, TokenLogprobs,
 };
-use spark_backend::{SlotParams, TokenLogprob};
+use spark_backend::{SampledToken, SlotParams, TokenLogprob};
 use spark_scheduler::{MediaSpan, NewSequence, PlannedSeq};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -147,6 +147,7 @@ impl Sequence {
             stop_token_ids: self.stop_token_ids.clone(),
             min_tokens: s.min_tokens,
             logprobs: s.logprobs,
+            named_tokens: s.logprob_token_ids.clone(),
             // Only the repetition penalty looks at the prompt.
             prompt: if s.repetition_penalty == 1.0 { Vec::new() } else { self.prompt.to_vec() },
             output: self.output.clone(),
@@ -164,7 +165,7 @@ impl Sequence {
     /// Keeps the log-probabilities of prompt token `index`.
     pub(crate) fn keep_prompt_logprobs(&mut self, index: usize, token: TokenLogprob, top: &[TokenLogprob]) {
         if let Some(entry) = self.prompt_logprobs.get_mut(index) {
-            *entry = Some(logprobs(token, top));
+            *entry = Some(logprobs(token, top, Vec::new()));
         }
     }
 
@@ -190,10 +191,14 @@ impl Sequence {
     }
 
     /// A token is accepted.
-    pub(crate) fn send_token(&mut self, token: TokenId, sampled: Option<&(TokenLogprob, Vec<TokenLogprob>)>) {
+    pub(crate) fn send_token(&mut self, token: TokenId, sampled: Option<&SampledToken>) {
         self.first_token.get_or_insert_with(Instant::now);
         self.output.push(token);
-        let logprobs = sampled.map(|(token, top)| logprobs(*token, top));
+        let logprobs = sampled.and_then(|sampled| {
+            let (token, top) = sampled.logprobs.as_ref()?;
+            let named = self.sampling.logprob_token_ids.iter().copied().zip(sampled.named.iter().copied());
+            Some(logprobs(*token, top, named.collect()))
+        });
         self.send(Event::Token(TokenEvent { token, logprobs }));
     }
 
@@ -223,7 +228,7 @@ impl Sequence {
     }
 }
 
-fn logprobs(token: TokenLogprob, top: &[TokenLogprob]) -> TokenLogprobs {
+fn logprobs(token: TokenLogprob, top: &[TokenLogprob], named: Vec<(TokenId, f32)>) -> TokenLogprobs {
     let ranked = |t: &TokenLogprob| RankedToken { id: t.token, logprob: t.logprob, rank: t.rank };
-    TokenLogprobs { token: ranked(&token), top: top.iter().map(ranked).collect() }
+    TokenLogprobs { token: ranked(&token), top: top.iter().map(ranked).collect(), named }
 }

@@ -119,6 +119,7 @@ pub(crate) struct SlotParamsFields {
     stop_token_ids: Vec<u32>,
     min_tokens: usize,
     logprobs: Option<usize>,
+    named_tokens: Vec<u32>,
     prompt: Vec<u32>,
     output: Vec<u32>,
 }

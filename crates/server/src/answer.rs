@@ -215,7 +215,9 @@ impl Answer {
     fn into_chat(self, shape: &Shape, usage: Value) -> Map<String, Value> {
         let mut body = shape.head("chat.completion");
         let names = shape.names();
-        let prompt_logprobs = self.0.first().and_then(|choice| prompt_logprobs(shape, choice));
+        let is_batch = matches!(shape.form, Form::Batch);
+        let first = self.0.first().filter(|_| !is_batch);
+        let of_first = first.and_then(|choice| prompt_logprobs(shape, choice));
         let choices = self.0.into_iter().map(|choice| {
             let mut json = json!({
                 "index": choice.choice,
@@ -224,13 +226,19 @@ impl Answer {
             });
             put_finish(&mut json, choice.finish.as_ref());
             json["token_ids"] = json!(shape.output.return_token_ids.then_some(&choice.tokens));
+            if is_batch {
+                // Each choice has a prompt of its own.
+                json["prompt_logprobs"] = json!(prompt_logprobs(shape, &choice));
+                json["prompt_token_ids"] = json!(shape.prompt_ids(shape.prompt(choice.choice)));
+            }
             json
         });
         body.insert("choices".into(), Value::Array(choices.collect()));
         body.insert("usage".into(), usage);
         // Null where they were not asked for, as in vLLM: its clients read them without asking whether they are there.
-        body.insert("prompt_logprobs".into(), json!(prompt_logprobs));
-        let prompt_ids = shape.prompts.first().and_then(|prompt| shape.prompt_ids(prompt));
+        body.insert("prompt_logprobs".into(), json!(of_first));
+        let prompt_ids =
+            shape.prompts.first().filter(|_| !is_batch).and_then(|prompt| shape.prompt_ids(prompt));
         body.insert("prompt_token_ids".into(), json!(prompt_ids));
         body
     }

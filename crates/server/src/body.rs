@@ -25,6 +25,15 @@ impl Body {
         &self.0
     }
 
+    /// A copy of what is left of the fields that `is_kept`, with `name` as well.
+    pub(crate) fn with(&self, is_kept: impl Fn(&str) -> bool, name: &str, value: Value) -> Self {
+        let fields = self.0.iter().filter(|(name, value)| is_kept(name) && !value.is_null());
+        let mut fields: Map<String, Value> =
+            fields.map(|(name, value)| (name.clone(), value.clone())).collect();
+        fields.insert(name.to_owned(), value);
+        Self(fields)
+    }
+
     /// Takes the value of a field out.
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
         self.0.get_mut(name).map(Value::take).filter(|value| !value.is_null())

@@ -64,8 +64,18 @@ fn media_url(medium: MediaPart, video: VideoOptions) -> Result<MediaUrl, ApiErro
     };
     let param = media_kind.param();
     let refuse = |rule: String| Err(ApiError::field(param, format!("messages{place}: {rule}")));
+    let uuid = match part.get_mut("uuid").map(Value::take) {
+        None | Some(Value::Null) => None,
+        Some(Value::String(uuid)) if !uuid.is_empty() => Some(uuid),
+        Some(other) => {
+            return refuse(format!("uuid must be a string that is not empty, not {}", kind(&other)));
+        }
+    };
     let Some(name) = names.into_iter().find(|name| part.get(name).is_some()) else {
-        return refuse(format!("{param} is missing"));
+        return match uuid {
+            Some(_) => Ok(MediaUrl { kind: media_kind, url: None, uuid, video }),
+            None => refuse(format!("{param} is missing")),
+        };
     };
     if let Some(detail) = part[name].get("detail").or_else(|| part.get("detail"))
         && !(detail.is_null() || detail == "auto" || detail == "high")
@@ -77,7 +87,8 @@ fn media_url(medium: MediaPart, video: VideoOptions) -> Result<MediaUrl, ApiErro
         other => other,
     };
     match url {
-        Value::String(url) => Ok(MediaUrl { kind: media_kind, url, video }),
+        Value::String(url) => Ok(MediaUrl { kind: media_kind, url: Some(url), uuid, video }),
+        Value::Null if uuid.is_some() => Ok(MediaUrl { kind: media_kind, url: None, uuid, video }),
         other => refuse(format!("{param} must be a URL in a string, not {}", kind(&other))),
     }
 }
@@ -262,7 +273,8 @@ mod tests {
     }
 
     fn image(part: &Value) -> Result<String, ApiError> {
-        read(json!({"messages": [{"role": "user", "content": [part]}]})).map(|chat| chat.media[0].url.clone())
+        read(json!({"messages": [{"role": "user", "content": [part]}]}))
+            .map(|chat| chat.media[0].url.clone().unwrap())
     }
 
     #[test]
@@ -282,6 +294,8 @@ mod tests {
         for (part, param, rule) in [
             (json!({"type": "image_url"}), "image_url", "missing"),
             (json!({"type": "image_url", "image_url": 7}), "image_url", "not a number"),
+            (json!({"type": "image_url", "image_url": "x", "uuid": 7}), "image_url", "uuid must be a string"),
+            (json!({"type": "image_url", "uuid": ""}), "image_url", "uuid must be a string"),
             (json!({"type": "video_url"}), "video_url", "missing"),
             (json!({"type": "image_url", "image_url": {}}), "image_url", "not null"),
             (json!({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}), "image_url", "detail"),

@@ -14,6 +14,8 @@ use crate::ApiError;
 pub(crate) enum Endpoint {
     /// `/v1/chat/completions`
     Chat,
+    /// `/v1/chat/completions/batch`
+    Batch,
     /// `/v1/completions`
     Completions,
     /// `/v1/messages`
@@ -27,8 +29,8 @@ pub(crate) enum Endpoint {
 impl Endpoint {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Chat, Self::Completions, Self::Messages, Self::Responses, Self::Llama];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Chat, Self::Batch, Self::Completions, Self::Messages, Self::Responses, Self::Llama];
 }
 
 /// What becomes of a field.
@@ -78,7 +80,7 @@ impl Neutral {
 }
 
 pub(crate) use self::tables::PASSED;
-use self::tables::{CHAT, COMMON, COMPLETIONS, LLAMA, MESSAGES, RESPONSES};
+use self::tables::{BATCH, CHAT, COMMON, COMPLETIONS, LLAMA, MESSAGES, RESPONSES};
 use Support::Refused;
 
 /// Looks a field up.
@@ -89,7 +91,7 @@ pub(crate) fn support(endpoint: Endpoint, name: &str) -> Option<Support> {
 /// The table of an endpoint.
 pub(crate) fn all(endpoint: Endpoint) -> impl Iterator<Item = (&'static str, Support)> {
     let (own, shared): (&[_], &[_]) = match endpoint {
-        Endpoint::Chat => (CHAT, COMMON),
+        Endpoint::Chat | Endpoint::Batch => (CHAT, COMMON),
         Endpoint::Completions => (COMPLETIONS, COMMON),
         Endpoint::Messages => (MESSAGES, &[]),
         Endpoint::Responses => (RESPONSES, &[]),
@@ -97,7 +99,10 @@ pub(crate) fn all(endpoint: Endpoint) -> impl Iterator<Item = (&'static str, Sup
     };
     let is_translated = matches!(endpoint, Endpoint::Messages | Endpoint::Responses);
     let passed = PASSED.iter().filter(move |_| is_translated).map(|name| (*name, Support::Works));
-    own.iter().chain(shared).copied().chain(passed)
+    let special: &[_] = if endpoint == Endpoint::Batch { BATCH } else { &[] };
+    let is_special = |name: &str| special.iter().any(|(field, _)| *field == name);
+    let others = own.iter().chain(shared).filter(move |(name, _)| !is_special(name));
+    special.iter().chain(others).copied().chain(passed)
 }
 
 /// Refuses fields that are known and not supported; warns about unknown ones.

@@ -24,7 +24,7 @@ use crate::tools::Formats;
 use crate::{ApiError, Generation, Options};
 
 /// Most choices of one request over all its prompts.
-const MAX_CHOICES: usize = 1024;
+pub(crate) const MAX_CHOICES: usize = 1024;
 
 /// Answers OpenAI bodies with an engine. Shared by all connections; all methods take `&self`.
 pub struct FrontEnd {
@@ -124,10 +124,8 @@ impl FrontEnd {
             return Err(ApiError::field("n", message));
         }
         let echo = params.output.echo || form.shows_prompts();
-        let mut prompts = try_join_all(
-            inputs.into_iter().map(|input| self.completion_prompt(input, echo, params.truncation)),
-        )
-        .await?;
+        let tokens = inputs.into_iter().map(|input| self.completion_tokens(input, echo, params.truncation));
+        let mut prompts = self.with_media(try_join_all(tokens).await?).await?;
         if let Some(wanted) = params.structured.clone() {
             let grammar = self.grammars.compile(wanted, GrammarStart::Answer).await?;
             prompts.iter_mut().for_each(|prompt| prompt.grammar = Some(grammar.clone()));

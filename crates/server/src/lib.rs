@@ -6,12 +6,15 @@
 #![forbid(unsafe_code)]
 
 mod about;
+mod allowed;
 mod answer;
+mod batch_chat;
 mod body;
 mod byte_bound;
 mod chat_request;
 mod choice;
 mod chunks;
+mod client;
 mod completion_request;
 mod data_url;
 mod dialect;

@@ -11,6 +11,16 @@ fn clamp(logprob: f32) -> f32 {
     logprob.max(MIN_LOGPROB)
 }
 
+fn pair(token: &RankedToken) -> (TokenId, f32) {
+    (token.id, token.logprob)
+}
+
+/// The token itself, and those that the request named (`logprob_token_ids`), each once.
+fn named(at: &TokenLogprobs) -> impl Iterator<Item = (TokenId, f32)> {
+    let others = at.named.iter().copied().filter(|(id, _)| *id != at.token.id);
+    std::iter::once(pair(&at.token)).chain(others)
+}
+
 /// How tokens are called in an answer.
 #[derive(Clone, Copy)]
 pub(crate) struct TokenNames<'a> {
@@ -43,17 +53,20 @@ impl TokenNames<'_> {
         count: usize,
         begin: impl Fn(TokenId) -> Map<String, Value>,
     ) -> Value {
-        let entry = |token: &RankedToken| {
-            let TokenText { token: name, bytes } = self.text(token.id);
-            let mut entry = begin(token.id);
+        let entry = |(id, logprob): (TokenId, f32)| {
+            let TokenText { token: name, bytes } = self.text(id);
+            let mut entry = begin(id);
             entry.insert("token".into(), json!(name));
-            entry.insert("logprob".into(), json!(clamp(token.logprob)));
+            entry.insert("logprob".into(), json!(clamp(logprob)));
             entry.insert("bytes".into(), json!(bytes));
             entry
         };
         let content = tokens.iter().map(|at| {
-            let mut token = entry(&at.token);
-            let top: Vec<_> = at.top.iter().take(count).map(entry).collect();
+            let mut token = entry(pair(&at.token));
+            let top: Vec<_> = match at.named.is_empty() {
+                true => at.top.iter().take(count).map(pair).map(entry).collect(),
+                false => named(at).map(entry).collect(),
+            };
             token.insert("top_logprobs".into(), json!(top));
             Value::Object(token)
         });
@@ -131,9 +144,9 @@ impl<'a> CompletionLogprobs<'a> {
         self.token_logprobs.push(json!(at.map(|at| clamp(at.token.logprob))));
         self.top_logprobs.push(at.map_or(Value::Null, |at| {
             // The token itself is always there, as in vLLM: it comes first and may be one more than asked for.
-            let named = std::iter::once(&at.token).chain(at.top.iter().take(self.count));
+            let shown = named(at).chain(at.top.iter().take(self.count).map(pair));
             Value::Object(
-                named.map(|top| (self.names.text(top.id).token, json!(clamp(top.logprob)))).collect(),
+                shown.map(|(id, logprob)| (self.names.text(id).token, json!(clamp(logprob)))).collect(),
             )
         }));
     }

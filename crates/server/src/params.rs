@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::Value;
-use spark_api::{Limits, SamplingParams, TokenId};
+use spark_api::{Limits, MAX_LOGPROB_TOKEN_IDS, SamplingParams, TokenId};
 use spark_text::StopStrings;
 
 use crate::ApiError;
+use crate::allowed::AllowedTokens;
 use crate::body::{Body, as_float, wrong_type};
 use crate::fields::Endpoint;
 use crate::ids::random_id;
@@ -46,6 +47,8 @@ pub(crate) struct Params {
     pub(crate) stream: StreamParams,
     /// What the text of the answer has to look like.
     pub(crate) structured: Option<Wanted>,
+    /// The only tokens that the answer may have.
+    pub(crate) allowed: Option<AllowedTokens>,
     /// Prompts may be cut to this.
     pub(crate) truncation: Option<Truncation>,
 }
@@ -169,6 +172,11 @@ impl Params {
         let mut sampling = read_sampling(body, &options.sampling_defaults)?;
         sampling.min_tokens = output.min_tokens;
         sampling.logprobs = output.logprobs;
+        sampling.logprob_token_ids = read_named(body, &output)?;
+        if !sampling.logprob_token_ids.is_empty() {
+            // They come in place of the most likely ones; an echoed prompt still has those.
+            sampling.logprobs = output.logprobs.map(|_| 0);
+        }
         // An echoed prompt shows the log-probabilities of its tokens too. Each list is cut to its own count later, and
         // `None` is less than any count.
         sampling.prompt_logprobs = output.prompt_logprobs.max(output.logprobs.filter(|_| output.echo));
@@ -176,6 +184,10 @@ impl Params {
         let n_predict =
             body.integer("n_predict", -1, i64::MAX)?.and_then(|count| usize::try_from(count).ok());
         let max_tokens = body.count("max_tokens", 0, usize::MAX)?.or(n_predict);
+        if output.echo && max_tokens == Some(0) && !sampling.logprob_token_ids.is_empty() {
+            let message = "logprob_token_ids is about generated tokens, and max_tokens is 0";
+            return Err(ApiError::field("logprob_token_ids", message));
+        }
         let max_tokens = match endpoint == Endpoint::Completions {
             true => max_tokens,
             false => body.count("max_completion_tokens", 0, usize::MAX)?.or(max_tokens),
@@ -192,6 +204,7 @@ impl Params {
             request_id: body.string("request_id", MAX_LABEL_BYTES)?,
             stream,
             structured: structured::read(body)?,
+            allowed: AllowedTokens::read(body, limits.vocab_size)?,
             truncation: Truncation::read(body, endpoint != Endpoint::Completions, limits.max_model_len)?,
         })
     }
@@ -289,6 +302,21 @@ fn read_logprobs(endpoint: Endpoint, body: &mut Body, limits: &Limits) -> Result
         }
         count => Ok(wanted.then(|| count.unwrap_or(0))),
     }
+}
+
+/// `logprob_token_ids`, each once.
+fn read_named(body: &mut Body, output: &OutputParams) -> Result<Vec<TokenId>, ApiError> {
+    const NAME: &str = "logprob_token_ids";
+    let mut ids = Vec::new();
+    for id in body.token_ids(NAME, MAX_LOGPROB_TOKEN_IDS)? {
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    if !ids.is_empty() && output.logprobs.is_none() {
+        return Err(ApiError::field(NAME, format!("{NAME} needs logprobs: ask for both")));
+    }
+    Ok(ids)
 }
 
 fn read_stop(body: &mut Body) -> Result<Arc<StopStrings>, ApiError> {

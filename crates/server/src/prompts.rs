@@ -20,12 +20,13 @@ use crate::structured::Wanted;
 use crate::tools::Formats;
 use crate::{ApiError, FrontEnd};
 
-/// The tokens of a conversation, with room for its media, which are still to be decoded.
-pub(crate) struct ChatTokens {
+/// The tokens of a prompt, with room for its media, which are still to be decoded.
+pub(crate) struct PromptTokens {
     pub(crate) tokens: Vec<TokenId>,
     files: Vec<MediaFile>,
     /// Of the first placeholder of each part of each medium.
     offsets: Vec<usize>,
+    echo: String,
     answer: Option<AnswerPlan>,
     /// What the answer is held to, and where in the output that begins.
     wanted: Option<(Wanted, GrammarStart)>,
@@ -49,19 +50,47 @@ impl FrontEnd {
     /// The prompt of a chat. Its media are decoded last: a small file can hold many pixels, which are not worth their
     /// time and memory if the prompt is refused.
     pub(crate) async fn chat_prompt(&self, body: &mut Body, params: &Params) -> Result<Prompt, ApiError> {
-        let ChatTokens { tokens, files, offsets, answer, wanted } =
-            self.chat_tokens(body, params.structured.clone(), params.truncation).await?;
-        self.check_room("messages", tokens.len())?;
-        let grammar = match wanted {
-            Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
-            None => None,
+        let chat = self.fitting_tokens(body, params).await?;
+        let mut prompts = self.with_media(vec![chat]).await?;
+        prompts.pop().ok_or_else(|| ApiError::internal(&"a chat without a prompt"))
+    }
+
+    /// The tokens of a conversation that leave room for an answer.
+    pub(crate) async fn fitting_tokens(
+        &self,
+        body: &mut Body,
+        params: &Params,
+    ) -> Result<PromptTokens, ApiError> {
+        let chat = self.chat_tokens(body, params.structured.clone(), params.truncation).await?;
+        self.check_room("messages", chat.tokens.len())?;
+        Ok(chat)
+    }
+
+    /// The prompts of one request. Their media are loaded together: a request that held some of them while it
+    /// waited for memory for others could wait for one that does the same.
+    pub(crate) async fn with_media(&self, all: Vec<PromptTokens>) -> Result<Vec<Prompt>, ApiError> {
+        let (mut files, mut prompts) = (Vec::new(), Vec::with_capacity(all.len()));
+        for PromptTokens { tokens, files: own, offsets, echo, answer, wanted } in all {
+            let grammar = match wanted {
+                Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
+                None => None,
+            };
+            let (media, images) = (Vec::new(), Arc::default());
+            let prompt = Prompt { tokens, media, images, echo, answer, grammar };
+            prompts.push((prompt, own.len(), offsets));
+            files.extend(own);
+        }
+        let images = match &self.media {
+            Some(media) if !files.is_empty() => media.load(&self.pool, files).await?,
+            _ => Vec::new(),
         };
-        let images: Arc<[_]> = match &self.media {
-            Some(media) if !files.is_empty() => media.load(&self.pool, files).await?.into(),
-            _ => Arc::default(),
+        let mut images = images.into_iter();
+        let with_images = |(mut prompt, count, offsets): (Prompt, usize, Vec<usize>)| {
+            prompt.images = images.by_ref().take(count).collect();
+            prompt.media = media_items(&prompt.images, &offsets);
+            prompt
         };
-        let media = media_items(&images, &offsets);
-        Ok(Prompt { tokens, media, images, echo: String::new(), answer, grammar })
+        Ok(prompts.into_iter().map(with_images).collect())
     }
 
     /// Renders a conversation, tokenises it and makes room for its media. `structured`: what its answer has to be where
@@ -71,7 +100,7 @@ impl FrontEnd {
         body: &mut Body,
         structured: Option<Wanted>,
         truncation: Option<Truncation>,
-    ) -> Result<ChatTokens, ApiError> {
+    ) -> Result<PromptTokens, ApiError> {
         let (template, formats) = self.template_of_chats()?;
         let mut chat = read_chat(body, template.accepts_parts(), formats)?;
         let files = self.inspect_media(std::mem::take(&mut chat.media)).await?;
@@ -103,7 +132,7 @@ impl FrontEnd {
                 "truncate_prompt_tokens would cut a conversation with pictures; leave messages out instead";
             return Err(ApiError::field("truncate_prompt_tokens", message));
         }
-        Ok(ChatTokens { tokens, files, offsets, answer, wanted })
+        Ok(PromptTokens { tokens, files, offsets, echo: String::new(), answer, wanted })
     }
 
     /// A conversation as the template writes it.
@@ -160,7 +189,14 @@ impl FrontEnd {
                 return Err(ApiError::field("messages", message));
             }
         }
-        let files = try_join_all(urls.into_iter().map(|url| media.inspect(&self.pool, url))).await?;
+        // Each is counted among its kind, for the messages.
+        let mut counts = [0; 2];
+        let files = urls.into_iter().map(|url| {
+            let count = &mut counts[usize::from(url.kind == Kind::Video)];
+            *count += 1;
+            media.inspect(&self.pool, url, *count - 1)
+        });
+        let files = try_join_all(files).await?;
         let num_tokens = files.iter().map(MediaFile::num_tokens).fold(0, usize::saturating_add);
         if num_tokens >= limits.max_model_len {
             let what = if num_videos > 0 { "videos and images" } else { "images" };
@@ -184,12 +220,12 @@ impl FrontEnd {
 
     /// Tokenises one prompt of a completion. It is written by whoever would write the template, so its special tokens
     /// count; without media, placeholders among them are refused with the request.
-    pub(crate) async fn completion_prompt(
+    pub(crate) async fn completion_tokens(
         &self,
         input: PromptInput,
         echo: bool,
         truncation: Option<Truncation>,
-    ) -> Result<Prompt, ApiError> {
+    ) -> Result<PromptTokens, ApiError> {
         let (input, images) = match input {
             PromptInput::WithImages { text, images } => (with_placeholders(&text, images.len())?, images),
             other => (other, Vec::new()),
@@ -216,16 +252,11 @@ impl FrontEnd {
                 text = tokenizer.decode(&tokens, false);
             }
             let echo = if echo { text } else { String::new() };
-            Ok(Prompt {
-                tokens,
-                media: Vec::new(),
-                images: Arc::default(),
-                echo,
-                answer: None,
-                grammar: None,
-            })
+            Ok((tokens, echo))
         };
-        let prompt = self.pool.run(work).await?;
+        let (tokens, echo) = self.pool.run(work).await?;
+        let prompt =
+            PromptTokens { tokens, files: Vec::new(), offsets: Vec::new(), echo, answer: None, wanted: None };
         if images.is_empty() {
             return Ok(prompt);
         }
@@ -234,22 +265,18 @@ impl FrontEnd {
     }
 
     /// Puts images, given as base64, where the placeholders of a prompt are.
-    async fn add_images(&self, prompt: Prompt, images: Vec<String>) -> Result<Prompt, ApiError> {
+    async fn add_images(&self, prompt: PromptTokens, images: Vec<String>) -> Result<PromptTokens, ApiError> {
         // What is declared does not matter: the bytes say what they are.
         let url = |data: String| MediaUrl {
             kind: Kind::Image,
-            url: format!("data:image/png;base64,{data}"),
+            url: Some(format!("data:image/png;base64,{data}")),
             video: VideoOptions::default(),
+            uuid: None,
         };
         let files = self.inspect_media(images.into_iter().map(url).collect()).await?;
         let (tokens, offsets) = self.expand(prompt.tokens, &files)?;
         self.check_room("prompt", tokens.len())?;
-        let images: Arc<[_]> = match &self.media {
-            Some(media) => media.load(&self.pool, files).await?.into(),
-            None => Arc::default(),
-        };
-        let media = media_items(&images, &offsets);
-        Ok(Prompt { tokens, media, images, ..prompt })
+        Ok(PromptTokens { tokens, files, offsets, ..prompt })
     }
 
     /// Refuses a prompt that leaves no room for an answer, before its media are decoded.

@@ -7,6 +7,7 @@ use spark_api::{EventStream, Request, SamplingParams, SubmitError, TokenConstrai
 use spark_text::GrammarConstraint;
 use tokio::sync::mpsc::unbounded_channel;
 
+use crate::allowed::AllowedTokens;
 use crate::answer::Shape;
 use crate::choice::{Choice, ChoiceSetup};
 use crate::dialect::Form;
@@ -83,7 +84,7 @@ impl FrontEnd {
                 seeds.push(seed);
                 let sampling = SamplingParams { seed, max_tokens, ..params.sampling.clone() };
                 let mut request = self.request(is_chat, &prompt, &params, &id, sampling)?;
-                request.constraint = self.constraint(prompt.answer.as_ref(), grammar.clone())?;
+                request.constraint = self.constraint(&params, prompt.answer.as_ref(), grammar.clone())?;
                 // One choice speaks for the prompt.
                 let (sender, receiver) = unbounded_channel();
                 let progress = (params.stream.progress && i == 0).then_some(receiver);
@@ -178,13 +179,20 @@ impl FrontEnd {
         Ok(held)
     }
 
-    /// What holds a sequence to its grammar and its thoughts to their budget.
+    /// What holds a sequence to its grammar, its thoughts to their budget, its tokens to those that are allowed.
     fn constraint(
         &self,
+        params: &Params,
         plan: Option<&AnswerPlan>,
         grammar: Option<GrammarConstraint>,
     ) -> Result<Option<Box<dyn TokenConstraint>>, ApiError> {
         let budget = plan.and_then(|plan| Some((plan.options.reasoning?, plan.form.thinking_budget?)));
+        if let Some(allowed) = params.allowed.clone() {
+            return match (grammar, budget) {
+                (None, None) => Ok(Some(Box::new(allowed))),
+                _ => Err(AllowedTokens::conflict()),
+            };
+        }
         match budget {
             None => Ok(grammar.map(|grammar| Box::new(grammar) as _)),
             Some((start, budget)) => {

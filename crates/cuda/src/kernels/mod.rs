@@ -62,7 +62,7 @@ pub use rows::RowRange;
 pub(crate) use rows::{ElementsParams, GatherParams, JoinParams};
 pub(crate) use sampler::AdmitParams;
 pub use sampler::Sampler;
-pub use sampler_output::{MAX_ALTERNATIVES, SampleOut, Wanted};
+pub use sampler_output::{MAX_ALTERNATIVES, MAX_NAMED_TOKENS, SampleOut, Wanted};
 pub(crate) use sampler_step::{CANDIDATE_WORDS, SampleParams};
 pub(crate) use swiglu::SwigluParams;
 pub(crate) use vision::{PatchesParams, PositionParams};

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use spark_backend::{SlotParams, StepInputs};
 
-use super::sampler_output::MAX_ALTERNATIVES;
+use super::sampler_output::{MAX_ALTERNATIVES, MAX_NAMED_TOKENS};
 use super::{Kernels, LoadedModule, to_u32};
 use crate::launch::{Kernel, Launch, Params};
 use crate::{ALIGNMENT, DeviceSlice, Error, Result, Stream};
@@ -56,6 +56,8 @@ struct SlotHeader {
     flags: u32,
     generated: u32,
     min_tokens: u32,
+    num_named: u32,
+    unused: u32,
 }
 
 impl SlotHeader {
@@ -82,8 +84,15 @@ impl SlotHeader {
             // Counters beyond 32 bits do not happen: that many tokens have no context.
             generated: u32::try_from(params.output.len()).unwrap_or(u32::MAX),
             min_tokens: u32::try_from(params.min_tokens).unwrap_or(u32::MAX),
+            num_named: u32::try_from(num_named(params)).unwrap_or(u32::MAX),
+            unused: 0,
         }
     }
+}
+
+/// Tokens whose log-probabilities a sequence reports.
+fn num_named(params: &SlotParams) -> usize {
+    params.logprobs.map_or(0, |_| params.named_tokens.len())
 }
 
 /// `AdmitParams` of `kernels/sample_admit.cu`.
@@ -95,6 +104,7 @@ pub(crate) struct AdmitParams {
     bias: u64,
     stops: u64,
     history: u64,
+    named: u64,
     slot: SlotHeader,
     index: u32,
     has_slot: u32,
@@ -105,7 +115,7 @@ pub(crate) struct AdmitParams {
     entries: [[u32; 2]; ENTRIES],
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 5 * 8 + 48 + 6 * 4 + 440 * 8 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 6 * 8 + 56 + 6 * 4 + 440 * 8 bytes, no padding.
 unsafe impl Params for AdmitParams {
     const NAME: &'static str = "AdmitParams";
 }
@@ -138,6 +148,7 @@ struct HostSlot {
     /// Whether bias, stop tokens, history were written.
     dirty: [bool; 3],
     logprobs: Option<usize>,
+    num_named: usize,
     has_filters: bool,
 }
 
@@ -162,6 +173,8 @@ pub(super) struct Parts<T> {
     pub(super) bins: T,
     /// `[max_rows][2][LIST]` u64.
     pub(super) lists: T,
+    /// `[num_slots][MAX_NAMED_TOKENS]` u32.
+    pub(super) named: T,
 }
 
 impl<T> Parts<T> {
@@ -176,6 +189,7 @@ impl<T> Parts<T> {
             active: f(self.active)?,
             bins: f(self.bins)?,
             lists: f(self.lists)?,
+            named: f(self.named)?,
         })
     }
 }
@@ -193,6 +207,7 @@ impl Parts<u64> {
             active: 8 * rows,
             bins: rows * BIN_BYTES,
             lists: rows * LIST_BYTES,
+            named: 4 * slots * MAX_NAMED_TOKENS as u64,
         }
     }
 }
@@ -273,6 +288,11 @@ impl Sampler {
         self.slots.get(slot).and_then(|slot| slot.logprobs)
     }
 
+    /// How many tokens it named, whose log-probabilities take the place of alternatives.
+    pub(super) fn num_named(&self, slot: usize) -> usize {
+        self.slots.get(slot).map_or(0, |slot| slot.num_named)
+    }
+
     pub(super) fn parts(&self) -> &Parts<DeviceSlice> {
         &self.parts
     }
@@ -300,8 +320,8 @@ impl Kernels {
     /// Puts a sequence into `slot`, from the next step in `stream` on. Does not wait: steps may be in flight.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a slot that is not there and for more than [`MAX_ALTERNATIVES`] alternatives;
-    /// [`Error::Driver`].
+    /// [`Error::Shape`] for a slot that is not there, for more than [`MAX_ALTERNATIVES`] alternatives or
+    /// [`MAX_NAMED_TOKENS`] named tokens, and for a named token outside the vocabulary; [`Error::Driver`].
     pub fn admit(
         &self,
         stream: &Stream,
@@ -312,13 +332,7 @@ impl Kernels {
         if slot >= sampler.num_slots {
             return Err(Error::shape(OP, format!("a slot under {}", sampler.num_slots), slot));
         }
-        if params.logprobs.is_some_and(|n| n > MAX_ALTERNATIVES) {
-            return Err(Error::shape(
-                OP,
-                format!("at most {MAX_ALTERNATIVES} alternatives"),
-                params.logprobs,
-            ));
-        }
+        check_logprobs(params, sampler.vocab_size)?;
         let header = SlotHeader::new(params);
         let needed = [flag::BIAS, flag::STOPS, flag::PENALTIES].map(|flag| header.flags & flag != 0);
         let tables = sampler.tables(slot)?;
@@ -332,6 +346,7 @@ impl Kernels {
             *dirty |= needed;
         }
         host.logprobs = params.logprobs;
+        host.num_named = num_named(params);
         host.has_filters = header.flags & flag::FILTERS != 0;
         let entries = entries(params, header.flags, sampler.vocab_size);
         let parts = &sampler.parts;
@@ -341,6 +356,7 @@ impl Kernels {
             bias: parts.bias.address(),
             stops: parts.stops.address(),
             history: parts.history.address(),
+            named: parts.named.address(),
             slot: header,
             index: to_u32(OP, slot)?,
             has_slot: 1,
@@ -367,7 +383,22 @@ impl Kernels {
     }
 }
 
-/// What goes into the slot's tables: bias, stop tokens, history, each token once in each. Tokens outside the vocabulary have
+/// An error unless a row has room for what the sequence reports.
+fn check_logprobs(params: &SlotParams, vocab_size: usize) -> Result<()> {
+    if params.logprobs.is_some_and(|n| n > MAX_ALTERNATIVES) {
+        return Err(Error::shape(OP, format!("at most {MAX_ALTERNATIVES} alternatives"), params.logprobs));
+    }
+    if num_named(params) > MAX_NAMED_TOKENS {
+        let expected = format!("at most {MAX_NAMED_TOKENS} named tokens");
+        return Err(Error::shape(OP, expected, num_named(params)));
+    }
+    match params.named_tokens.iter().find(|&&token| token as usize >= vocab_size) {
+        Some(token) => Err(Error::shape(OP, format!("named tokens under {vocab_size}"), token)),
+        None => Ok(()),
+    }
+}
+
+/// What goes into the slot's tables: bias, stop tokens, history, each token once in each; and named tokens by their place. Tokens outside the vocabulary have
 /// no logit to change.
 fn entries(params: &SlotParams, flags: u32, vocab_size: usize) -> Vec<[u32; 2]> {
     let is_token = |token: &u32| (*token as usize) < vocab_size;
@@ -396,6 +427,9 @@ fn entries(params: &SlotParams, flags: u32, vocab_size: usize) -> Vec<[u32; 2]> 
         let stops = params.stop_token_ids.iter().filter(|token| is_token(token));
         entries.extend(stops.map(|&token| [token | 2 << KIND_SHIFT, 0]));
     }
+    if num_named(params) > 0 {
+        entries.extend((0..).zip(&params.named_tokens).map(|(i, &token)| [token | 3 << KIND_SHIFT, i]));
+    }
     entries
 }
 
@@ -405,13 +439,13 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_kernels() {
-        assert_eq!((size_of::<SlotHeader>(), size_of::<AdmitParams>()), (48, 3632));
+        assert_eq!((size_of::<SlotHeader>(), size_of::<AdmitParams>()), (56, 3648));
         // The driver takes 4 KiB of parameters everywhere.
         assert!(size_of::<AdmitParams>() <= 4096);
-        // 151,936 is 1187 * 128; 6.125 bytes a token, 80 KiB and 152 bytes a row, 52 a slot.
-        let expected = 2 * 151_936 * 49 / 8 + 64 * (2 * 40_960 + 152);
+        // 151,936 is 1187 * 128; 6.125 bytes a token, 80 KiB and 152 bytes a row, 60 and 128 named tokens a slot.
+        let expected = 2 * (151_936 * 49 / 8 + 60 + 512) + 64 * (2 * 40_960 + 152);
         let rounding = Sampler::num_bytes(2, 151_900) - expected;
-        assert!(rounding < 9 * 256, "{rounding}");
+        assert!(rounding < 10 * 256, "{rounding}");
         assert_eq!(stride(1), 128);
         assert_eq!([1, 100, 300].map(max_rows), [64, 100, 256]);
     }
@@ -457,6 +491,11 @@ mod tests {
         assert_eq!(sorted(flag::BIAS), [[7 | 1 << 30, 1.5f32.to_bits()]]);
         assert_eq!(sorted(flag::STOPS), [[2 | 2 << 30, 0]]);
         assert!(sorted(0).is_empty());
+        let named = SlotParams { logprobs: Some(0), named_tokens: vec![9, 0], ..SlotParams::greedy() };
+        assert_eq!(entries(&named, 0, 10), [[9 | 3 << 30, 0], [3 << 30, 1]]);
+        assert_eq!(SlotHeader::new(&named).num_named, 2);
+        let silent = SlotParams { logprobs: None, ..named };
+        assert_eq!((entries(&silent, 0, 10).len(), SlotHeader::new(&silent).num_named), (0, 0));
         let many = SlotParams { output: vec![1; 40_000], ..SlotParams::greedy() };
         assert_eq!(entries(&many, flag::PENALTIES, 10), [[1, 0x7fff]], "the count stops at its largest");
     }

@@ -8,9 +8,12 @@ use crate::{DeviceSlice, Error, Result};
 const OP: &str = "sample output";
 /// Most alternatives that a sequence may ask for.
 pub const MAX_ALTERNATIVES: usize = 64;
+/// Most tokens that a sequence may name, whose log-probabilities lie where other rows have alternatives.
+pub const MAX_NAMED_TOKENS: usize = 128;
 /// `Detail` and `Alternative` of `kernels/sample.cuh`.
 const DETAIL_BYTES: usize = 32;
 const ALTERNATIVE_BYTES: usize = 12;
+const _: () = assert!(4 * MAX_NAMED_TOKENS <= MAX_ALTERNATIVES * ALTERNATIVE_BYTES);
 /// Every part starts at a multiple of this.
 const PART_ALIGNMENT: usize = 16;
 
@@ -113,6 +116,7 @@ struct WantedToken {
     row: usize,
     slot: usize,
     alternatives: Option<usize>,
+    num_named: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -127,8 +131,8 @@ impl Wanted {
     /// What `inputs` ask for, of the sequences that are in the slots now.
     ///
     /// # Errors
-    /// [`Error::Shape`] when slots, targets and rows contradict each other, for a token outside the vocabulary and for more
-    /// than [`MAX_ALTERNATIVES`] alternatives.
+    /// [`Error::Shape`] when slots, targets and rows contradict each other, for a token outside the vocabulary, for more
+    /// than [`MAX_ALTERNATIVES`] alternatives, and for a target in a row whose slot has named tokens.
     pub fn new(sampler: &Sampler, inputs: &StepInputs) -> Result<Self> {
         let num_rows = inputs.logit_rows.len();
         let got = [inputs.sample_slots.len(), inputs.prompt_targets.len()];
@@ -150,9 +154,17 @@ impl Wanted {
         }
         let slots = inputs.sample_slots.iter().enumerate();
         let sampled = slots.filter_map(|(row, slot)| {
-            slot.map(|slot| WantedToken { row, slot, alternatives: sampler.logprobs(slot) })
+            slot.map(|slot| {
+                let (alternatives, num_named) = (sampler.logprobs(slot), sampler.num_named(slot));
+                WantedToken { row, slot, alternatives, num_named }
+            })
         });
-        Ok(Self { num_rows, sampled: sampled.collect(), targets })
+        let sampled: Vec<_> = sampled.collect();
+        let is_full = |row: &&WantedToken| row.num_named > 0 && inputs.prompt_targets[row.row].is_some();
+        if let Some(row) = sampled.iter().find(is_full) {
+            return Err(Error::shape(OP, "no target in a row with named tokens", row.row));
+        }
+        Ok(Self { num_rows, sampled, targets })
     }
 
     fn has_details(&self) -> bool {
@@ -162,8 +174,9 @@ impl Wanted {
 
 fn decode(layout: Layout, bytes: &[u8], wanted: &Wanted) -> Result<StepOutput> {
     let words = Words { bytes, layout };
-    let sampled = wanted.sampled.iter().map(|&WantedToken { row, slot, alternatives }| {
+    let sampled = wanted.sampled.iter().map(|&WantedToken { row, slot, alternatives, num_named }| {
         let token = words.at(4 * row)?;
+        let alternatives = if num_named > 0 { alternatives.map(|_| 0) } else { alternatives };
         if token == u32::MAX {
             return Err(Error::shape(OP, "a token for each row with a slot", (row, slot)));
         }
@@ -171,7 +184,7 @@ fn decode(layout: Layout, bytes: &[u8], wanted: &Wanted) -> Result<StepOutput> {
             None => None,
             Some(count) => Some((words.logprob(row, 0, token)?, words.alternatives(row, count)?)),
         };
-        Ok(SampledToken { slot, token, logprobs })
+        Ok(SampledToken { slot, token, logprobs, named: words.named(row, num_named)? })
     });
     let prompt = wanted.targets.iter().map(|&WantedTarget { row, logit_row, token, alternatives }| {
         Ok((logit_row, words.logprob(row, 8, token)?, words.alternatives(row, alternatives)?))
@@ -213,6 +226,12 @@ impl Words<'_> {
         };
         (0..count.min(found).min(MAX_ALTERNATIVES)).map(alternative).collect()
     }
+
+    /// The log-probabilities of the first `count` named tokens of a row.
+    fn named(&self, row: usize, count: usize) -> Result<Vec<f32>> {
+        let first = self.layout.alternatives + row * MAX_ALTERNATIVES * ALTERNATIVE_BYTES;
+        (0..count.min(MAX_NAMED_TOKENS)).map(|i| Ok(f32::from_bits(self.at(first + 4 * i)?))).collect()
+    }
 }
 
 #[cfg(test)]
@@ -224,8 +243,8 @@ mod tests {
         Wanted {
             num_rows: 3,
             sampled: vec![
-                WantedToken { row: 0, slot: 4, alternatives: None },
-                WantedToken { row: 1, slot: 2, alternatives: Some(2) },
+                WantedToken { row: 0, slot: 4, alternatives: None, num_named: 0 },
+                WantedToken { row: 1, slot: 2, alternatives: Some(2), num_named: 0 },
             ],
             targets: vec![WantedTarget { row: 2, logit_row: 70, token: 9, alternatives: 5 }],
         }
@@ -257,6 +276,22 @@ mod tests {
         let (row, target, alternatives) = &output.prompt_logprobs[0];
         assert_eq!((*row, *target), (70, logprob(9, -2.5, 7)));
         assert_eq!(*alternatives, [logprob(3, -0.25, 1)], "there are fewer than were asked for");
+    }
+
+    #[test]
+    fn named_tokens_lie_where_alternatives_would() {
+        let mut named = wanted();
+        named.sampled[1] = WantedToken { row: 1, slot: 2, alternatives: Some(2), num_named: 3 };
+        let mut bytes = copy();
+        let first = Layout::new(4).alternatives + MAX_ALTERNATIVES * ALTERNATIVE_BYTES;
+        for (i, value) in [-1.5f32, -0.5, f32::NEG_INFINITY].into_iter().enumerate() {
+            bytes[first + 4 * i..][..4].copy_from_slice(&value.to_le_bytes());
+        }
+        let output = decode(Layout::new(4), &bytes, &named).unwrap();
+        assert_eq!(output.sampled[1].named, [-1.5, -0.5, f32::NEG_INFINITY]);
+        let (chosen, alternatives) = output.sampled[1].logprobs.as_ref().unwrap();
+        assert_eq!((chosen.token, chosen.logprob, alternatives.len()), (12, -0.5, 0));
+        assert!(output.sampled[0].named.is_empty());
     }
 
     #[test]

@@ -42,6 +42,7 @@ pub(crate) struct SampleParams {
     details: u64,
     alternatives: u64,
     candidates: u64,
+    named: u64,
     num_rows: u32,
     num_slots: u32,
     vocab: u32,
@@ -56,7 +57,7 @@ pub(crate) struct SampleParams {
     candidate_rows: u32,
 }
 
-// SAFETY: the fields are those of the kernel's struct in the same order; 18 * 8 + 12 * 4 bytes, no padding.
+// SAFETY: the fields are those of the kernel's struct in the same order; 19 * 8 + 12 * 4 bytes, no padding.
 unsafe impl Params for SampleParams {
     const NAME: &'static str = "SampleParams";
 }
@@ -277,6 +278,7 @@ fn params(step: &StepView, sampler: &Sampler, [first, count]: [usize; 2]) -> Res
         details: 0,
         alternatives: 0,
         candidates: 0,
+        named: parts.named.address(),
         num_rows: to_u32(OP, count)?,
         num_slots: to_u32(OP, sampler.num_slots())?,
         vocab: to_u32(OP, sampler.vocab_size())?,

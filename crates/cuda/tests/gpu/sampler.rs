@@ -3,7 +3,7 @@
 
 use half::bf16;
 use spark_backend::{Backend, Bytes, Dtype, LinearWeight, Matrix, MatrixData, SlotParams, StepOutput};
-use spark_cuda::{Event, Linear, MAX_ALTERNATIVES, PackedHost, Sampler, StepView, Wanted};
+use spark_cuda::{Event, Linear, MAX_ALTERNATIVES, MAX_NAMED_TOKENS, PackedHost, Sampler, StepView, Wanted};
 use spark_testing::Random;
 
 use super::cpu_tensor;
@@ -365,6 +365,42 @@ fn log_probabilities_and_ranks_are_those_of_the_whole_head() {
     }
 }
 
+/// Named tokens beside alternatives, after a predecessor in the slot that named more, and with filters, masks and ties.
+#[test]
+fn named_tokens_have_their_log_probabilities() {
+    let mut random = Random::new(70);
+    for (vocab, columns) in [(200, 203), (997, 1024), (151_669, REAL_VOCAB)] {
+        let mut pair = Pair::new(5, vocab, columns);
+        let mut some =
+            |count: usize| -> Vec<u32> { (0..count).map(|_| random.below(vocab) as u32).collect() };
+        let lists = [some(MAX_NAMED_TOKENS), vec![vocab as u32 - 1, 0], some(7), vec![3], Vec::new()];
+        for step in 0..6 {
+            for slot in 0..5 {
+                let base =
+                    if slot % 2 == 1 { SlotParams { top_p: 0.9, ..warm(1) } } else { SlotParams::greedy() };
+                let named_tokens = lists[(slot + step) % 5].clone();
+                pair.admit(slot, &SlotParams { logprobs: Some(4 * slot), named_tokens, ..base });
+            }
+            let mut rows = sampled(0..5);
+            rows[2].mask = Some((0..vocab.div_ceil(32)).map(|word| u32::from(word == 0) << 5).collect());
+            rows.push(Row { target: Some((1, 3)), ..Row::default() });
+            let mut logits = pair.random_logits(&mut random, rows.len(), [2.0, 0.01][step % 2]);
+            logits[..vocab].iter_mut().step_by(3).for_each(|x| *x = x.round());
+            logits[columns] = f32::NEG_INFINITY;
+            let output = pair.step(&logits, &rows);
+            for sampled in &output.sampled {
+                assert_eq!(sampled.named.len(), lists[(sampled.slot + step) % 5].len());
+            }
+        }
+        pair.expect_equal(1);
+        // Without log-probabilities nothing is reported, whatever is named.
+        let silent = SlotParams { named_tokens: vec![1], ..SlotParams::greedy() };
+        pair.admit(0, &silent);
+        let logits = pair.random_logits(&mut random, 1, 1.0);
+        assert!(pair.step(&logits, &sampled(0..1)).sampled[0].named.is_empty());
+    }
+}
+
 #[test]
 fn the_sampled_token_is_the_next_steps_pending_one() {
     let (vocab, hidden) = (300, 80);
@@ -454,6 +490,10 @@ fn wrong_sizes_are_refused() {
     let greedy = SlotParams { logprobs: Some(MAX_ALTERNATIVES + 1), ..SlotParams::greedy() };
     let error = pair.bed.kernels.admit(stream, &mut pair.sampler, 0, &greedy).unwrap_err().to_string();
     assert_eq!(error, "sampler: expected at most 64 alternatives, got Some(65)");
+    for named_tokens in [vec![0; MAX_NAMED_TOKENS + 1], vec![100]] {
+        let named = SlotParams { logprobs: Some(0), named_tokens, ..SlotParams::greedy() };
+        assert!(pair.bed.kernels.admit(stream, &mut pair.sampler, 0, &named).is_err());
+    }
     assert!(Sampler::new(stream, &pair.bed.bytes(1000), 2, 100).is_err());
     let memory = pair.bed.bytes(Sampler::num_bytes(1, 8));
     assert!(Sampler::new(stream, &memory, 1, 0).is_err());

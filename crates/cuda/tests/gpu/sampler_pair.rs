@@ -165,6 +165,10 @@ impl Pair {
                     (Some(got), Some(want)) => same_logprobs(got, want),
                     (got, want) => panic!("{got:?} {want:?}"),
                 }
+                let near = |(got, want): (&f32, &f32)| got == want || (got - want).abs() < 2e-5;
+                let is_same = got.named.len() == want.named.len();
+                let is_same = is_same && got.named.iter().zip(&want.named).all(near);
+                assert!(is_same, "named tokens: got {:?}\nwant {:?}", got.named, want.named);
                 continue;
             }
             let (slot, params) = (want.slot, &self.params[want.slot]);

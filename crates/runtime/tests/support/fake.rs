@@ -95,7 +95,7 @@ impl Fake {
             let mask = inputs.masks.iter().find(|(of, _)| *of == slot);
             let token = mask.map_or(token, |(_, mask)| first_allowed(token, mask, self.vocab_size));
             self.last[slot] = token;
-            output.sampled.push(SampledToken { slot, token, logprobs: None });
+            output.sampled.push(SampledToken { slot, token, logprobs: None, named: Vec::new() });
         }
         output
     }

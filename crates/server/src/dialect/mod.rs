@@ -22,6 +22,8 @@ use crate::{ApiError, Delta};
 pub(crate) enum Form {
     /// `/v1/chat/completions`
     Chat,
+    /// `/v1/chat/completions/batch`
+    Batch,
     /// `/v1/completions`
     Completion,
     /// `/v1/messages`
@@ -52,7 +54,7 @@ impl Form {
     /// The id of the answer to a request.
     pub(crate) fn id(&self, request_id: &str) -> String {
         match self {
-            Self::Chat => format!("chatcmpl-{request_id}"),
+            Self::Chat | Self::Batch => format!("chatcmpl-{request_id}"),
             Self::Completion | Self::Llama(_) => format!("cmpl-{request_id}"),
             Self::Message => format!("msg_{request_id}"),
             Self::Response(_) => format!("resp_{request_id}"),
@@ -62,7 +64,7 @@ impl Form {
     /// What the events of a stream look like.
     pub(crate) fn framing(&self) -> Framing {
         match self {
-            Self::Chat | Self::Completion => Framing::Done,
+            Self::Chat | Self::Batch | Self::Completion => Framing::Done,
             Self::Message | Self::Response(_) => Framing::Named,
             Self::Llama(_) => Framing::Plain,
         }
@@ -95,7 +97,7 @@ pub(crate) enum Writer {
 impl Writer {
     pub(crate) fn new(shape: &Shape) -> Self {
         match &shape.form {
-            Form::Chat | Form::Completion => Self::Chunks(ChunkWriter::new(shape)),
+            Form::Chat | Form::Batch | Form::Completion => Self::Chunks(ChunkWriter::new(shape)),
             Form::Message => Self::Message(MessageWriter::default()),
             Form::Response(_) => Self::Response(ResponseWriter::default()),
             Form::Llama(head) => Self::Llama(LlamaWriter::new(head.clone(), shape)),
@@ -144,7 +146,7 @@ pub(crate) enum Whole {
 impl Whole {
     pub(crate) fn new(shape: &Shape) -> Self {
         match &shape.form {
-            Form::Chat | Form::Completion => Self::Answer(Answer::new(shape.num_choices())),
+            Form::Chat | Form::Batch | Form::Completion => Self::Answer(Answer::new(shape.num_choices())),
             Form::Message => Self::Message(MessageWriter::default()),
             Form::Response(_) => Self::Response(ResponseWriter::default()),
             Form::Llama(head) => Self::Llama(head.clone(), Answer::new(shape.num_choices())),

@@ -73,10 +73,10 @@ pub(crate) const COMMON: &[(&str, Support)] = &[
     ("length_penalty", Refused(Neutral::Number(1.0))),
     ("truncate_prompt_tokens", Works),
     ("truncation_side", Works),
-    ("allowed_token_ids", Refused(Neutral::Null)),
+    ("allowed_token_ids", Works),
     ("bad_words", Refused(Neutral::Empty)),
     ("logits_processors", Refused(Neutral::Empty)),
-    ("logprob_token_ids", Refused(Neutral::Empty)),
+    ("logprob_token_ids", Works),
     ("mm_processor_kwargs", Refused(Neutral::Empty)),
     ("kv_transfer_params", Refused(Neutral::Empty)),
     ("vllm_xargs", Refused(Neutral::Empty)),
@@ -110,6 +110,18 @@ pub(crate) const CHAT: &[(&str, Support)] = &[
     ("chat_template", Refused(Neutral::Null)),
     ("media_io_kwargs", Works),
     ("echo", Refused(Neutral::Bool(false))),
+];
+
+/// What is otherwise in a batch of chats than in a chat: one answer for each, in one piece, without tools.
+pub(crate) const BATCH: &[(&str, Support)] = &[
+    ("n", Refused(Neutral::Number(1.0))),
+    ("stream", Refused(Neutral::Bool(false))),
+    ("stream_options", Refused(Neutral::Empty)),
+    ("return_progress", Refused(Neutral::Bool(false))),
+    ("timings_per_token", Refused(Neutral::Bool(false))),
+    ("tools", Refused(Neutral::Empty)),
+    ("tool_choice", Refused(Neutral::Words(&["none"]))),
+    ("parallel_tool_calls", NoEffect),
 ];
 
 /// Fields of completions alone.

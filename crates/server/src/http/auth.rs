@@ -9,6 +9,7 @@ use axum::response::Response;
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::ApiError;
+use crate::client::within_client;
 
 /// Anthropic's header of a key.
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -44,24 +45,25 @@ impl ApiKeys {
         self.users.is_empty()
     }
 
-    /// `authorization` is OpenAI's header, `x_api_key` Anthropic's.
+    /// `authorization` is OpenAI's header, `x_api_key` Anthropic's. Returns the hash of the key by which the request was
+    /// admitted; `None` where none was needed.
     fn admit(
         &self,
         path: &str,
         authorization: Option<&[u8]>,
         x_api_key: Option<&[u8]>,
-    ) -> Result<(), ApiError> {
+    ) -> Result<Option<Digest>, ApiError> {
         let for_admins = !self.admins.is_empty() && ADMIN_ROUTES.contains(&path);
         if !for_admins && self.is_open() {
-            return Ok(());
+            return Ok(None);
         }
         let given = authorization.and_then(bearer).or(x_api_key).ok_or(ApiError::Unauthorized)?;
         let given = digest(given);
         let (is_user, is_admin) = (is_among(&self.users, &given), is_among(&self.admins, &given));
         match (is_admin, is_user) {
-            (true, _) => Ok(()),
+            (true, _) => Ok(Some(given)),
             (false, true) if for_admins => Err(ApiError::AdminOnly),
-            (false, true) => Ok(()),
+            (false, true) => Ok(Some(given)),
             (false, false) => Err(ApiError::Unauthorized),
         }
     }
@@ -87,21 +89,21 @@ fn bearer(value: &[u8]) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(key)
 }
 
-/// Lets a request pass if it may.
+/// Lets a request pass if it may, and says whose it is.
 pub(super) async fn require_key(
     State(keys): State<ApiKeys>,
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    check(&keys, &request)?;
-    Ok(next.run(request).await)
+    let client = check(&keys, &request)?;
+    Ok(within_client(client, next.run(request)).await)
 }
 
-fn check(keys: &ApiKeys, request: &Request) -> Result<(), ApiError> {
+fn check(keys: &ApiKeys, request: &Request) -> Result<Option<Digest>, ApiError> {
     let header = |name: HeaderName| request.headers().get(name).map(|value| value.as_bytes());
     let path = request.uri().path();
     if OPEN_ROUTES.contains(&path) {
-        return Ok(());
+        return Ok(None);
     }
     keys.admit(path, header(header::AUTHORIZATION), header(X_API_KEY))
 }
@@ -114,7 +116,7 @@ mod tests {
         let bytes = |text: Option<&str>| text.map(|text| text.as_bytes().to_vec());
         let (authorization, x_api_key) = (bytes(authorization), bytes(x_api_key));
         match keys.admit(path, authorization.as_deref(), x_api_key.as_deref()) {
-            Ok(()) => 200,
+            Ok(_) => 200,
             Err(error) => error.status(),
         }
     }

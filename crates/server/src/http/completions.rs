@@ -27,6 +27,16 @@ pub(super) async fn chat(
     respond(&state, state.front_end.chat(body).await?).await
 }
 
+/// POST /v1/chat/completions/batch
+pub(super) async fn chat_batch(
+    State(state): State<HttpState>,
+    headers: HeaderMap,
+    JsonBody(body): JsonBody,
+) -> Result<Response, ApiError> {
+    let body = with_request_id(body, &headers);
+    respond(&state, state.front_end.chat_batch(body).await?).await
+}
+
 /// POST /v1/completions
 pub(super) async fn completions(
     State(state): State<HttpState>,

@@ -52,6 +52,7 @@ pub fn router(state: HttpState) -> Router {
     let keys = state.api_keys.clone();
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
+        .route("/v1/chat/completions/batch", post(completions::chat_batch))
         .route("/v1/chat/completions/input_tokens", post(tokens::count_chat_tokens))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/messages", post(messages::create))

@@ -8,8 +8,9 @@ use spark_vision::{
 };
 
 use super::clip::{Clip, ClipInfo};
+use super::names::{Known, Name};
 use super::source::{Found, Kind, Payload, VideoOptions};
-use super::{Part, Processed, Processors};
+use super::{Part, Processed, Processors, names};
 use crate::ApiError;
 
 /// Memory that an image takes while it is decoded, as the vision crate states it.
@@ -39,12 +40,16 @@ pub(crate) struct MediaFile {
     pub(crate) tokens_per_part: usize,
     /// Where each part of a video is, in seconds; empty for an image, which has one part.
     pub(crate) times: Vec<f64>,
+    /// What it is called from now on, once it has been decoded.
+    pub(super) name: Option<Name>,
 }
 
 enum Source {
     Image(Payload),
     Frames(Vec<Payload>, VideoLayout),
     Clip(Clip, Vec<usize>, VideoLayout),
+    /// Nothing was sent, because it is in the cache: which one of its kind it is in the request.
+    Cached(usize),
 }
 
 impl MediaFile {
@@ -95,6 +100,30 @@ impl MediaFile {
         Ok(file)
     }
 
+    /// A medium of which nothing was sent but its name.
+    pub(super) fn cached(known: &Known, kind: Kind, index: usize, name: Name) -> Self {
+        Self {
+            source: Source::Cached(index),
+            hash: known.hash,
+            num_decoding_bytes: 0,
+            num_patch_bytes: known.num_patch_bytes,
+            kind,
+            tokens_per_part: known.tokens_per_part,
+            times: known.times.clone(),
+            name: Some(name),
+        }
+    }
+
+    /// What has to be remembered of it to find it by its name.
+    pub(super) fn known(&self) -> Known {
+        Known {
+            hash: self.hash,
+            num_patch_bytes: self.num_patch_bytes,
+            tokens_per_part: self.tokens_per_part,
+            times: self.times.clone(),
+        }
+    }
+
     /// Its patches.
     pub(super) fn decode(self, processors: &Processors) -> Result<Processed, ApiError> {
         let refuse = |error: &VisionError| refuse(self.kind, error);
@@ -119,6 +148,8 @@ impl MediaFile {
                 }
                 cutter
             }
+            // It was there when the request was looked at, and has been forgotten since.
+            Source::Cached(index) => return Err(names::miss(self.kind, index)),
             Source::Clip(clip, indices, layout) => {
                 let mut cutter = videos()?.cutter(layout);
                 clip.frames(&indices, &mut |frame| cutter.push(frame).map_err(|error| refuse(&error)))?;
@@ -157,6 +188,7 @@ fn inspect_image(processors: &Processors, payload: Payload) -> Result<MediaFile,
         kind: Kind::Image,
         tokens_per_part: num_tokens,
         times: Vec::new(),
+        name: None,
         source: Source::Image(payload),
     })
 }
@@ -202,6 +234,7 @@ fn inspect_frames(
         kind: Kind::Video,
         tokens_per_part: layout.tokens_per_group,
         times: videos.config().timestamps(&indices, fps),
+        name: None,
         source: Source::Frames(frames, layout),
     })
 }
@@ -228,6 +261,7 @@ fn inspect_clip(
         kind: Kind::Video,
         tokens_per_part: layout.tokens_per_group,
         times: videos.config().timestamps(&indices, fps),
+        name: None,
         source: Source::Clip(clip, indices, layout),
     })
 }

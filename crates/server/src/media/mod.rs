@@ -6,6 +6,7 @@ mod clip;
 mod fetch;
 mod file;
 mod local;
+mod names;
 mod source;
 
 use std::collections::HashMap;
@@ -22,6 +23,7 @@ pub use self::clip::VideoDecoder;
 pub use self::fetch::FetchPolicy;
 pub(crate) use self::file::MediaFile;
 pub use self::local::LocalMedia;
+use self::names::{Name, Names};
 use self::source::Sources;
 pub(crate) use self::source::{Kind, MediaUrl, VideoOptions};
 use crate::byte_bound::ByteBound;
@@ -38,6 +40,8 @@ pub(crate) struct Media {
     cache: Mutex<ByteLru<MediaHash, Arc<Processed>>>,
     /// What requests hold now: those with the same medium share its patches and its memory.
     held: Mutex<HashMap<MediaHash, Weak<HeldMedium>>>,
+    /// What clients have called media.
+    names: Names,
     /// Memory of media while they are decoded, over all requests.
     decoding: ByteBound,
     /// Memory of the patches that requests hold, over all of them. What the cache holds is not counted here.
@@ -91,6 +95,7 @@ impl Media {
             video_pool: CpuPool::of(std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2))),
             cache: Mutex::new(ByteLru::new(options.mm_processor_cache_bytes)),
             held: Mutex::default(),
+            names: Names::new(),
             decoding: ByteBound::new(options.max_decoding_bytes),
             holding: ByteBound::new(options.max_media_bytes),
         }
@@ -111,17 +116,39 @@ impl Media {
         self.processors.videos.is_some()
     }
 
-    /// The file at an address, judged by its header: no pixel is decoded.
+    /// The file at an address, judged by its header: no pixel is decoded. Without an address, what the cache has under the
+    /// medium's name. `index`: which of its kind it is in the request.
     ///
     /// # Errors
-    /// When the address or the header is refused, the file cannot be had, or it needs more tokens than the engine has
-    /// room for.
-    pub(crate) async fn inspect(&self, pool: &CpuPool, url: MediaUrl) -> Result<MediaFile, ApiError> {
+    /// When the address or the header is refused, the file cannot be had, nothing of that name is in the cache, or it needs
+    /// more tokens than the engine has room for.
+    pub(crate) async fn inspect(
+        &self,
+        pool: &CpuPool,
+        url: MediaUrl,
+        index: usize,
+    ) -> Result<MediaFile, ApiError> {
         let max_frames = self.processors.videos.as_ref().map_or(0, |videos| videos.config().max_frames);
-        let (kind, video) = (url.kind, url.video);
-        let found = self.sources.read(pool, url, max_frames).await?;
+        let MediaUrl { kind, video, url, uuid } = url;
+        let name = uuid.map(|uuid| Name::new(kind, video, &uuid));
+        let Some(url) = url else {
+            return self.named(kind, index, name).ok_or_else(|| names::miss(kind, index));
+        };
+        let found = self.sources.read(pool, kind, url, max_frames).await?;
         let processors = self.processors.clone();
-        self.pool_for(kind, pool).run(move || MediaFile::inspect(&processors, kind, video, found)).await
+        let work = move || MediaFile::inspect(&processors, kind, video, found);
+        let mut file = self.pool_for(kind, pool).run(work).await?;
+        file.name = name;
+        Ok(file)
+    }
+
+    /// The medium of a name, if its patches are still here. They are not kept by that: whoever waits for memory holds nothing.
+    fn named(&self, kind: Kind, index: usize, name: Option<Name>) -> Option<MediaFile> {
+        let name = name?;
+        let known = self.names.get(name)?;
+        let is_here = self.cache.lock().get(&known.hash).is_some()
+            || self.held.lock().get(&known.hash).is_some_and(|held| held.strong_count() > 0);
+        is_here.then(|| MediaFile::cached(&known, kind, index, name))
     }
 
     /// All media of one request. Waits while the media of other requests leave no room.
@@ -142,7 +169,7 @@ impl Media {
             let num_units = ByteBound::units(file.num_patch_bytes).min(memory.num_permits());
             let share = memory.split(num_units);
             let share = share.ok_or_else(|| ApiError::internal(&"no memory left to split"))?;
-            loads.push(self.load_one(pool, file, share));
+            loads.push(self.load_and_name(pool, file, share));
         }
         try_join_all(loads).await
     }
@@ -152,6 +179,21 @@ impl Media {
             Kind::Image => pool,
             Kind::Video => &self.video_pool,
         }
+    }
+
+    /// Loads a medium. What it is called is remembered afterwards: a name leads to what could be decoded.
+    async fn load_and_name(
+        &self,
+        pool: &CpuPool,
+        file: MediaFile,
+        memory: OwnedSemaphorePermit,
+    ) -> Result<Arc<HeldMedium>, ApiError> {
+        let named = file.name.map(|name| (name, file.known()));
+        let medium = self.load_one(pool, file, memory).await?;
+        if let Some((name, known)) = named {
+            self.names.insert(name, known);
+        }
+        Ok(medium)
     }
 
     async fn load_one(

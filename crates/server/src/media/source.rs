@@ -29,7 +29,7 @@ impl Kind {
         }
     }
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Image => "image",
             Self::Video => "video",
@@ -37,10 +37,13 @@ impl Kind {
     }
 }
 
-/// The address of a medium, as the request has it.
+/// Where a medium is, as the request has it: at an address, under a name that it was given before, or both.
 pub(crate) struct MediaUrl {
     pub(crate) kind: Kind,
-    pub(crate) url: String,
+    /// `None` only with a `uuid`.
+    pub(crate) url: Option<String>,
+    /// What later requests may call it.
+    pub(crate) uuid: Option<String>,
     pub(crate) video: VideoOptions,
 }
 
@@ -144,10 +147,10 @@ impl Sources {
     pub(crate) async fn read(
         &self,
         pool: &CpuPool,
-        url: MediaUrl,
+        kind: Kind,
+        url: String,
         max_frames: usize,
     ) -> Result<Found, ApiError> {
-        let MediaUrl { kind, url, .. } = url;
         if data_url::is_data(&url) {
             let plain = |bytes| Payload { bytes, _hold: None };
             let work = move || match data_url::decode(&url, kind.name(), kind.param(), max_frames)? {
@@ -219,8 +222,7 @@ mod tests {
             "",
             "\u{0}http://x",
         ] {
-            let url = MediaUrl { kind: Kind::Image, url: url.into(), video: VideoOptions::default() };
-            let error = sources.read(&CpuPool::new(), url, 1).await.err().unwrap();
+            let error = sources.read(&CpuPool::new(), Kind::Image, url.into(), 1).await.err().unwrap();
             assert!(error.to_string().starts_with("only data: URLs"), "{error}");
             assert_eq!(error.status(), 400);
         }

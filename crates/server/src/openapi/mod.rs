@@ -60,6 +60,12 @@ const ROUTES: &[Route] = &[
         Answer::Streamed("ChatCompletion", "ChatCompletionChunk"),
     ),
     post(
+        "/v1/chat/completions/batch",
+        "Answer several conversations, one choice each (vLLM).",
+        "ChatBatchRequest",
+        Answer::Json("ChatCompletion"),
+    ),
+    post(
         "/v1/completions",
         "Go on with a text (OpenAI).",
         "CompletionRequest",
@@ -175,6 +181,7 @@ pub fn openapi() -> OpenApi {
 fn bodies() -> Vec<(&'static str, Node)> {
     vec![
         ("ChatRequest", requests::body(Endpoint::Chat, &["messages"])),
+        ("ChatBatchRequest", requests::body(Endpoint::Batch, &["messages"])),
         ("CompletionRequest", requests::body(Endpoint::Completions, &["prompt"])),
         ("LlamaRequest", requests::body(Endpoint::Llama, &["prompt"])),
         ("ResponseRequest", requests::body(Endpoint::Responses, &["input"])),

@@ -36,6 +36,7 @@ pub(super) fn body(endpoint: Endpoint, required: &[&'static str]) -> Node {
 /// What a field holds.
 fn field(endpoint: Endpoint, name: &str) -> Option<Node> {
     Some(match name {
+        "messages" if endpoint == Endpoint::Batch => list(list(message(endpoint))),
         "messages" => list(message(endpoint)),
         "system" => either(vec![text(), list(map(any()))]),
         "input" => either(vec![text(), list(map(any()))]),
@@ -60,7 +61,7 @@ fn sampling(name: &str) -> Option<Node> {
         "presence_penalty" | "frequency_penalty" => number(-2.0, 2.0),
         "repetition_penalty" | "repeat_penalty" => number(0.0, 2.0),
         "logit_bias" => map(any_number()),
-        "stop_token_ids" => list(count()),
+        "stop_token_ids" | "allowed_token_ids" | "logprob_token_ids" => list(count()),
         "stop_sequences" => list(text()),
         "seed" => integer(i64::MIN),
         "n" | "n_cmpl" => integer_in(1, 128),

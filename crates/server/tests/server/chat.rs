@@ -5,9 +5,9 @@ use serde_json::{Value, json};
 use crate::fake::{EOS, Fake, IMAGE};
 use crate::{chat, chunks, ids, server, tokenizer};
 
-const PATH: &str = "/v1/chat/completions";
+pub(crate) const PATH: &str = "/v1/chat/completions";
 
-fn hello(extra: impl Into<Value>) -> Value {
+pub(crate) fn hello(extra: impl Into<Value>) -> Value {
     let mut body = json!({"model": "tiny", "messages": [{"role": "user", "content": "Hello!"}]});
     body.as_object_mut().unwrap().extend(extra.into().as_object().unwrap().clone());
     body

@@ -89,7 +89,7 @@ impl Fake {
 /// Made-up log-probabilities: -0.5 for the token, then one less per rank.
 fn logprobs(id: TokenId, count: usize) -> TokenLogprobs {
     let at = |rank: usize| RankedToken { id: id + rank as u32 - 1, logprob: 0.5 - rank as f32, rank };
-    TokenLogprobs { token: at(1), top: (1..=count).map(at).collect() }
+    TokenLogprobs { token: at(1), top: (1..=count).map(at).collect(), named: Vec::new() }
 }
 
 impl Engine for Fake {
@@ -120,7 +120,10 @@ impl Engine for Fake {
         let cut = tokens.len() > sampling.max_tokens;
         let num_tokens = tokens.len().min(sampling.max_tokens);
         for token in &tokens[..num_tokens] {
-            let logprobs = sampling.logprobs.map(|count| logprobs(*token, count));
+            let logprobs = sampling.logprobs.map(|count| {
+                let named = sampling.logprob_token_ids.iter().map(|&id| (id, -2.5)).collect();
+                TokenLogprobs { named, ..logprobs(*token, count) }
+            });
             send(Event::Token(TokenEvent { token: *token, logprobs }));
         }
         if let Some(reason) = end {

@@ -1,5 +1,7 @@
 //! llama-server's own completions: what goes in by its names, what comes out in its shapes, what is refused by name.
 
+use std::time::Duration;
+
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, header};
@@ -253,6 +255,22 @@ async fn pictures_stand_where_their_marks_are() {
     let (status, error) = complete(&crate::server(&blind), prompt("<__media__>", json!([data]))).await;
     assert_eq!((status, &error["error"]["param"]), (400, &json!("prompt")));
     assert!(error["error"]["message"].as_str().unwrap().contains("does not take images"), "{error}");
+}
+
+#[tokio::test]
+async fn the_images_of_all_prompts_get_their_memory_together() {
+    // There is room for one: a prompt that held it while the other waited would keep both waiting.
+    let server = server_of(&Fake::says("x"), |options| {
+        options.max_media_bytes = 1;
+        options.mm_processor_cache_bytes = 0;
+    });
+    let prompts = [png(64, 96), png(96, 64)].map(|picture| {
+        let (_, data) = picture.split_once(',').unwrap();
+        json!({"prompt_string": "<__media__>", "multimodal_data": [data]})
+    });
+    let answers = complete(&server, json!({"prompt": prompts}));
+    let (status, answers) = tokio::time::timeout(Duration::from_secs(30), answers).await.unwrap();
+    assert_eq!((status, answers.as_array().unwrap().len()), (200, 2), "{answers}");
 }
 
 #[tokio::test]

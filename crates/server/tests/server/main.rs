@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests: a case that cannot be set up has failed")]
 
 mod bad_input;
+mod batch;
 mod chat;
 mod completions;
 mod connections;
@@ -11,6 +12,8 @@ mod images;
 mod lifecycle;
 mod llama;
 mod messages;
+mod named_media;
+mod named_tokens;
 mod newcomers;
 mod observed;
 mod openapi;

@@ -37,6 +37,7 @@ async fn every_field_that_works_is_read() {
     let messages = json!([{"role": "user", "content": "x"}]);
     for (path, base) in [
         ("/v1/chat/completions", json!({"messages": messages})),
+        ("/v1/chat/completions/batch", json!({"messages": [messages]})),
         ("/v1/completions", json!({"prompt": "x"})),
         ("/v1/responses", json!({"input": "x"})),
         ("/completion", json!({"prompt": "x"})),
