@@ -113,6 +113,8 @@ class Suites:
             for file in self.options.model.resolve().iterdir():
                 link = snapshot / file.name
                 if not link.exists():
+                    # It may be there and lead to a checkout that is gone.
+                    link.unlink(missing_ok=True)
                     link.symlink_to(file)
         return self.work / "hub"
 
