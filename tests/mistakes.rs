@@ -1,0 +1,53 @@
+//! What the program says to somebody who has asked for what cannot be, and when: before anything is loaded, prepared or measured.
+//! Broken checkpoints are in `process`.
+
+use std::path::Path;
+
+use spark_testing::model_dir;
+
+use crate::{
+    server::MODEL,
+    support::server::program,
+};
+
+/// Runs the program, which has to fail without a result; returns its messages.
+fn failure(arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    let output = program(arguments).envs(variables.iter().copied()).output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(!message.contains("panicked"), "{message}");
+    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+    message
+}
+
+fn fixture(name: &str) -> String {
+    model_dir(name).display().to_string()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn results_that_cannot_be_written_are_not_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let (missing, there) = (folder.path().join("missing/results.json"), folder.path().join("earlier.json"));
+    std::fs::write(&there, "earlier results").unwrap();
+    let model = fixture(MODEL);
+    let sizes = ["--input-len", "4", "--output-len", "2", "--batch-size", "1", "--num-iters", "1"];
+    let latency = [&["bench", "latency", &model, "--device", "cpu"], &sizes[..]].concat();
+    let serve = ["bench", "serve", "--base-url", "http://127.0.0.1:1"].to_vec();
+    for command in [latency, serve] {
+        for path in [&missing, &folder.path().to_owned()] {
+            let message = failure(&[&command[..], &["--output-json", text(path)]].concat(), &[]);
+            assert!(message.contains(&format!("--output-json {}", text(path))), "{message}");
+        }
+    }
+    let saved = ["bench", "serve", "--base-url", "http://127.0.0.1:1", "--save-result", "--result-dir"];
+    let message = failure(&[&saved[..], &[text(&folder.path().join("missing"))]].concat(), &[]);
+    assert!(message.contains("--result-dir"), "{message}");
+    // What fails later leaves earlier results as they were.
+    failure(&["bench", "latency", "/no/such/model", "--output-json", text(&there)], &[]);
+    assert_eq!(std::fs::read_to_string(&there).unwrap(), "earlier results");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+}
