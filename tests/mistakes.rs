@@ -7,7 +7,7 @@ use spark_testing::model_dir;
 
 use crate::{
     server::MODEL,
-    support::server::program,
+    support::server::{SMALL, program},
 };
 
 /// Runs the program, which has to fail without a result; returns its messages.
@@ -26,6 +26,20 @@ fn fixture(name: &str) -> String {
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
+}
+
+#[test]
+fn a_model_without_a_chat_template_is_asked_with_raw() {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(model_dir(MODEL)).unwrap() {
+        let from = entry.unwrap().path();
+        let name = from.file_name().unwrap().to_string_lossy().into_owned();
+        if !name.starts_with("oracle") && !name.starts_with("chat_template") {
+            std::fs::copy(&from, folder.path().join(name)).unwrap();
+        }
+    }
+    let message = failure(&[&["generate", text(folder.path()), "Hello!"], &SMALL[..]].concat(), &[]);
+    assert!(message.contains("--raw") && !message.contains("/v1/"), "{message}");
 }
 
 #[test]
