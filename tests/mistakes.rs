@@ -29,6 +29,20 @@ fn text(path: &Path) -> &str {
 }
 
 #[test]
+fn pull_trusts_the_certificates_that_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let certificates = folder.path().join("own.pem");
+    let variables = [
+        ("SSL_CERT_FILE", text(&certificates)),
+        // Nobody listens there.
+        ("HF_ENDPOINT", "https://127.0.0.1:1"),
+        ("HF_HUB_CACHE", text(folder.path())),
+    ];
+    let message = failure(&["pull", "owner/name"], &variables);
+    assert!(message.contains("SSL_CERT_FILE") && message.contains("own.pem"), "{message}");
+}
+
+#[test]
 fn a_model_without_a_chat_template_is_asked_with_raw() {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(model_dir(MODEL)).unwrap() {
