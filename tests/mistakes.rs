@@ -57,6 +57,16 @@ fn a_model_without_a_chat_template_is_asked_with_raw() {
 }
 
 #[test]
+fn an_unknown_machine_is_named_with_its_flag() {
+    // No resolver is asked for names with spaces.
+    for flags in [["--nodes", "no such,nor this"], ["--leader", "no such"]] {
+        let message =
+            failure(&[&["generate", &fixture(MODEL), "--raw", "x", "--tp", "2"], &flags[..]].concat(), &[]);
+        assert!(message.contains(&format!("{} no such: ", flags[0])), "{message}");
+    }
+}
+
+#[test]
 fn results_that_cannot_be_written_are_not_measured() {
     let folder = tempfile::tempdir().unwrap();
     let (missing, there) = (folder.path().join("missing/results.json"), folder.path().join("earlier.json"));
