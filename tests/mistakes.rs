@@ -89,3 +89,21 @@ fn results_that_cannot_be_written_are_not_measured() {
     assert_eq!(std::fs::read_to_string(&there).unwrap(), "earlier results");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
 }
+
+#[test]
+fn quantize_looks_at_model_and_folder_before_it_prepares_prompts() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a"), "taken").unwrap();
+    let fresh = folder.path().join("fresh");
+    for (model, out, format, rule) in [
+        ("dense_vl_bf16", folder.path(), "nvfp4", "is not empty"),
+        ("dense_vl_awq", &fresh, "nvfp4", "quantised already"),
+        // Its experts' inner size.
+        ("moe_vl_bf16", &fresh, "awq", "multiples of the group size"),
+    ] {
+        let flags = ["--format", format, "--calibration", "/no/such/prompts", "--out", text(out)];
+        let message = failure(&[&["quantize", &fixture(model)], &flags[..]].concat(), &[]);
+        assert!(message.contains(rule), "{message}");
+    }
+    assert!(!fresh.exists());
+}
