@@ -94,6 +94,10 @@ pub const SILENCE: Duration = Duration::from_secs(1);
 /// (TCP keepalive); later heartbeats notice earlier.
 pub const UNREACHABLE: Duration = Duration::from_secs(5);
 
+/// A message of a rank that lives is waited for as long as it takes, since a load may be slow; after each such time the log says which
+/// rank it is, and what it has yet to say.
+const STILL_WAITING: Duration = Duration::from_secs(60);
+
 /// When a wait of `timeout` ends: of one that no clock can count, in a hundred years.
 fn deadline(timeout: Duration) -> Instant {
     const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);

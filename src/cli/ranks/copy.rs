@@ -215,7 +215,7 @@ fn send_file(
         hash.with_context(|| path.display().to_string())
     })?;
     team.send_bulk(&Packet::End(*hash.as_bytes()))?;
-    let mut answers: Vec<Result<(), String>> = team.gather()?;
+    let mut answers: Vec<Result<(), String>> = team.gather("that the file is whole")?;
     answers.pop().unwrap_or(Ok(())).map_err(|problem| anyhow::anyhow!("{problem}"))
 }
 
