@@ -22,9 +22,8 @@ use spark_engine::{
 use spark_models::Error as ModelError;
 use spark_runtime::Error as RuntimeError;
 use spark_weights::Error as WeightsError;
-use tokio::signal::unix::{SignalKind, signal};
 
-use super::sharing::SharingArgs;
+use super::{sharing::SharingArgs, signals::Signals};
 use environment::{DEFAULT_PORT, launched};
 use processes::{Other, Processes};
 
@@ -380,13 +379,9 @@ fn follow_in_order(monitor: &Monitor) {
 fn pass_on_signals(monitor: &Monitor) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut signals = Signals::take()?;
         for is_first in [true, false] {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+            signals.next().await;
             if is_first {
                 tracing::info!("told to stop: asking rank 0 to finish");
                 monitor.ask_to_stop();
