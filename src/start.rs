@@ -388,7 +388,10 @@ impl Settings {
                 );
                 Ok(None)
             }
-            (Err(error), _, Device::Cuda) => Err(Error::option("--device", format!("cuda: {error}"))),
+            (Err(error), _, Device::Cuda) => {
+                let problem = format!("cuda: {error}; --device cpu computes without a GPU");
+                Err(Error::option("--device", problem))
+            }
             (Err(error), ..) => {
                 tracing::info!("computing on the CPU; no GPU can be used: {error}");
                 Ok(None)

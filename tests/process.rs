@@ -4,7 +4,7 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
     path::Path,
-    process::{Output, Stdio},
+    process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
@@ -35,6 +35,31 @@ fn sigterm_lets_running_streams_finish() {
     assert!(streamed.done, "the stream ends with [DONE]");
     assert_eq!(streamed.token_ids, support::ids(&expected["choices"][0]["token_ids"]));
     assert_eq!(server.wait_for_exit(DEADLINE).code(), Some(0));
+}
+
+/// `nohup` ignores the signal on behalf of the program, which outlives its terminal then.
+#[test]
+fn a_closed_terminal_ends_a_server_in_order_unless_nohup_was_said() {
+    let plain = program(&["serve", "--port", "0", &folder(MODEL), "--max-model-len", "4096"]);
+    let mut ignoring = Command::new("sh");
+    ignoring.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]).arg(plain.get_program()).args(plain.get_args());
+    for (mut command, is_ignored) in [(plain, false), (ignoring, true)] {
+        command.args(SMALL);
+        let mut server = Server::launch(command);
+        let mut events = server.stream(COMPLETIONS, &endless(1000));
+        let first = events.next().expect("the stream has begun");
+        kill_process(server.pid(), Signal::HUP).unwrap();
+        if !is_ignored {
+            server.wait_for_log("shutting down");
+        }
+        let streamed = Streamed::read(std::iter::once(first).chain(events));
+        assert!(streamed.done && streamed.token_ids.len() == 1000, "ignored: {is_ignored}");
+        if is_ignored {
+            assert_eq!(server.get("/health").status, 200);
+            server.terminate();
+        }
+        assert_eq!(server.wait_for_exit(DEADLINE).code(), Some(0));
+    }
 }
 
 /// Waits until no request is taken any more: the connection is refused, or the answer is 503.
@@ -458,7 +483,7 @@ fn line_of_address(log: &mut impl BufRead) -> String {
 /// Whoever reads that the server listens may end it at once: it ends in order, and is not killed.
 #[test]
 fn a_signal_right_after_the_address_ends_the_server_in_order() {
-    for signal in [Signal::TERM, Signal::INT] {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let mut command = program(&["serve", "--port", "0", &folder(MODEL)]);
         let mut child = command.args(SMALL).stderr(Stdio::piped()).spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap());

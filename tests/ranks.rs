@@ -209,17 +209,19 @@ fn sigterm_lets_streams_finish_and_ends_all_ranks() {
 
 #[test]
 fn a_rank_that_is_told_to_stop_lets_streams_finish() {
-    let mut server = serve(MODEL, "2", &[]);
-    let rank = other_rank(&server);
-    let mut events = server.stream(COMPLETIONS, &endless(1000));
-    let first = events.next().expect("the stream has begun");
-    kill_process(rank, Signal::TERM).unwrap();
-    server.wait_for_log("shutting down");
-    let streamed = Streamed::read(std::iter::once(first).chain(events));
-    assert!(streamed.done);
-    assert_eq!(streamed.token_ids.len(), 1000);
-    assert_eq!(server.wait_for_exit(DEADLINE).code(), Some(0));
-    assert!(is_gone(rank));
+    for signal in [Signal::TERM, Signal::HUP] {
+        let mut server = serve(MODEL, "2", &[]);
+        let rank = other_rank(&server);
+        let mut events = server.stream(COMPLETIONS, &endless(1000));
+        let first = events.next().expect("the stream has begun");
+        kill_process(rank, signal).unwrap();
+        server.wait_for_log("shutting down");
+        let streamed = Streamed::read(std::iter::once(first).chain(events));
+        assert!(streamed.done);
+        assert_eq!(streamed.token_ids.len(), 1000);
+        assert_eq!(server.wait_for_exit(DEADLINE).code(), Some(0));
+        assert!(is_gone(rank));
+    }
 }
 
 /// A port that was free a moment ago.

@@ -17,6 +17,7 @@ mod invariance;
 mod library;
 mod lm_head;
 mod load;
+mod mistakes;
 mod operation;
 mod process;
 mod quantize;

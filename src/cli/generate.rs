@@ -84,6 +84,10 @@ pub(crate) fn run(mut args: GenerateArgs) -> anyhow::Result<()> {
     let bodies = args.bodies()?;
     let (raw, verbose) = (args.raw, args.verbose);
     let engine = args.model.build()?;
+    anyhow::ensure!(
+        raw || engine.front_end().has_chat_template(),
+        "this model has no chat template, so it takes no conversations; --raw continues the prompt as it is"
+    );
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let interrupted = runtime.block_on(async {
         // One listener for all of it: a signal between two pieces is not lost.

@@ -33,6 +33,7 @@ mod ranks;
 mod redact;
 mod serve;
 mod sharing;
+mod signals;
 mod sizes;
 mod ssh;
 mod support;

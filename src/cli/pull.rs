@@ -6,13 +6,14 @@ use std::sync::Arc;
 use clap::Args;
 use spark_weights::{PullOptions, pull};
 
-use super::progress::ByteBar;
+use super::{progress::ByteBar, trust};
 
 /// Download a checkpoint; continues where an earlier download was stopped.
 #[derive(Args)]
 #[command(
     after_help = "Environment: HF_TOKEN for gated and private models, HF_HOME or HF_HUB_CACHE for where the \
-    files go, HF_ENDPOINT for another hub. Prints the folder of the checkpoint."
+    files go, HF_ENDPOINT for another hub, SSL_CERT_FILE for certificates (PEM) that are trusted instead of the public \
+    authorities. Prints the folder of the checkpoint."
 )]
 pub(crate) struct PullArgs {
     /// A Hugging Face id: OWNER/NAME.
@@ -29,12 +30,13 @@ pub(crate) struct PullArgs {
 pub(crate) fn run(args: PullArgs) -> anyhow::Result<()> {
     let bar = ByteBar::new("downloading");
     let progress = bar.clone();
-    let options = PullOptions {
+    let mut options = PullOptions {
         revision: args.revision,
         connections: usize::from(args.connections),
         progress: Some(Arc::new(move |now| progress.update(now.bytes_done, now.bytes_total))),
         ..PullOptions::from_env()
     };
+    options.tls = trust::for_requests_to(&options.endpoint)?;
     let pulled = pull(&args.model, &options);
     bar.finish();
     let pulled = pulled?;

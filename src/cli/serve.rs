@@ -11,10 +11,7 @@ use anyhow::Context;
 use clap::{Args, builder::RangedU64ValueParser};
 use serde_json::Value;
 use spark_engine::{Failure, FailureHook, SparkEngine, server};
-use tokio::{
-    net::TcpListener,
-    signal::unix::{Signal, SignalKind, signal},
-};
+use tokio::net::TcpListener;
 
 use super::{
     answers::AnswerArgs,
@@ -23,6 +20,7 @@ use super::{
     log_tail, notify,
     otlp::Traces,
     ranks::{DEVICE_FAILED, PEER_LOST, RankArgs},
+    signals::Signals,
 };
 
 /// What clients have to read their last bytes once the engine has nothing left to do.
@@ -95,7 +93,7 @@ pub(crate) struct ServeArgs {
     /// Private key of --ssl-certfile in PEM form.
     #[arg(long, help_heading = "Server", value_name = "FILE", requires = "ssl_certfile")]
     ssl_keyfile: Option<PathBuf>,
-    /// After SIGTERM: how long running requests may take to finish, in seconds.
+    /// After SIGTERM, SIGINT or SIGHUP: how long running requests may take to finish, in seconds.
     #[arg(long, help_heading = "Server", default_value_t = 30, value_name = "SECONDS")]
     shutdown_timeout: u64,
     /// Send a span for each request to this collector of OpenTelemetry (OTLP over HTTP, http://HOST:4318).
@@ -331,28 +329,7 @@ fn open_browser(page: &str) {
     }
 }
 
-/// The signals that end the server in order. Until they are taken they end the process at once.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    /// Inside of a runtime only.
-    fn take() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
-    }
-
-    /// Waits for one of them, which may have come already.
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
-}
-
-/// Serves until the first SIGTERM or SIGINT, then drains; a second signal or the deadline ends what is left. A connection
+/// Serves until the first of the signals, then drains; a second signal or the deadline ends what is left. A connection
 /// that waits for a request which never becomes whole holds nothing up: it is dropped soon after the last answer is made.
 ///
 /// An engine that has lost its device or its ranks for good ends the server, because only a new process can serve again; what

@@ -1,5 +1,5 @@
-//! Whom the clients in this program trust that ask a server of the operator's: `top`, `support-bundle`, `eval --url`, `bench serve`, and
-//! traces. Not the server's own certificate; not downloads and media, which come from public hosts.
+//! Whom the clients in this program trust that ask a server of the operator's choice: `top`, `support-bundle`, `eval --url`, `bench
+//! serve`, `pull`, and traces. Not the server's own certificate; not media, which come from public hosts.
 
 use std::{ffi::OsString, path::PathBuf};
 

@@ -106,7 +106,7 @@ impl Server {
     }
 
     /// Starts a server and waits until it answers.
-    fn launch(mut command: Command) -> Self {
+    pub(crate) fn launch(mut command: Command) -> Self {
         command.stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let log = Arc::new(Log::default());

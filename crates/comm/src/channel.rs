@@ -2,12 +2,14 @@
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::monitor::{LossReason, Monitor};
-use crate::{BULK_LIMIT, Error, PLAN_LIMIT, Result};
+use crate::{BULK_LIMIT, Error, PLAN_LIMIT, Result, STILL_WAITING};
 
 /// Sends plans to all followers.
 pub struct PlanSender {
@@ -91,14 +93,20 @@ impl BulkLeader {
         Ok(())
     }
 
-    /// One message of every follower, in rank order: `[rank - 1]`.
+    /// One message of every follower, in rank order: `[rank - 1]`. What they say with it is `awaited`: the log names it, and who has not
+    /// said it, once a minute.
     ///
     /// # Errors
     /// [`Error::Lost`], also when what came is no such message.
-    pub fn gather<T: DeserializeOwned>(&mut self) -> Result<Vec<T>> {
+    pub fn gather<T: DeserializeOwned>(&mut self, awaited: &str) -> Result<Vec<T>> {
         self.monitor.check()?;
         let mut messages = Vec::with_capacity(self.peers.len());
-        for (rank, stream) in &mut self.peers {
+        for index in 0..self.peers.len() {
+            while !is_readable(&self.peers[index].1, STILL_WAITING) {
+                let silent = silent(&self.peers[index..]);
+                tracing::warn!("waiting for ranks {silent:?}: they live, and have not said yet {awaited}");
+            }
+            let (rank, stream) = &mut self.peers[index];
             let message = receive(stream, &mut self.buffer, Prefix::Bulk);
             messages.push(message.map_err(|reason| self.monitor.explain(*rank, reason))?);
         }
@@ -130,6 +138,17 @@ impl BulkFollower {
         message.map_err(|reason| self.monitor.explain(0, reason))
     }
 
+    /// The same for a message that has to come, with which the leader says what is `awaited`: the log names it once a minute.
+    ///
+    /// # Errors
+    /// As for [`recv`](Self::recv).
+    pub fn recv_awaited<T: DeserializeOwned>(&mut self, awaited: &str) -> Result<T> {
+        while !is_readable(&self.stream, STILL_WAITING) {
+            tracing::warn!("waiting for rank 0: it lives, and has not said yet {awaited}");
+        }
+        self.recv()
+    }
+
     /// Sends one message to the leader.
     ///
     /// # Errors
@@ -141,6 +160,26 @@ impl BulkFollower {
         trim(&mut self.buffer);
         sent.map_err(|_| self.monitor.explain(0, LossReason::Closed))
     }
+}
+
+/// Waits until something can be read, or the connection has ended, but not longer than `within`; whether it was so.
+fn is_readable(stream: &TcpStream, within: Duration) -> bool {
+    let seconds = i64::try_from(within.as_secs()).unwrap_or(i64::MAX);
+    let timeout = Timespec { tv_sec: seconds, tv_nsec: i64::from(within.subsec_nanos()) };
+    loop {
+        match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&timeout)) {
+            Ok(count) => return count > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            // Reading says what is wrong.
+            Err(_) => return true,
+        }
+    }
+}
+
+/// Those of `peers` of which nothing has come.
+fn silent(peers: &[(usize, TcpStream)]) -> Vec<usize> {
+    let silent = peers.iter().filter(|(_, stream)| !is_readable(stream, Duration::ZERO));
+    silent.map(|(rank, _)| *rank).collect()
 }
 
 /// Buffers keep their memory from message to message up to this: one large picture or plan must not hold its size forever.
@@ -206,5 +245,31 @@ pub(crate) fn receive<T: DeserializeOwned>(
         Ok((message, [])) => Ok(message),
         Ok(_) => Err(LossReason::Garbage("a message with a rest")),
         Err(_) => Err(LossReason::Garbage("a message of another type")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Shutdown, TcpListener};
+
+    use super::*;
+
+    #[test]
+    fn who_has_said_nothing_is_known_and_an_end_is_something() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let pair = || {
+            let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (ours, listener.accept().unwrap().0)
+        };
+        let (ours, mut theirs): (Vec<_>, Vec<_>) = (0..4).map(|_| pair()).unzip();
+        let peers: Vec<(usize, TcpStream)> = (1..).zip(ours).collect();
+        assert_eq!(silent(&peers), [1, 2, 3, 4]);
+        theirs[1].write_all(&[1]).unwrap();
+        theirs[3].shutdown(Shutdown::Both).unwrap();
+        for index in [1, 3] {
+            assert!(is_readable(&peers[index].1, Duration::from_secs(60)));
+        }
+        assert!(!is_readable(&peers[0].1, Duration::from_millis(5)));
+        assert_eq!(silent(&peers), [1, 3]);
     }
 }

@@ -187,7 +187,11 @@ pub enum Refusal {
         world: u64,
     },
     /// The number is taken by a process that is still there.
-    #[error("rank {rank} has already joined from {holder}; give each process its own --rank")]
+    #[error(
+        "rank {rank} has already joined from {holder}; give each process its own --rank (or, if that machine has just failed, start \
+         this rank again after {} s)",
+        crate::UNREACHABLE.as_secs()
+    )]
     Taken {
         /// The number.
         rank: u64,

@@ -4,9 +4,10 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt;
 use serde::{Deserialize, Serialize};
 
-use crate::Refusal;
+use crate::{Refusal, UNREACHABLE};
 
 /// Version of the protocol. Its first 12 bytes (name, version) stay as they are in all versions.
 pub const PROTOCOL: u32 = 1;
@@ -232,8 +233,20 @@ pub(crate) fn read_verdict(bytes: &[u8]) {
     drop(postcard::from_bytes::<Verdict>(bytes));
 }
 
-/// No timeouts, no delay of small messages.
+/// No timeouts, no delay of small messages, and an error once the other machine has answered nothing for [`UNREACHABLE`]: one that
+/// loses its power closes no connection.
 pub(crate) fn settle(stream: &TcpStream) -> io::Result<()> {
+    const BEGIN_AFTER: Duration = Duration::from_secs(2);
+    const INTERVAL: Duration = Duration::from_secs(1);
+    const QUESTIONS: u32 = 3;
+    const _: () = assert!(
+        BEGIN_AFTER.as_secs() + INTERVAL.as_secs() * QUESTIONS as u64 == UNREACHABLE.as_secs(),
+        "the last question is waited for as long as the others"
+    );
+    sockopt::set_tcp_keepidle(stream, BEGIN_AFTER)?;
+    sockopt::set_tcp_keepintvl(stream, INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, QUESTIONS)?;
+    sockopt::set_socket_keepalive(stream, true)?;
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     stream.set_nodelay(true)

@@ -23,8 +23,8 @@
 //!    with a session number and a proof of its own, or with the [`Refusal`] that names the item that differs.
 //!
 //! Plan comes first and is given a random session; bulk and liveness must present it. A number that has joined is refused
-//! a second time, unless its first holder has closed its connection. When all ranks are there, the leader says so on all
-//! plan connections, and heartbeats begin.
+//! a second time, unless its first holder has closed its connection, or its machine has answered nothing for [`UNREACHABLE`]. When
+//! all ranks are there, the leader says so on all plan connections, and heartbeats begin.
 //!
 //! # The end of a team
 //! Each side of a liveness connection sends a byte every [`HEARTBEAT`]. A closed connection is a loss at once, silence is one
@@ -89,6 +89,14 @@ pub const HEARTBEAT: Duration = Duration::from_millis(200);
 
 /// After so much silence a peer counts as lost: five heartbeats.
 pub const SILENCE: Duration = Duration::from_secs(1);
+
+/// After so long a machine that answers nothing counts as gone where nothing is said: while ranks gather. The system asks by itself
+/// (TCP keepalive); later heartbeats notice earlier.
+pub const UNREACHABLE: Duration = Duration::from_secs(5);
+
+/// A message of a rank that lives is waited for as long as it takes, since a load may be slow; after each such time the log says which
+/// rank it is, and what it has yet to say.
+const STILL_WAITING: Duration = Duration::from_secs(60);
 
 /// When a wait of `timeout` ends: of one that no clock can count, in a hundred years.
 fn deadline(timeout: Duration) -> Instant {

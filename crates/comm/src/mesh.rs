@@ -37,7 +37,7 @@ pub(crate) fn lead(
 ) -> Result<Streams> {
     let listener = listen(interface)?;
     let mut by_rank = vec![local_addr(&listener)?];
-    by_rank.extend(bulk.gather::<SocketAddr>()?);
+    by_rank.extend(bulk.gather::<SocketAddr>("where they listen")?);
     let group = random().map_err(Error::system("draw random numbers"))?;
     let addresses = Addresses { group, by_rank };
     bulk.send(&addresses)?;

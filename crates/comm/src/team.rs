@@ -96,8 +96,8 @@ impl Leader {
     ///
     /// # Errors
     /// As there.
-    pub fn gather<T: DeserializeOwned>(&mut self) -> Result<Vec<T>> {
-        self.bulk.gather()
+    pub fn gather<T: DeserializeOwned>(&mut self, awaited: &str) -> Result<Vec<T>> {
+        self.bulk.gather(awaited)
     }
 
     /// Collectives over TCP among all ranks; every rank calls this at the same place of its bulk messages.

@@ -28,7 +28,7 @@ mod writer;
 pub use calibrate::{CalibrationMedium, CalibrationPrompt};
 pub use error::{Error, Result};
 pub use report::{Kind, KindReport, Report};
-pub use run::quantize;
+pub use run::{check, quantize};
 
 /// What to write.
 #[derive(Debug, Clone, PartialEq, Eq)]

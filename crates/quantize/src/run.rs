@@ -36,13 +36,7 @@ pub fn quantize(
     out: &Path,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Report> {
-    if let Some(found) = config::is_quantised(checkpoint) {
-        return Err(Error::AlreadyQuantised { found });
-    }
-    let config = ModelConfig::parse(checkpoint.config(), checkpoint.generation_config())?;
-    // Reads no data, but fails if anything is missing or left over.
-    checkpoint.summary(&config.specs(checkpoint.has_module("lm_head")), 1)?;
-    let group_size = check_sizes(&config, &options.format)?;
+    let (config, group_size) = checked(checkpoint, &options.format)?;
     if matches!(options.format, Format::Awq { search: true, .. }) && prompts.is_empty() {
         return Err(Error::NoPrompts);
     }
@@ -55,6 +49,28 @@ pub fn quantize(
     let run =
         Run { checkpoint, config: &config, format: &options.format, group_size, output, records, report };
     run.all(progress)
+}
+
+/// What [`quantize`] checks before it reads weights, without the prompts: for whoever has to prepare those first.
+///
+/// # Errors
+/// The checkpoint is quantised already, of an unknown architecture, incomplete, or of sizes that the format cannot hold; `out` is
+/// in the way.
+pub fn check(checkpoint: &Checkpoint, format: &Format, out: &Path) -> Result<()> {
+    checked(checkpoint, format)?;
+    Output::check(out).map(drop)
+}
+
+/// The configuration of a checkpoint that the format can hold, and AWQ's group size.
+fn checked(checkpoint: &Checkpoint, format: &Format) -> Result<(ModelConfig, usize)> {
+    if let Some(found) = config::is_quantised(checkpoint) {
+        return Err(Error::AlreadyQuantised { found });
+    }
+    let config = ModelConfig::parse(checkpoint.config(), checkpoint.generation_config())?;
+    // Reads no data, but fails if anything is missing or left over.
+    checkpoint.summary(&config.specs(checkpoint.has_module("lm_head")), 1)?;
+    let group_size = check_sizes(&config, format)?;
+    Ok((config, group_size))
 }
 
 /// Checks every linear layer against the rules of the format; gives AWQ's group size.

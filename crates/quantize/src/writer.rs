@@ -45,8 +45,8 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    /// Begins a folder that will be `goal`, which must not exist or be empty. Shards have about `shard_bytes`.
-    pub(crate) fn create(goal: &Path, shard_bytes: usize) -> Result<Self> {
+    /// Where a folder is written that will be `goal`, which must not exist or be empty. Creates nothing.
+    pub(crate) fn check(goal: &Path) -> Result<PathBuf> {
         let taken = |path: &Path, reason| Error::Output { path: path.to_owned(), reason };
         if goal.exists() {
             let entries = std::fs::read_dir(goal).map_err(io(goal, "cannot read the output folder"))?;
@@ -65,6 +65,12 @@ impl Output {
                 "is in the way: an earlier run was stopped, or another one writes here; delete it to go on";
             return Err(taken(&partial, reason));
         }
+        Ok(partial)
+    }
+
+    /// Begins a folder that will be `goal`, which [`check`](Self::check) accepts. Shards have about `shard_bytes`.
+    pub(crate) fn create(goal: &Path, shard_bytes: usize) -> Result<Self> {
+        let partial = Self::check(goal)?;
         std::fs::create_dir_all(&partial).map_err(io(&partial, "cannot create the folder"))?;
         Ok(Self {
             goal: goal.to_owned(),

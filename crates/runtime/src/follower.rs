@@ -37,7 +37,8 @@ pub fn follow<B: Backend>(
 ) -> Result<()> {
     let (plans, mut bulk, monitor) = follower.split();
     bulk.send(&FromFollower::Offer { num_blocks: plan.kv.num_blocks })?;
-    let ToFollower::Agreement(agreement) = bulk.recv()? else {
+    let awaited = "that the weights of all ranks are loaded";
+    let ToFollower::Agreement(agreement) = bulk.recv_awaited(awaited)? else {
         return Err(protocol("pixels", "the sizes of the state"));
     };
     let Agreement { num_blocks, max_model_len, vocab_size } = agreement;

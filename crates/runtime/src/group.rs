@@ -38,7 +38,9 @@ impl LeaderGroup {
     /// A follower is gone.
     pub(crate) fn agree(&mut self, plan: &MemoryPlan, vocab_size: usize) -> Result<MemoryPlan> {
         let mut agreed = *plan;
-        for (i, answer) in self.bulk.gather::<FromFollower>()?.into_iter().enumerate() {
+        for (i, answer) in
+            self.bulk.gather::<FromFollower>("that their weights are loaded")?.into_iter().enumerate()
+        {
             let FromFollower::Offer { num_blocks } = answer else {
                 return Err(unexpected(i + 1, &answer, "its memory"));
             };
@@ -55,7 +57,9 @@ impl LeaderGroup {
     /// # Errors
     /// A follower is gone.
     pub(crate) fn wait_until_ready(&mut self) -> Result<()> {
-        for (i, answer) in self.bulk.gather::<FromFollower>()?.into_iter().enumerate() {
+        for (i, answer) in
+            self.bulk.gather::<FromFollower>("that they can run steps")?.into_iter().enumerate()
+        {
             if answer != FromFollower::Ready {
                 return Err(unexpected(i + 1, &answer, "that it is ready"));
             }
@@ -109,7 +113,7 @@ fn bring(bulk: &mut BulkLeader, Upload { id, media }: Upload) -> Result<()> {
     for (before, pixels) in media.into_iter().enumerate() {
         bulk.send(&ToFollower::Upload { id, pixels, is_last: before + 1 == count })?;
     }
-    for (i, answer) in bulk.gather::<FromFollower>()?.into_iter().enumerate() {
+    for (i, answer) in bulk.gather::<FromFollower>("that they have the pixels")?.into_iter().enumerate() {
         if answer != FromFollower::Uploaded(id) {
             return Err(unexpected(i + 1, &answer, "that it has the pixels that were sent last"));
         }

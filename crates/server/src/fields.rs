@@ -42,6 +42,8 @@ pub(crate) enum Support {
     NoEffect,
     /// 400, unless the value is null or asks for what happens anyway.
     Refused(Neutral),
+    /// 400, unless the value is null: another field says the same. What to send.
+    Replaced(&'static str),
 }
 
 /// Values of a refused field that ask for nothing, so that clients which always send the field are served.
@@ -81,7 +83,7 @@ impl Neutral {
 
 pub(crate) use self::tables::PASSED;
 use self::tables::{BATCH, CHAT, COMMON, COMPLETIONS, LLAMA, MESSAGES, RESPONSES};
-use Support::Refused;
+use Support::{Refused, Replaced};
 
 /// Looks a field up.
 pub(crate) fn support(endpoint: Endpoint, name: &str) -> Option<Support> {
@@ -124,11 +126,14 @@ pub(crate) fn check(
 /// Names the first.
 pub(crate) fn refuse_unsupported(endpoint: Endpoint, body: &Map<String, Value>) -> Result<(), ApiError> {
     for (name, value) in body {
-        if let Some(Refused(neutral)) = support(endpoint, name)
-            && !value.is_null()
-            && !neutral.holds(value)
-        {
-            let message = format!("{name} is not supported with this value; leave it out");
+        let message = match support(endpoint, name) {
+            Some(Refused(neutral)) if !neutral.holds(value) => {
+                format!("{name} is not supported with this value; leave it out")
+            }
+            Some(Replaced(by)) => format!("{name} is not supported; send {by} instead"),
+            _ => continue,
+        };
+        if !value.is_null() {
             return Err(ApiError::field(name.clone(), message));
         }
     }
@@ -193,6 +198,23 @@ mod tests {
             "modalities": ["text"], "echo": false, "function_call": "auto", "functions": null, "store": false,
             "spaces_between_special_tokens": true, "repeat_penalty": 1.0, "typical_p": 1, "mirostat": 0, "top_n_sigma": -1});
         check_chat(&neutral).unwrap();
+    }
+
+    #[test]
+    fn fields_with_another_name_here_say_it() {
+        for (name, by) in [
+            ("guided_json", r#"{"structured_outputs": {"json": ...}}"#),
+            ("guided_regex", r#"{"structured_outputs": {"regex": ...}}"#),
+            ("guided_choice", r#"{"structured_outputs": {"choice": ...}}"#),
+            ("guided_grammar", r#"{"structured_outputs": {"grammar": ...}}"#),
+            ("structural_tag", r#"{"structured_outputs": {"structural_tag": ...}}"#),
+        ] {
+            let error = check_chat(&json!({name: "x"})).expect_err(name).to_json();
+            let message = error["error"]["message"].as_str().unwrap();
+            assert!(message.contains(by) && !message.contains("leave it out"), "{message}");
+            assert!(crate::structured::CONSTRAINTS.iter().any(|constraint| by.contains(constraint)));
+            check_chat(&json!({name: null})).unwrap();
+        }
     }
 
     #[test]

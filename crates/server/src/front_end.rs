@@ -87,6 +87,11 @@ impl FrontEnd {
         self
     }
 
+    /// Whether it takes conversations.
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
     /// Queues a chat completion (the body of `POST /v1/chat/completions`).
     ///
     /// # Errors

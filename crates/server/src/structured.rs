@@ -150,7 +150,8 @@ fn read_json_schema(mut wrapper: Map<String, Value>) -> Result<Grammar, ApiError
 }
 
 /// The constraints of `structured_outputs`, of which there is one.
-const CONSTRAINTS: [&str; 6] = ["json", "regex", "choice", "grammar", "json_object", "structural_tag"];
+pub(crate) const CONSTRAINTS: [&str; 6] =
+    ["json", "regex", "choice", "grammar", "json_object", "structural_tag"];
 const OTHER_KEYS: [&str; 4] =
     ["disable_any_whitespace", "disable_fallback", "disable_additional_properties", "whitespace_pattern"];
 

@@ -16,7 +16,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use spark_backend::Rank;
@@ -37,6 +37,10 @@ const MAX_REASON: usize = 4096;
 
 /// So long the reason for which nothing can be sent may take to arrive.
 const VERDICT_WAIT: Duration = Duration::from_millis(500);
+
+/// After so long without a change the log says which ranks are waited for, and again after each further time. It ends nothing: a disk
+/// may be slow.
+const STILL_WAITING: Duration = Duration::from_secs(60);
 
 /// Why nothing can be sent to a rank or received from it.
 pub type ExchangeError = Box<dyn std::error::Error + Send + Sync>;
@@ -69,6 +73,8 @@ struct Shared {
     rank: Rank,
     way: Arc<dyn Exchange>,
     table: Table,
+    /// [`STILL_WAITING`].
+    patience: Duration,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -82,6 +88,8 @@ struct State {
     has_come: Vec<bool>,
     /// A bit for each rank that has everything.
     done: u64,
+    /// When the log said last who is waited for.
+    told: Instant,
     failure: Option<Failure>,
 }
 
@@ -141,10 +149,11 @@ impl Exchanging {
             arrived: HashMap::new(),
             has_come: vec![false; table.len()],
             done: 0,
+            told: Instant::now(),
             failure: None,
         };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        let shared = Arc::new(Shared { rank, way, table, state, changed });
+        let shared = Arc::new(Shared { rank, way, table, patience: STILL_WAITING, state, changed });
         let mut exchanging = Self { shared, receivers: Vec::new() };
         for peer in peers {
             let shared = Arc::clone(&exchanging.shared);
@@ -186,7 +195,8 @@ impl Exchanging {
                 left.drain(first..first + count);
                 return Ok(begin..begin + count);
             }
-            state = self.shared.wait(state)?;
+            let behind = |state: &State| left.first().map_or(0, |&spec| all & !state.begun[spec]);
+            state = self.shared.wait(state, "begin with the next parameter", behind)?;
         }
     }
 
@@ -257,7 +267,7 @@ impl Exchanging {
         let others = self.shared.all() & !(1 << self.shared.rank.index());
         let mut state = self.shared.alive()?;
         while state.done != others {
-            state = self.shared.wait(state)?;
+            state = self.shared.wait(state, "have all of their weights", |state| others & !state.done)?;
         }
         Ok(())
     }
@@ -293,8 +303,20 @@ impl Shared {
         }
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> Result<MutexGuard<'a, State>> {
-        let state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+    /// Waits for a change, at most until it is time to say that `behind`, a bit for each rank, have yet to do `what`.
+    fn wait<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        what: &str,
+        behind: impl Fn(&State) -> u64,
+    ) -> Result<MutexGuard<'a, State>> {
+        let waited = self.changed.wait_timeout(state, self.patience);
+        let (mut state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        // Several threads wait; one says it.
+        if waited.timed_out() && state.failure.is_none() && state.told.elapsed() >= self.patience {
+            state.told = Instant::now();
+            tracing::warn!("{}", waiting(&state.begun, behind(&state), what, self.patience));
+        }
         match &state.failure {
             Some(failure) => Err(failure.error()),
             None => Ok(state),
@@ -352,7 +374,8 @@ impl Shared {
             if let Some(bytes) = state.arrived.remove(&number) {
                 return Ok(bytes);
             }
-            state = self.wait(state)?;
+            let reader = self.table.get(number).map_or(0, |common| 1 << common.reader);
+            state = self.wait(state, "send what they read for this rank", |_| reader)?;
         }
     }
 
@@ -415,6 +438,18 @@ impl Shared {
     }
 }
 
+/// Whom a load waits for, and how far each of them says it is.
+fn waiting(begun: &[u64], behind: u64, what: &str, patience: Duration) -> String {
+    let ranks = (0..u64::BITS).filter(|rank| behind >> rank & 1 == 1);
+    let ranks = ranks.map(|rank| {
+        let count = begun.iter().filter(|&ranks| ranks >> rank & 1 == 1).count();
+        format!("rank {rank} (has begun with {count} of {} parameters)", begun.len())
+    });
+    let ranks: Vec<String> = ranks.collect();
+    let seconds = patience.as_secs();
+    format!("loading: nothing new for {seconds} s; these live and have yet to {what}: {}", ranks.join(", "))
+}
+
 /// What follows a message.
 enum Next {
     More,
@@ -429,4 +464,61 @@ fn specs(bytes: &[u8]) -> Option<Range<usize>> {
     let [begin, end] = bytes.as_chunks::<8>().0 else { return None };
     let [begin, end] = [begin, end].map(|spec| usize::try_from(u64::from_le_bytes(*spec)));
     Some(begin.ok()?..end.ok()?).filter(|specs| specs.start <= specs.end && bytes.len() == 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nowhere;
+
+    impl Exchange for Nowhere {
+        fn send(&self, _: usize, _: u32, _: &[u8]) -> Result<(), ExchangeError> {
+            Ok(())
+        }
+
+        fn receive(&self, _: usize) -> Result<(u32, Vec<u8>), ExchangeError> {
+            Err("nobody is there".into())
+        }
+
+        fn close(&self) {}
+    }
+
+    #[test]
+    fn a_wait_is_told_of_and_ends_nothing() {
+        let state = State {
+            begun: vec![0b01],
+            arrived: HashMap::new(),
+            has_come: Vec::new(),
+            done: 0,
+            told: Instant::now(),
+            failure: None,
+        };
+        let shared = Shared {
+            rank: Rank::new(0, 2).unwrap(),
+            way: Arc::new(Nowhere),
+            table: Table::default(),
+            patience: Duration::from_millis(5),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        };
+        let mut state = shared.alive().unwrap();
+        for _ in 0..2 {
+            let before = state.told;
+            while state.told == before {
+                state = shared.wait(state, "begin", |state| !state.begun[0] & 0b11).unwrap();
+            }
+            assert!(state.told >= before + shared.patience, "once in that time");
+        }
+    }
+
+    #[test]
+    fn who_is_waited_for_is_said_with_how_far_it_is() {
+        let said = waiting(&[0b111, 0b011, 0b001], 0b110, "have all of their weights", STILL_WAITING);
+        assert_eq!(
+            said,
+            "loading: nothing new for 60 s; these live and have yet to have all of their weights: rank 1 (has begun with 2 of 3 \
+             parameters), rank 2 (has begun with 1 of 3 parameters)"
+        );
+    }
 }

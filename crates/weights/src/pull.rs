@@ -11,6 +11,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ureq::tls::TlsConfig;
+
 use crate::checkpoint::{INDEX, SINGLE, read_index};
 use crate::error::{Error, Result};
 use crate::locate::{check_id, check_revision, default_cache, is_inside};
@@ -61,6 +63,8 @@ pub struct PullOptions {
     pub cache_dir: Option<PathBuf>,
     /// `http://` or `https://` address of the hub.
     pub endpoint: String,
+    /// Whom connections trust; by default the public authorities.
+    pub tls: TlsConfig,
     /// Access token; goes to the endpoint only, never to a server that it redirects to.
     pub token: Option<String>,
     /// Files that are fetched at the same time, at least 1.
@@ -78,6 +82,7 @@ impl Default for PullOptions {
             revision: None,
             cache_dir: None,
             endpoint: ENDPOINT.to_owned(),
+            tls: TlsConfig::default(),
             token: None,
             connections: 4,
             retries: 5,
@@ -160,7 +165,7 @@ pub fn pull(model: &str, options: &PullOptions) -> Result<Pulled> {
         reason: "no cache folder is known: neither HF_HUB_CACHE nor HF_HOME nor a home folder is set"
             .to_owned(),
     })?;
-    let hub = Hub::new(&options.endpoint, options.token.as_deref())?;
+    let hub = Hub::new(&options.endpoint, options.token.as_deref(), options.tls.clone())?;
     let remote = hub.model(model, revision)?;
     let repository = Repository::create(&cache, model)?;
     let run =

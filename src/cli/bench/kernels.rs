@@ -31,7 +31,7 @@ pub(super) struct KernelsArgs {
     gpu: usize,
     /// Write the results as JSON.
     #[arg(long, visible_alias = "json", value_name = "FILE")]
-    output_json: Option<PathBuf>,
+    pub(super) output_json: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

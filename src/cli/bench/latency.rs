@@ -37,7 +37,7 @@ pub(super) struct LatencyArgs {
     num_iters: usize,
     /// Write the results as JSON.
     #[arg(long, value_name = "FILE")]
-    output_json: Option<PathBuf>,
+    pub(super) output_json: Option<PathBuf>,
 }
 
 pub(super) fn run(args: LatencyArgs) -> anyhow::Result<()> {

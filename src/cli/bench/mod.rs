@@ -4,19 +4,21 @@ mod drive;
 mod kernels;
 mod latency;
 mod model;
+mod output;
 mod serve;
 mod stats;
 mod table;
 mod throughput;
 mod vision;
 
-use std::{fs, path::Path};
+use std::path::Path;
 
-use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::ranks::RankArgs;
+
+const OUTPUT_JSON: &str = "--output-json";
 
 /// Measure speed.
 #[derive(Args)]
@@ -52,9 +54,26 @@ impl BenchArgs {
             BenchCommand::Serve(_) | BenchCommand::Kernels(_) => None,
         }
     }
+
+    /// The file of `--output-json`.
+    fn output_json(&self) -> Option<&Path> {
+        match &self.command {
+            BenchCommand::Latency(args) => args.output_json.as_deref(),
+            BenchCommand::Throughput(args) => args.output_json.as_deref(),
+            BenchCommand::Table(args) => args.output_json.as_deref(),
+            BenchCommand::Serve(args) => args.output_json(),
+            BenchCommand::Vision(args) => args.output_json.as_deref(),
+            BenchCommand::Kernels(args) => args.output_json.as_deref(),
+        }
+    }
 }
 
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
+    // Results are rank 0's to write.
+    let follows = args.ranks().map_or(Ok(false), RankArgs::is_follower)?;
+    if let Some(path) = args.output_json().filter(|_| !follows) {
+        output::check(OUTPUT_JSON, path)?;
+    }
     match args.command {
         BenchCommand::Latency(args) => latency::run(*args),
         BenchCommand::Throughput(args) => throughput::run(*args),
@@ -67,6 +86,5 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
 
 /// Writes `results` to `path`, if there is one.
 fn save(path: Option<&Path>, results: &Value) -> anyhow::Result<()> {
-    let Some(path) = path else { return Ok(()) };
-    fs::write(path, format!("{results:#}\n")).with_context(|| format!("--output-json {}", path.display()))
+    path.map_or(Ok(()), |path| output::write(OUTPUT_JSON, path, results))
 }

@@ -40,7 +40,7 @@ pub(super) struct TableArgs {
     repetitions: usize,
     /// Write the results as JSON.
     #[arg(long, value_name = "FILE")]
-    output_json: Option<PathBuf>,
+    pub(super) output_json: Option<PathBuf>,
 }
 
 /// Prompts that are computed together.

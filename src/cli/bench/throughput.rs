@@ -33,7 +33,7 @@ pub(super) struct ThroughputArgs {
     max_concurrency: Option<usize>,
     /// Write the results as JSON.
     #[arg(long, value_name = "FILE")]
-    output_json: Option<PathBuf>,
+    pub(super) output_json: Option<PathBuf>,
 }
 
 pub(super) fn run(args: ThroughputArgs) -> anyhow::Result<()> {

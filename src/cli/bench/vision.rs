@@ -58,7 +58,7 @@ pub(super) struct VisionArgs {
     repetitions: usize,
     /// Write the results as JSON.
     #[arg(long, value_name = "FILE")]
-    output_json: Option<PathBuf>,
+    pub(super) output_json: Option<PathBuf>,
 }
 
 impl VisionArgs {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use spark_engine::ModelFiles;
-use spark_quantize::{Format, Options, Progress, Report, quantize};
+use spark_quantize::{Format, Options, Progress, Report, check, quantize};
 
 use super::progress::count_bar;
 use calibration::Calibrator;
@@ -64,6 +64,8 @@ enum FormatArg {
 pub(crate) fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     let format = args.format()?;
     let files = ModelFiles::open(&args.model, args.revision.clone())?;
+    // Before the prompts, which take minutes to prepare.
+    check(&files.checkpoint, &format, &args.out)?;
     let mut options = Options::new(format);
     let searches_activations = matches!(options.format, Format::Awq { search: true, .. });
     let mut prompts = Vec::new();

@@ -123,8 +123,8 @@ fn said(node: &str, output: std::io::Result<Output>) -> anyhow::Result<String> {
     let stderr = String::from_utf8_lossy(&output.stderr);
     let last = stderr.lines().last().unwrap_or("it said nothing").to_owned();
     match output.status.code() {
-        Some(255) => bail!("{node}: {last} (ssh could not log in; it must not ask for a password)"),
-        _ => bail!("{node}: {last}"),
+        Some(255) => bail!("--nodes {node}: {last} (ssh could not log in; it must not ask for a password)"),
+        _ => bail!("--nodes {node}: {last}"),
     }
 }
 
@@ -215,7 +215,7 @@ fn send_file(
         hash.with_context(|| path.display().to_string())
     })?;
     team.send_bulk(&Packet::End(*hash.as_bytes()))?;
-    let mut answers: Vec<Result<(), String>> = team.gather()?;
+    let mut answers: Vec<Result<(), String>> = team.gather("that the file is whole")?;
     answers.pop().unwrap_or(Ok(())).map_err(|problem| anyhow::anyhow!("{problem}"))
 }
 

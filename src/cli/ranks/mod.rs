@@ -22,9 +22,8 @@ use spark_engine::{
 use spark_models::Error as ModelError;
 use spark_runtime::Error as RuntimeError;
 use spark_weights::Error as WeightsError;
-use tokio::signal::unix::{SignalKind, signal};
 
-use super::sharing::SharingArgs;
+use super::{sharing::SharingArgs, signals::Signals};
 use environment::{DEFAULT_PORT, launched};
 use processes::{Other, Processes};
 
@@ -134,7 +133,7 @@ impl RankArgs {
             Place::Started { world, local_world, leader, .. } => (world > local_world).then_some(leader),
         };
         // A name that only ssh knows tells nothing about networks.
-        let peer = peer.and_then(|peer| resolve(&peer).ok()).map(|address| address.ip());
+        let peer = peer.and_then(|peer| resolve("--nodes", &peer).ok()).map(|address| address.ip());
         let settings = nccl::prepare_environment(peer);
         tracing::debug!("NCCL: {settings}");
         settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
@@ -186,8 +185,8 @@ impl RankArgs {
             Place::Alone => return Ok(None),
             Place::Start { world, others, host } => {
                 let address = match &self.leader {
-                    Some(leader) => resolve(leader)?,
-                    None => SocketAddr::new(resolve(&host)?.ip(), 0),
+                    Some(leader) => resolve("--leader", leader)?,
+                    None => SocketAddr::new(resolve("--nodes", &host)?.ip(), 0),
                 };
                 let listener = Arc::new(Listener::bind(address)?);
                 let local_world = others.first().map_or(1, |other| other.local_world);
@@ -201,7 +200,9 @@ impl RankArgs {
                 (0, world, 0, local_world, self.lead(listener, others), token)
             }
             Place::Started { rank, world, local_rank, local_world, leader } => {
-                let leader = resolve(&leader)?;
+                // A launcher may have said it.
+                let named = if self.leader.is_some() { "--leader" } else { "rank 0 is at" };
+                let leader = resolve(named, &leader)?;
                 let role = match rank {
                     0 => self.lead(Arc::new(Listener::bind(leader)?), None),
                     _ => Role::Follower { leader },
@@ -300,13 +301,16 @@ fn started(
     Ok(Place::Started { rank, world, local_rank, local_world, leader })
 }
 
-/// `HOST`, `HOST:PORT` or an address; IPv4 before IPv6, as NCCL takes them.
-fn resolve(host: &str) -> anyhow::Result<SocketAddr> {
+/// `HOST`, `HOST:PORT` or an address; IPv4 before IPv6, as NCCL takes them. `named` says in errors who gave it.
+fn resolve(named: &str, host: &str) -> anyhow::Result<SocketAddr> {
     let with_port = (host, DEFAULT_PORT).to_socket_addrs().or_else(|_| host.to_socket_addrs());
-    let all: Vec<SocketAddr> =
-        with_port.with_context(|| format!("{host}: no such host (HOST or HOST:PORT)"))?.collect();
+    let all: Vec<SocketAddr> = with_port
+        .with_context(|| {
+            format!("{named} {host}: no such host; give a name or an address that this machine knows")
+        })?
+        .collect();
     let first = all.iter().find(|address| address.is_ipv4()).or(all.first());
-    first.copied().with_context(|| format!("{host} has no address"))
+    first.copied().with_context(|| format!("{named} {host}: the name has no address"))
 }
 
 /// A secret for one group.
@@ -375,13 +379,9 @@ fn follow_in_order(monitor: &Monitor) {
 fn pass_on_signals(monitor: &Monitor) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut signals = Signals::take()?;
         for is_first in [true, false] {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+            signals.next().await;
             if is_first {
                 tracing::info!("told to stop: asking rank 0 to finish");
                 monitor.ask_to_stop();

@@ -26,7 +26,7 @@ fn teams_of_all_sizes_exchange_in_rank_order() {
             .collect();
         leader.send_plan(&(7_u32, "plan")).unwrap();
         leader.send_bulk(&(0..100_000_u64).collect::<Vec<_>>()).unwrap();
-        let answers: Vec<(usize, u64)> = leader.gather().unwrap();
+        let answers: Vec<(usize, u64)> = leader.gather("what they got").unwrap();
         assert_eq!(answers, (1..world).map(|rank| (rank, 99_999)).collect::<Vec<_>>());
         for thread in threads {
             thread.join().unwrap();

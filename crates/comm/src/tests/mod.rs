@@ -4,6 +4,7 @@ mod collective;
 mod gathering;
 mod parcels;
 mod team;
+mod unreachable;
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, channel};

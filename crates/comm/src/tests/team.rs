@@ -32,7 +32,7 @@ fn lost<T: std::fmt::Debug>(result: Result<T>) -> PeerLost {
 fn both_hear(fault: impl FnOnce(&FaultProxy)) -> (PeerLost, PeerLost) {
     let (proxy, mut leader, mut follower) = proxied();
     let seen = [watch(&leader.monitor()), watch(&follower.monitor())];
-    let gathering = apart(move || lost(leader.gather::<u64>()));
+    let gathering = apart(move || lost(leader.gather::<u64>("a number")));
     let receiving = apart(move || lost(follower.recv_plan::<Vec<u64>>()));
     let begin = Instant::now();
     fault(&proxy);
@@ -118,7 +118,7 @@ fn every_rank_hears_who_was_lost() {
     let seen: Vec<_> = followers.iter().map(|follower| watch(&follower.monitor())).collect();
     drop(followers.remove(1));
     let leaves = PeerLost { rank: 2, reason: LossReason::Left };
-    assert_eq!(lost(leader.gather::<u8>()), leaves);
+    assert_eq!(lost(leader.gather::<u8>("a number")), leaves);
     let told = PeerLost { rank: 2, reason: LossReason::ReportedBy(0) };
     for index in [0, 2] {
         assert_eq!(seen[index].recv_timeout(SOON).unwrap(), told);

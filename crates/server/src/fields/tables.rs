@@ -1,7 +1,7 @@
 //! The tables of request fields, one an endpoint. What becomes of them is decided in `fields.rs`.
 
 use super::Neutral;
-use super::Support::{self, NoEffect, Refused, Works};
+use super::Support::{self, NoEffect, Refused, Replaced, Works};
 
 /// Fields of both endpoints. A field that is not here is unknown: it warns once and is ignored.
 pub(crate) const COMMON: &[(&str, Support)] = &[
@@ -43,13 +43,13 @@ pub(crate) const COMMON: &[(&str, Support)] = &[
     ("spaces_between_special_tokens", Refused(Neutral::Bool(true))),
     ("response_format", Works),
     ("structured_outputs", Works),
-    ("guided_json", Refused(Neutral::Null)),
-    ("guided_regex", Refused(Neutral::Null)),
-    ("guided_choice", Refused(Neutral::Null)),
-    ("guided_grammar", Refused(Neutral::Null)),
+    ("guided_json", Replaced(r#"{"structured_outputs": {"json": ...}}"#)),
+    ("guided_regex", Replaced(r#"{"structured_outputs": {"regex": ...}}"#)),
+    ("guided_choice", Replaced(r#"{"structured_outputs": {"choice": ...}}"#)),
+    ("guided_grammar", Replaced(r#"{"structured_outputs": {"grammar": ...}}"#)),
     ("guided_decoding_backend", Refused(Neutral::Null)),
     ("guided_whitespace_pattern", Refused(Neutral::Null)),
-    ("structural_tag", Refused(Neutral::Null)),
+    ("structural_tag", Replaced(r#"{"structured_outputs": {"structural_tag": ...}}"#)),
     // llama-server's and SGLang's. A client of theirs that asks for a form must not get an answer without it.
     ("grammar", Works),
     ("json_schema", Works),

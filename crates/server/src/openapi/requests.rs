@@ -20,7 +20,8 @@ pub(super) fn body(endpoint: Endpoint, required: &[&'static str]) -> Node {
             false => builder.property(name, or_null(node)),
         };
     }
-    let refused = fields::all(endpoint).filter(|(_, support)| matches!(support, Support::Refused(_)));
+    let is_refused = |support: &Support| matches!(support, Support::Refused(_) | Support::Replaced(_));
+    let refused = fields::all(endpoint).filter(|(_, support)| is_refused(support));
     let refused: Vec<&str> = refused.map(|(name, _)| name).collect();
     let ignored = fields::all(endpoint).filter(|(_, support)| *support == Support::NoEffect);
     let ignored: Vec<&str> = ignored.map(|(name, _)| name).collect();

@@ -54,6 +54,7 @@ impl Common {
 
 /// All of them, by parameter and place. The position of one is its name among the ranks.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Default))]
 pub(crate) struct Table {
     ranges: Vec<Common>,
     /// Of the table and of the headers that it was made from: equal on all ranks, or their files differ.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use ureq::http::uri::{Authority, Scheme, Uri};
 use ureq::http::{Response, header};
+use ureq::tls::TlsConfig;
 use ureq::{Agent, Body, Proxy};
 
 use crate::error::{Error, Result};
@@ -100,7 +101,7 @@ struct Large {
 
 impl Hub {
     /// Checks the address; connects to nothing yet.
-    pub(super) fn new(endpoint: &str, token: Option<&str>) -> Result<Self> {
+    pub(super) fn new(endpoint: &str, token: Option<&str>, tls: TlsConfig) -> Result<Self> {
         let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
         let wrong = |reason: &str| Error::Option {
             option: "HF_ENDPOINT",
@@ -117,6 +118,7 @@ impl Hub {
         let config = Agent::config_builder()
             .user_agent(concat!("spark-engine/", env!("CARGO_PKG_VERSION")))
             .http_status_as_error(false)
+            .tls_config(tls)
             // Redirects are followed below, where the token is dropped.
             .max_redirects(0)
             .timeout_connect(Some(Duration::from_secs(30)))
@@ -383,10 +385,16 @@ mod tests {
         for endpoint in
             ["", "hub.example", "ftp://hub.example", "https://user:word@hub.example", "https://h/?q"]
         {
-            assert!(matches!(Hub::new(endpoint, None), Err(Error::Option { .. })), "{endpoint}");
+            assert!(
+                matches!(Hub::new(endpoint, None, TlsConfig::default()), Err(Error::Option { .. })),
+                "{endpoint}"
+            );
         }
         assert_eq!(
-            Hub::new("https://hub.example/mirror/", None).map(|hub| hub.endpoint).ok().as_deref(),
+            Hub::new("https://hub.example/mirror/", None, TlsConfig::default())
+                .map(|hub| hub.endpoint)
+                .ok()
+                .as_deref(),
             Some("https://hub.example/mirror")
         );
     }

@@ -14,7 +14,7 @@ mod tokens;
 use std::{
     future::Future,
     io::Write,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -31,7 +31,7 @@ use self::{
     report::{Metric, Plan, Report},
     tokens::Tokens,
 };
-use super::save;
+use super::{output, save};
 
 /// Measure a server as its clients see it.
 #[derive(Args, Clone)]
@@ -165,6 +165,7 @@ struct ResultArgs {
 
 pub(super) fn run(args: &ServeBenchArgs) -> anyhow::Result<()> {
     args.check()?;
+    args.results.check_file()?;
     block_on(measure(args))?
 }
 
@@ -225,6 +226,11 @@ fn warn_of_failures(answers: &[answer::Answer]) {
 }
 
 impl ServeBenchArgs {
+    /// The file of `--output-json`.
+    pub(super) fn output_json(&self) -> Option<&Path> {
+        self.results.output_json.as_deref()
+    }
+
     /// What clap cannot check.
     fn check(&self) -> anyhow::Result<()> {
         let Self { server, dataset, traffic, results } = self;
@@ -319,6 +325,21 @@ impl TrafficArgs {
 }
 
 impl ResultArgs {
+    /// Fails if the file of `--save-result` could not be written.
+    fn check_file(&self) -> anyhow::Result<()> {
+        if !self.save_result {
+            return Ok(());
+        }
+        // Its own name is known with its results; any name that nobody has used shows whether the folder takes files.
+        let name = self.result_filename.as_deref().unwrap_or(".spark-engine.json");
+        output::check(self.flag_of_file(), &self.result_dir.clone().unwrap_or_default().join(name))
+    }
+
+    /// What says where that file is.
+    fn flag_of_file(&self) -> &'static str {
+        if self.result_dir.is_some() { "--result-dir" } else { "--save-result" }
+    }
+
     /// The file of `--save-result`, by vLLM's name for it.
     fn save(&self, report: &Report) -> anyhow::Result<()> {
         if !self.save_result {
@@ -338,7 +359,7 @@ impl ResultArgs {
             format!("{first}-{rate}qps{limit}-{model}-{date}.json")
         });
         let path = self.result_dir.clone().unwrap_or_default().join(name);
-        save(Some(&path), &report.json(self.save_detailed))
+        output::write(self.flag_of_file(), &path, &report.json(self.save_detailed))
     }
 }
 
