@@ -27,6 +27,15 @@ impl ByteBound {
         num_bytes.div_ceil(UNIT_BYTES)
     }
 
+    /// Whether all of `num_bytes` can ever be in use together.
+    ///
+    /// # Errors
+    /// The bound, where they cannot.
+    pub(crate) fn check(&self, num_bytes: impl IntoIterator<Item = usize>) -> Result<(), usize> {
+        let num_units = num_bytes.into_iter().map(Self::units).fold(0, usize::saturating_add);
+        if num_units <= self.num_units { Ok(()) } else { Err(self.num_units * UNIT_BYTES) }
+    }
+
     /// Waits until there is room for all of `num_bytes` together. What is over the whole bound gets all of it, alone.
     ///
     /// # Errors
@@ -57,5 +66,6 @@ mod tests {
         drop(two);
         let all = bound.acquire([usize::MAX, usize::MAX]).await.unwrap();
         assert_eq!((all.num_permits(), bound.semaphore.available_permits()), (4, 0));
+        assert_eq!((bound.check([1; 4]), bound.check([1; 5])), (Ok(()), Err(4 * UNIT_BYTES)));
     }
 }
