@@ -44,7 +44,8 @@ fn check_repeats(
     if prompts.len() * n == 1 {
         return Ok(());
     }
-    let num_bytes: usize = prompts.iter().map(|prompt| num_bytes(prompt, tokenizer).saturating_add(own)).sum();
+    let num_bytes: usize =
+        prompts.iter().map(|prompt| num_bytes(prompt, tokenizer).saturating_add(own)).sum();
     let num_bytes = num_bytes.saturating_mul(n);
     if num_bytes <= MAX_REPEATED_BYTES {
         return Ok(());

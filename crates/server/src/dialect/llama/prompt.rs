@@ -31,9 +31,7 @@ pub(super) fn read_prompts(body: &mut Body) -> Result<Vec<PromptInput>, ApiError
 fn one(prompt: Value) -> Result<PromptInput, ApiError> {
     match prompt {
         Value::String(text) => Ok(PromptInput::Text(text)),
-        Value::Array(items) if items.iter().any(Value::is_string) => {
-            mixed(items).map(PromptInput::Mixed)
-        }
+        Value::Array(items) if items.iter().any(Value::is_string) => mixed(items).map(PromptInput::Mixed),
         Value::Array(items) => {
             items.iter().map(|item| as_token_id(NAME, item)).collect::<Result<_, _>>().map(PromptInput::Ids)
         }
