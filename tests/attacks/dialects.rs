@@ -135,7 +135,7 @@ fn group_13_batches_of_conversations_of_any_shape() {
                 ),
             ),
             ("a picture that nobody sent", batch(&vec![about("nobody"); 1000])),
-            ("streams", with(batch(&[one.clone()]), json!({"stream": true}))),
+            ("streams", with(batch(std::slice::from_ref(&one)), json!({"stream": true}))),
         ] {
             refused(server, BATCH, name, &body);
         }

@@ -27,13 +27,20 @@ impl ByteBound {
         num_bytes.div_ceil(UNIT_BYTES)
     }
 
+    fn units_of_all(num_bytes: impl IntoIterator<Item = usize>) -> usize {
+        num_bytes.into_iter().map(Self::units).fold(0, usize::saturating_add)
+    }
+
     /// Whether all of `num_bytes` can ever be in use together.
     ///
     /// # Errors
     /// The bound, where they cannot.
     pub(crate) fn check(&self, num_bytes: impl IntoIterator<Item = usize>) -> Result<(), usize> {
-        let num_units = num_bytes.into_iter().map(Self::units).fold(0, usize::saturating_add);
-        if num_units <= self.num_units { Ok(()) } else { Err(self.num_units * UNIT_BYTES) }
+        if Self::units_of_all(num_bytes) <= self.num_units {
+            Ok(())
+        } else {
+            Err(self.num_units * UNIT_BYTES)
+        }
     }
 
     /// Waits until there is room for all of `num_bytes` together. What is over the whole bound gets all of it, alone.
@@ -44,9 +51,8 @@ impl ByteBound {
         &self,
         num_bytes: impl IntoIterator<Item = usize>,
     ) -> Result<OwnedSemaphorePermit, ApiError> {
-        let num_units = num_bytes.into_iter().map(Self::units).fold(0, usize::saturating_add);
-        let num_units =
-            u32::try_from(num_units.min(self.num_units)).map_err(|error| ApiError::internal(&error))?;
+        let num_units = Self::units_of_all(num_bytes).min(self.num_units);
+        let num_units = u32::try_from(num_units).map_err(|error| ApiError::internal(&error))?;
         let permit = self.semaphore.clone().acquire_many_owned(num_units).await;
         permit.map_err(|error| ApiError::internal(&error))
     }
