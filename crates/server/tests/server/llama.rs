@@ -286,6 +286,19 @@ async fn the_images_of_all_prompts_get_their_memory_together() {
 }
 
 #[tokio::test]
+async fn a_temperature_below_zero_is_greedy_as_there() {
+    let engine = Fake::says("x");
+    let server = server(&engine);
+    for temperature in [json!(-1), json!(-0.5), json!(0)] {
+        let (status, answer) = complete(&server, say(json!({"temperature": temperature}))).await;
+        assert_eq!((status, &answer["generation_settings"]["temperature"]), (200, &json!(0.0)), "{answer}");
+        engine.last(|request| assert_eq!(request.sampling.temperature, 0.0));
+    }
+    let (status, error) = complete(&server, say(json!({"temperature": "-1"}))).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("temperature")));
+}
+
+#[tokio::test]
 async fn prompts_of_ids_are_judged_by_the_text_that_they_are() {
     let engine = Fake::says("x");
     let server = server(&engine);
