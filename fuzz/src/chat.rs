@@ -15,7 +15,7 @@ use tower::ServiceExt;
 use crate::engine::Instantly;
 use crate::folder::model;
 
-const PATHS: [&str; 9] = [
+const PATHS: [&str; 10] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/messages",
@@ -25,6 +25,7 @@ const PATHS: [&str; 9] = [
     "/v1/messages/count_tokens",
     "/v1/responses/input_tokens",
     "/completion",
+    "/v1/chat/completions/batch",
 ];
 
 struct Server {

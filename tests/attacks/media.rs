@@ -43,6 +43,11 @@ fn small(width: u32, height: u32) -> Vec<u8> {
     png(width, height, png::BitDepth::Eight, Some(vec![128; (width * height) as usize]))
 }
 
+/// The address of a grey picture.
+pub(super) fn grey(width: u32, height: u32) -> String {
+    url("image/png", &small(width, height))
+}
+
 /// A JPEG that is only a header of a size.
 fn jpeg_header(width: u16, height: u16) -> Vec<u8> {
     let mut bytes = vec![0xff, 0xd8, 0xff, 0xc0, 0, 17, 8];

@@ -2,6 +2,7 @@
 //! never a 500 and never a hang; afterwards the engine is alive, a known question has its exact answer, and memory and files are
 //! where they were. What other tests show already is not repeated here: the table in `docs/attacks.md` names them.
 
+mod dialects;
 mod http_edge;
 mod media;
 mod parameters;

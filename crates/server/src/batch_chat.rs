@@ -27,14 +27,30 @@ impl FrontEnd {
         let is_kept = |name: &str| support(Endpoint::Batch, name).is_some();
         check_shared(&body.with(is_kept, MESSAGES, Value::Null), conversations.len())?;
         let mut chats = Vec::with_capacity(conversations.len());
+        let mut num_tokens = 0;
         for (i, messages) in conversations.into_iter().enumerate() {
             let mut one = body.with(is_kept, MESSAGES, messages);
-            chats.push(
-                self.fitting_tokens(&mut one, &params).await.map_err(|error| of_conversation(i, error))?,
-            );
+            let chat = self.fitting_tokens(&mut one, &params).await;
+            let chat = chat.map_err(|error| of_conversation(i, error))?;
+            num_tokens += chat.tokens.len();
+            self.check_tokens(num_tokens)?;
+            chats.push(chat);
         }
         let prompts = self.with_media(chats).await?;
         self.submit(Form::Batch, model, params, prompts)
+    }
+
+    /// A name that leads to a large picture is short: a body can mean far more tokens than it has bytes.
+    fn check_tokens(&self, num_tokens: usize) -> Result<(), ApiError> {
+        let limit = self.options.max_num_queued_tokens;
+        if num_tokens <= limit {
+            return Ok(());
+        }
+        let message = format!(
+            "the conversations have over {limit} tokens together, more than may be queued (--max-num-queued-tokens): send \
+             fewer"
+        );
+        Err(ApiError::field(MESSAGES, message))
     }
 }
 

@@ -27,6 +27,22 @@ impl ByteBound {
         num_bytes.div_ceil(UNIT_BYTES)
     }
 
+    fn units_of_all(num_bytes: impl IntoIterator<Item = usize>) -> usize {
+        num_bytes.into_iter().map(Self::units).fold(0, usize::saturating_add)
+    }
+
+    /// Whether all of `num_bytes` can ever be in use together.
+    ///
+    /// # Errors
+    /// The bound, where they cannot.
+    pub(crate) fn check(&self, num_bytes: impl IntoIterator<Item = usize>) -> Result<(), usize> {
+        if Self::units_of_all(num_bytes) <= self.num_units {
+            Ok(())
+        } else {
+            Err(self.num_units * UNIT_BYTES)
+        }
+    }
+
     /// Waits until there is room for all of `num_bytes` together. What is over the whole bound gets all of it, alone.
     ///
     /// # Errors
@@ -35,9 +51,8 @@ impl ByteBound {
         &self,
         num_bytes: impl IntoIterator<Item = usize>,
     ) -> Result<OwnedSemaphorePermit, ApiError> {
-        let num_units = num_bytes.into_iter().map(Self::units).fold(0, usize::saturating_add);
-        let num_units =
-            u32::try_from(num_units.min(self.num_units)).map_err(|error| ApiError::internal(&error))?;
+        let num_units = Self::units_of_all(num_bytes).min(self.num_units);
+        let num_units = u32::try_from(num_units).map_err(|error| ApiError::internal(&error))?;
         let permit = self.semaphore.clone().acquire_many_owned(num_units).await;
         permit.map_err(|error| ApiError::internal(&error))
     }
@@ -57,5 +72,6 @@ mod tests {
         drop(two);
         let all = bound.acquire([usize::MAX, usize::MAX]).await.unwrap();
         assert_eq!((all.num_permits(), bound.semaphore.available_permits()), (4, 0));
+        assert_eq!((bound.check([1; 4]), bound.check([1; 5])), (Ok(()), Err(4 * UNIT_BYTES)));
     }
 }

@@ -23,6 +23,8 @@ use crate::pool::CpuPool;
 use crate::tools::Formats;
 use crate::{ApiError, Generation, Options};
 
+/// What is said of conversations and their pictures is said of the prompts of a completion.
+const NAMES_OF_PROMPTS: [(&str, &str); 2] = [("messages", "prompt"), ("image_url", "prompt")];
 /// Most choices of one request over all its prompts.
 pub(crate) const MAX_CHOICES: usize = 1024;
 
@@ -128,13 +130,18 @@ impl FrontEnd {
             let message = format!("{} prompts x n {} is over {MAX_CHOICES} choices", inputs.len(), params.n);
             return Err(ApiError::field("n", message));
         }
-        let echo = params.output.echo || form.shows_prompts();
-        let tokens = inputs.into_iter().map(|input| self.completion_tokens(input, echo, params.truncation));
-        let mut prompts = self.with_media(try_join_all(tokens).await?).await?;
-        if let Some(wanted) = params.structured.clone() {
-            let grammar = self.grammars.compile(wanted, GrammarStart::Answer).await?;
-            prompts.iter_mut().for_each(|prompt| prompt.grammar = Some(grammar.clone()));
+        let grammar = match params.structured.clone() {
+            Some(wanted) => Some(self.grammars.compile(wanted, GrammarStart::Answer).await?),
+            None => None,
+        };
+        let own_names = |error: ApiError| error.renamed(&NAMES_OF_PROMPTS);
+        let tokens = inputs.into_iter().map(|input| self.completion_tokens(input, params.truncation));
+        let mut tokens = try_join_all(tokens).await.map_err(own_names)?;
+        if params.output.echo || form.shows_prompts() {
+            tokens = self.with_echoes(&form, params.n, tokens).await?;
         }
+        let mut prompts = self.with_media(tokens).await.map_err(own_names)?;
+        prompts.iter_mut().for_each(|prompt| prompt.grammar.clone_from(&grammar));
         self.submit(form, model, params, prompts)
     }
 

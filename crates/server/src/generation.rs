@@ -17,7 +17,7 @@ use crate::{ApiError, Delta};
 #[derive(Debug, Clone)]
 pub(crate) struct PromptInfo {
     pub(crate) tokens: Arc<[TokenId]>,
-    /// What `echo` puts before the text; empty without it.
+    /// Its text, where the answer shows it; else empty.
     pub(crate) echo: String,
 }
 

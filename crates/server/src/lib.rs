@@ -18,6 +18,7 @@ mod client;
 mod completion_request;
 mod data_url;
 mod dialect;
+mod echo;
 mod error;
 mod fields;
 mod front_end;

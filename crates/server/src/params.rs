@@ -1,4 +1,4 @@
-//! The fields that both endpoints share, read and resolved against the defaults of the model. No prompt.
+//! The fields that chats and completions share, read and resolved against the defaults of the model. No prompt.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -26,7 +26,10 @@ pub(crate) struct PromptTokens {
     files: Vec<MediaFile>,
     /// Of the first placeholder of each part of each medium.
     offsets: Vec<usize>,
-    echo: String,
+    /// What was sent, if that was a text and nothing was cut off.
+    pub(crate) text: Option<String>,
+    /// What the answer shows of it.
+    pub(crate) echo: String,
     answer: Option<AnswerPlan>,
     /// What the answer is held to, and where in the output that begins.
     wanted: Option<(Wanted, GrammarStart)>,
@@ -38,7 +41,7 @@ pub(crate) struct Prompt {
     pub(crate) media: Vec<MediaItem>,
     /// What `media` are part of. Kept until all sequences have ended, for the bound on their memory.
     pub(crate) images: Arc<[Arc<HeldMedium>]>,
-    /// What `echo` shows.
+    /// What the answer shows of it.
     pub(crate) echo: String,
     /// How outputs are taken apart; `None`: not at all.
     pub(crate) answer: Option<AnswerPlan>,
@@ -70,7 +73,8 @@ impl FrontEnd {
     /// waited for memory for others could wait for one that does the same.
     pub(crate) async fn with_media(&self, all: Vec<PromptTokens>) -> Result<Vec<Prompt>, ApiError> {
         let (mut files, mut prompts) = (Vec::new(), Vec::with_capacity(all.len()));
-        for PromptTokens { tokens, files: own, offsets, echo, answer, wanted } in all {
+        let num_prompts = all.len();
+        for PromptTokens { tokens, files: own, offsets, echo, answer, wanted, .. } in all {
             let grammar = match wanted {
                 Some((wanted, start)) => Some(self.grammars.compile(wanted, start).await?),
                 None => None,
@@ -81,7 +85,7 @@ impl FrontEnd {
             files.extend(own);
         }
         let images = match &self.media {
-            Some(media) if !files.is_empty() => media.load(&self.pool, files).await?,
+            Some(media) if !files.is_empty() => media.load(&self.pool, files, num_prompts).await?,
             _ => Vec::new(),
         };
         let mut images = images.into_iter();
@@ -132,7 +136,7 @@ impl FrontEnd {
                 "truncate_prompt_tokens would cut a conversation with pictures; leave messages out instead";
             return Err(ApiError::field("truncate_prompt_tokens", message));
         }
-        Ok(PromptTokens { tokens, files, offsets, echo: String::new(), answer, wanted })
+        Ok(PromptTokens { tokens, files, offsets, text: None, echo: String::new(), answer, wanted })
     }
 
     /// A conversation as the template writes it.
@@ -223,7 +227,6 @@ impl FrontEnd {
     pub(crate) async fn completion_tokens(
         &self,
         input: PromptInput,
-        echo: bool,
         truncation: Option<Truncation>,
     ) -> Result<PromptTokens, ApiError> {
         let (input, images) = match input {
@@ -233,35 +236,36 @@ impl FrontEnd {
         let tokenizer = self.tokenizer.clone();
         let max_bytes = self.max_text_bytes();
         let work = move || {
-            let (mut tokens, mut text) = match input {
+            let (mut tokens, text) = match input {
                 PromptInput::Text(mut text) => {
                     if let Some(truncation) = truncation {
                         truncation.cut_text(&mut text, max_bytes);
                     }
                     check_length(text.len(), max_bytes, "prompt")?;
-                    (encode_prompt(&tokenizer, &text)?, text)
+                    (encode_prompt(&tokenizer, &text)?, Some(text))
                 }
                 other => {
                     check_length(other.text_bytes(), max_bytes, "prompt")?;
-                    let tokens = other.into_tokens(&tokenizer)?;
-                    let text = if echo { tokenizer.decode(&tokens, false) } else { String::new() };
-                    (tokens, text)
+                    (other.into_tokens(&tokenizer)?, None)
                 }
             };
-            if truncation.is_some_and(|truncation| truncation.cut(&mut tokens)) && echo {
-                text = tokenizer.decode(&tokens, false);
-            }
-            let echo = if echo { text } else { String::new() };
-            Ok((tokens, echo))
+            let is_cut = truncation.is_some_and(|truncation| truncation.cut(&mut tokens));
+            Ok((tokens, text.filter(|_| !is_cut)))
         };
-        let (tokens, echo) = self.pool.run(work).await?;
-        let prompt =
-            PromptTokens { tokens, files: Vec::new(), offsets: Vec::new(), echo, answer: None, wanted: None };
+        let (tokens, text) = self.pool.run(work).await?;
+        let prompt = PromptTokens {
+            tokens,
+            files: Vec::new(),
+            offsets: Vec::new(),
+            text,
+            echo: String::new(),
+            answer: None,
+            wanted: None,
+        };
         if images.is_empty() {
             return Ok(prompt);
         }
-        let names = [("messages", "prompt"), ("image_url", "prompt")];
-        self.add_images(prompt, images).await.map_err(|error| error.renamed(&names))
+        self.add_images(prompt, images).await
     }
 
     /// Puts images, given as base64, where the placeholders of a prompt are.
@@ -280,7 +284,7 @@ impl FrontEnd {
     }
 
     /// Refuses a prompt that leaves no room for an answer, before its media are decoded.
-    fn check_room(&self, param: &'static str, num_tokens: usize) -> Result<(), ApiError> {
+    pub(crate) fn check_room(&self, param: &'static str, num_tokens: usize) -> Result<(), ApiError> {
         let max_model_len = self.engine.info().limits.max_model_len;
         if num_tokens < max_model_len {
             return Ok(());
@@ -328,8 +332,11 @@ impl PromptInput {
             Self::Text(text) | Self::WithImages { text, .. } => encode_prompt(tokenizer, &text),
             Self::Ids(tokens) => Ok(tokens),
             Self::Mixed(parts) => {
-                let parts = parts.into_iter().map(|part| part.into_tokens(tokenizer));
-                Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+                let mut tokens = Vec::new();
+                for part in parts {
+                    tokens.append(&mut part.into_tokens(tokenizer)?);
+                }
+                Ok(tokens)
             }
         }
     }

@@ -30,9 +30,6 @@ const DEFAULT_COMPLETION_TOKENS: usize = 16;
 /// alternatives would otherwise take gigabytes.
 const MAX_PROMPT_LOGPROBS: usize = 1 << 20;
 
-/// Most bytes of a request that its answer repeats, if it has several choices.
-const MAX_REPEATED_BYTES: usize = 64 << 20;
-
 /// What a sequence counts as at least when tokens are counted: it takes more memory than a short prompt.
 const SEQUENCE_TOKENS: usize = 256;
 
@@ -58,7 +55,6 @@ impl FrontEnd {
         prompts: Vec<Prompt>,
     ) -> Result<Generation, ApiError> {
         check_prompt_logprobs(&params, &prompts)?;
-        check_repeats(&form, params.n, &prompts)?;
         settle();
         let held = self.hold(&prompts, params.n)?;
         let reasons = prompts.iter().flat_map(|prompt| &prompt.answer).any(|plan| plan.form.thinks);
@@ -241,21 +237,6 @@ impl FrontEnd {
             if sampling.ignore_eos { &[] } else { &self.engine.info().limits.eos_token_ids };
         sampling.stop_token_ids.iter().chain(eos).copied().collect()
     }
-}
-
-/// An answer that repeats its prompts does so for each choice.
-fn check_repeats(form: &Form, n: usize, prompts: &[Prompt]) -> Result<(), ApiError> {
-    let own = form.repeated_bytes();
-    let num_bytes: usize = prompts.iter().map(|prompt| prompt.echo.len().saturating_add(own)).sum();
-    let num_bytes = num_bytes.saturating_mul(n);
-    if num_bytes <= MAX_REPEATED_BYTES || prompts.len() * n == 1 {
-        return Ok(());
-    }
-    let message = format!(
-        "{} prompts x n {n}: the answer would repeat {num_bytes} bytes of the request; the limit is {MAX_REPEATED_BYTES}",
-        prompts.len()
-    );
-    Err(ApiError::field("n", message))
 }
 
 fn check_prompt_logprobs(params: &Params, prompts: &[Prompt]) -> Result<(), ApiError> {

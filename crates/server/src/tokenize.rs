@@ -35,7 +35,7 @@ impl FrontEnd {
             let name = if body.fields().contains_key("content") { "content" } else { "prompt" };
             let text = body.string(name, usize::MAX)?;
             let text = text.ok_or_else(|| ApiError::field("prompt", "prompt or messages is missing"))?;
-            self.completion_tokens(PromptInput::Text(text), false, truncation).await?.tokens
+            self.completion_tokens(PromptInput::Text(text), truncation).await?.tokens
         };
         let texts = with_texts.then(|| {
             let text = |id: &u32| TokenText::new(&self.tokenizer, *id, false).token;

@@ -151,27 +151,47 @@ impl Media {
         is_here.then(|| MediaFile::cached(&known, kind, index, name))
     }
 
-    /// All media of one request. Waits while the media of other requests leave no room.
+    /// All media of one request of `num_prompts` prompts, each content once however often it is there. Waits while the media of
+    /// other requests leave no room.
     ///
     /// # Errors
-    /// When one cannot be decoded.
+    /// When one cannot be decoded, or those of several prompts could never be held together.
     pub(crate) async fn load(
         &self,
         pool: &CpuPool,
         files: Vec<MediaFile>,
+        num_prompts: usize,
     ) -> Result<Vec<Arc<HeldMedium>>, ApiError> {
+        let (mut distinct, mut indices, mut named) = (Vec::new(), HashMap::new(), Vec::new());
+        let mut order = Vec::with_capacity(files.len());
+        for file in files {
+            named.extend(file.name.map(|name| (name, file.known())));
+            let index = *indices.entry(file.hash).or_insert(distinct.len());
+            order.push(index);
+            if index == distinct.len() {
+                distinct.push(file);
+            }
+        }
+        let sizes = || distinct.iter().map(|file: &MediaFile| file.num_patch_bytes);
+        // What one prompt may have its length bounds, but not how many prompts there are.
+        if num_prompts > 1 {
+            self.holding.check(sizes()).map_err(|limit| too_many(num_prompts, limit))?;
+        }
         // For all at once, while nothing is held: two requests with half of theirs would wait for each other. What
         // turns out to be held already gives its share back.
-        let mut memory = self.holding.acquire(files.iter().map(|file| file.num_patch_bytes)).await?;
-        let mut loads = Vec::with_capacity(files.len());
-        for file in files {
+        let mut memory = self.holding.acquire(sizes()).await?;
+        let mut loads = Vec::with_capacity(distinct.len());
+        for file in distinct {
             // A request over the whole bound has it alone; its last media get what is left.
             let num_units = ByteBound::units(file.num_patch_bytes).min(memory.num_permits());
             let share = memory.split(num_units);
             let share = share.ok_or_else(|| ApiError::internal(&"no memory left to split"))?;
-            loads.push(self.load_and_name(pool, file, share));
+            loads.push(self.load_one(pool, file, share));
         }
-        try_join_all(loads).await
+        let media = try_join_all(loads).await?;
+        // Names lead to what could be decoded.
+        named.into_iter().for_each(|(name, known)| self.names.insert(name, known));
+        Ok(order.into_iter().map(|index| media[index].clone()).collect())
     }
 
     fn pool_for<'a>(&'a self, kind: Kind, pool: &'a CpuPool) -> &'a CpuPool {
@@ -179,21 +199,6 @@ impl Media {
             Kind::Image => pool,
             Kind::Video => &self.video_pool,
         }
-    }
-
-    /// Loads a medium. What it is called is remembered afterwards: a name leads to what could be decoded.
-    async fn load_and_name(
-        &self,
-        pool: &CpuPool,
-        file: MediaFile,
-        memory: OwnedSemaphorePermit,
-    ) -> Result<Arc<HeldMedium>, ApiError> {
-        let named = file.name.map(|name| (name, file.known()));
-        let medium = self.load_one(pool, file, memory).await?;
-        if let Some((name, known)) = named {
-            self.names.insert(name, known);
-        }
-        Ok(medium)
     }
 
     async fn load_one(
@@ -234,6 +239,15 @@ impl Media {
         self.cache.lock().insert(hash, medium.clone(), medium.num_bytes());
         Ok(medium)
     }
+}
+
+/// The refusal of media that would have more than all the memory there is for media.
+fn too_many(num_prompts: usize, max_bytes: usize) -> ApiError {
+    let message = format!(
+        "the images and videos of the {num_prompts} prompts would take more than the {max_bytes} bytes that there are for the \
+         pixels of all requests: send fewer prompts in one request"
+    );
+    ApiError::field("messages", message)
 }
 
 /// The engine's view of media, whose placeholder runs begin at `offsets`: one for each part of each of them.

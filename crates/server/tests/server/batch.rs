@@ -1,10 +1,11 @@
 //! vLLM's batch of chats: one choice for each conversation, and what such a request cannot ask for.
 
 use serde_json::{Value, json};
+use spark_server::{ApiKeys, HttpState, router};
 
 use crate::chat::{png, with_image};
 use crate::fake::Fake;
-use crate::{ask, ids, server, tokenizer};
+use crate::{ask, front_end, ids, server, tokenizer};
 
 const PATH: &str = "/v1/chat/completions/batch";
 
@@ -90,4 +91,37 @@ async fn what_a_batch_cannot_do_is_refused_by_name() {
     // What asks for nothing is taken.
     let neutral = json!({"messages": two(), "n": 1, "stream": false, "tools": [], "tool_choice": "none"});
     assert_eq!(ask(&server, PATH, neutral).await.0, 200);
+}
+
+#[tokio::test]
+async fn pictures_of_all_conversations_have_room_together_and_each_counts_once() {
+    let engine = Fake::says("x");
+    // Patches of 64 x 64 pixels are 12,288 bytes; memory is counted in units of 64 KiB.
+    let front_end = front_end(&engine, |options| options.max_media_bytes = 2 << 16);
+    let server = router(HttpState { front_end, api_keys: ApiKeys::default(), max_body_bytes: 1 << 20 });
+    let [one, two, three] =
+        [png(64, 64), png(96, 64), png(64, 96)].map(|url| with_image(&url)["messages"].clone());
+    let same = json!({"messages": [one, two, one, one, two, one]});
+    let (status, answer) = ask(&server, PATH, same).await;
+    assert_eq!((status, engine.num_requests()), (200, 6), "{answer}");
+    {
+        let requests = engine.requests.lock().unwrap();
+        let patches = |i: usize| &requests[i].media[0].patches;
+        for (i, other, is_same) in [(0, 2, true), (0, 5, true), (1, 4, true), (0, 1, false)] {
+            assert_eq!(std::sync::Arc::ptr_eq(patches(i), patches(other)), is_same, "{i} {other}");
+        }
+    }
+    let (status, answer) = ask(&server, PATH, json!({"messages": [one, two, three]})).await;
+    assert_eq!((status, &answer["error"]["param"]), (400, &json!("messages")), "{answer}");
+    assert_eq!(engine.num_requests(), 6);
+}
+
+#[tokio::test]
+async fn conversations_have_no_more_tokens_together_than_may_be_queued() {
+    let engine = Fake::says("x");
+    let front_end = front_end(&engine, |options| options.max_num_queued_tokens = 100);
+    let server = router(HttpState { front_end, api_keys: ApiKeys::default(), max_body_bytes: 1 << 20 });
+    let (status, answer) = ask(&server, PATH, json!({"messages": vec![user("a word"); 20]})).await;
+    assert_eq!((status, &answer["error"]["param"]), (400, &json!("messages")), "{answer}");
+    assert_eq!(ask(&server, PATH, json!({"messages": [user("a")]})).await.0, 200);
 }

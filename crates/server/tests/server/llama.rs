@@ -259,18 +259,54 @@ async fn pictures_stand_where_their_marks_are() {
 
 #[tokio::test]
 async fn the_images_of_all_prompts_get_their_memory_together() {
-    // There is room for one: a prompt that held it while the other waited would keep both waiting.
+    // There is room for two, whatever is remembered: a prompt that held one while it waited could wait for one that does the same.
     let server = server_of(&Fake::says("x"), |options| {
-        options.max_media_bytes = 1;
+        options.max_media_bytes = 2 << 16;
         options.mm_processor_cache_bytes = 0;
     });
-    let prompts = [png(64, 96), png(96, 64)].map(|picture| {
-        let (_, data) = picture.split_once(',').unwrap();
-        json!({"prompt_string": "<__media__>", "multimodal_data": [data]})
-    });
-    let answers = complete(&server, json!({"prompt": prompts}));
-    let (status, answers) = tokio::time::timeout(Duration::from_secs(30), answers).await.unwrap();
-    assert_eq!((status, answers.as_array().unwrap().len()), (200, 2), "{answers}");
+    let prompts = |sizes: &[(u32, u32)]| {
+        let prompt = |&(width, height): &(u32, u32)| {
+            let picture = png(width, height);
+            let (_, data) = picture.split_once(',').unwrap();
+            json!({"prompt_string": "<__media__>", "multimodal_data": [data]})
+        };
+        json!({"prompt": sizes.iter().map(prompt).collect::<Vec<_>>()})
+    };
+    let both = futures_util::future::join(
+        complete(&server, prompts(&[(64, 96), (96, 64)])),
+        complete(&server, prompts(&[(64, 64), (64, 128)])),
+    );
+    let (one, two) = tokio::time::timeout(Duration::from_secs(30), both).await.unwrap();
+    for (status, answers) in [one, two] {
+        assert_eq!((status, answers.as_array().unwrap().len()), (200, 2), "{answers}");
+    }
+    // What would never have room together is refused.
+    let (status, error) = complete(&server, prompts(&[(64, 96), (96, 64), (64, 64)])).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("prompt")), "{error}");
+}
+
+#[tokio::test]
+async fn a_temperature_below_zero_is_greedy_as_there() {
+    let engine = Fake::says("x");
+    let server = server(&engine);
+    for temperature in [json!(-1), json!(-0.5), json!(0)] {
+        let (status, answer) = complete(&server, say(json!({"temperature": temperature}))).await;
+        assert_eq!((status, &answer["generation_settings"]["temperature"]), (200, &json!(0.0)), "{answer}");
+        engine.last(|request| assert_eq!(request.sampling.temperature, 0.0));
+    }
+    let (status, error) = complete(&server, say(json!({"temperature": "-1"}))).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("temperature")));
+}
+
+#[tokio::test]
+async fn prompts_of_ids_are_judged_by_the_text_that_they_are() {
+    let engine = Fake::says("x");
+    let server = server(&engine);
+    let too_long = json!({"prompt": vec![A; MAX_MODEL_LEN], "n_predict": 0});
+    let (status, error) = complete(&server, too_long).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("prompt")), "{error}");
+    let (status, answer) = complete(&server, json!({"prompt": [[A, B], [B, "a"]], "n_predict": 0})).await;
+    assert_eq!((status, &answer[0]["prompt"], &answer[1]["prompt"]), (200, &json!("ab"), &json!("ba")));
 }
 
 #[tokio::test]

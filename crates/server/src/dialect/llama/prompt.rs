@@ -31,9 +31,7 @@ pub(super) fn read_prompts(body: &mut Body) -> Result<Vec<PromptInput>, ApiError
 fn one(prompt: Value) -> Result<PromptInput, ApiError> {
     match prompt {
         Value::String(text) => Ok(PromptInput::Text(text)),
-        Value::Array(items) if items.iter().any(Value::is_string) => {
-            items.into_iter().map(part).collect::<Result<_, _>>().map(PromptInput::Mixed)
-        }
+        Value::Array(items) if items.iter().any(Value::is_string) => mixed(items).map(PromptInput::Mixed),
         Value::Array(items) => {
             items.iter().map(|item| as_token_id(NAME, item)).collect::<Result<_, _>>().map(PromptInput::Ids)
         }
@@ -42,13 +40,18 @@ fn one(prompt: Value) -> Result<PromptInput, ApiError> {
     }
 }
 
-/// One entry of a list of ids and texts.
-fn part(item: Value) -> Result<PromptInput, ApiError> {
-    match item {
-        Value::String(text) => Ok(PromptInput::Text(text)),
-        Value::Number(_) => Ok(PromptInput::Ids(vec![as_token_id(NAME, &item)?])),
-        other => Err(wrong_type(NAME, WANTED, &other)),
+/// A list of ids and texts. Ids that follow each other are one part: a part for each would take many times the body.
+fn mixed(items: Vec<Value>) -> Result<Vec<PromptInput>, ApiError> {
+    let mut parts = Vec::new();
+    for item in items {
+        match (item, parts.last_mut()) {
+            (Value::String(text), _) => parts.push(PromptInput::Text(text)),
+            (item @ Value::Number(_), Some(PromptInput::Ids(ids))) => ids.push(as_token_id(NAME, &item)?),
+            (item @ Value::Number(_), _) => parts.push(PromptInput::Ids(vec![as_token_id(NAME, &item)?])),
+            (other, _) => return Err(wrong_type(NAME, WANTED, &other)),
+        }
     }
+    Ok(parts)
 }
 
 /// `{"prompt_string": TEXT, "multimodal_data": [BASE64, ...]}`
@@ -97,13 +100,13 @@ mod tests {
         let text = |text: &str| PromptInput::Text(text.into());
         let picture = || PromptInput::WithImages { text: "a".into(), images: vec!["eA==".into()] };
         let mixed =
-            || PromptInput::Mixed(vec![PromptInput::Ids(vec![1]), text("b"), PromptInput::Ids(vec![2])]);
+            || PromptInput::Mixed(vec![PromptInput::Ids(vec![1]), text("b"), PromptInput::Ids(vec![2, 3])]);
         for (prompt, expected) in [
             (json!("a"), vec![text("a")]),
             (json!([1, 2]), vec![PromptInput::Ids(vec![1, 2])]),
-            (json!([1, "b", 2]), vec![mixed()]),
+            (json!([1, "b", 2, 3]), vec![mixed()]),
             (json!(["a"]), vec![text("a")]),
-            (json!(["a", [1, "b", 2], [3]]), vec![text("a"), mixed(), PromptInput::Ids(vec![3])]),
+            (json!(["a", [1, "b", 2, 3], [3]]), vec![text("a"), mixed(), PromptInput::Ids(vec![3])]),
             (json!({"prompt_string": "a"}), vec![text("a")]),
             (json!([{"prompt_string": "a", "multimodal_data": ["eA=="]}, "a"]), vec![picture(), text("a")]),
         ] {

@@ -67,6 +67,10 @@ impl Asked {
                 asked.fields.insert(name.to_owned(), value);
             }
         }
+        // Below 0 is greedy too.
+        if asked.fields.get("temperature").and_then(Value::as_f64).is_some_and(|value| value < 0.0) {
+            asked.fields.insert("temperature".to_owned(), json!(0));
+        }
         for name in ["grammar", "json_schema"] {
             if let Some(value) = asked.fields.get(name) {
                 asked.forms.insert(name.to_owned(), value.clone());

@@ -18,6 +18,8 @@ const THEIRS: [(&str, char); 9] = [
     ("xtc", 'x'),
     ("temperature", 't'),
 ];
+/// How many are read: each may stand once, so where there are more the order is wrong.
+const MAX_READ: usize = THEIRS.len() + 1;
 /// Those that are here too, in the engine's order.
 pub(super) const OURS: [&str; 5] = ["penalties", "temperature", "min_p", "top_k", "top_p"];
 /// Fields of a completion that are penalties, and the values that switch them off.
@@ -36,8 +38,12 @@ impl Samplers {
     pub(super) fn read(body: &mut Body) -> Result<Option<Self>, ApiError> {
         let names: Vec<&'static str> = match body.take(NAME) {
             None => return Ok(None),
-            Some(Value::String(letters)) => letters.chars().map(by_letter).collect::<Result<_, _>>()?,
-            Some(Value::Array(items)) => items.iter().map(by_name).collect::<Result<_, _>>()?,
+            Some(Value::String(letters)) => {
+                letters.chars().take(MAX_READ).map(by_letter).collect::<Result<_, _>>()?
+            }
+            Some(Value::Array(items)) => {
+                items.iter().take(MAX_READ).map(by_name).collect::<Result<_, _>>()?
+            }
             Some(other) => return Err(wrong_type(NAME, "a list of names or a string of letters", &other)),
         };
         let theirs = THEIRS.map(|(name, _)| name);
