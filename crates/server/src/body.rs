@@ -34,6 +34,14 @@ impl Body {
         Self(fields)
     }
 
+    /// Takes those of `names` out that are there.
+    pub(crate) fn take_all<'a>(
+        &mut self,
+        names: impl IntoIterator<Item = &'a &'a str>,
+    ) -> Map<String, Value> {
+        names.into_iter().filter_map(|name| Some(((*name).to_owned(), self.take(name)?))).collect()
+    }
+
     /// Takes the value of a field out.
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
         self.0.get_mut(name).map(Value::take).filter(|value| !value.is_null())
@@ -145,6 +153,21 @@ fn as_integer(name: &'static str, value: &Value, low: i64, high: i64) -> Result<
         }
         _ => Err(ApiError::field(name, format!("{name} is {number}; it must be between {low} and {high}"))),
     }
+}
+
+/// The texts of a list.
+///
+/// # Errors
+/// What `wrong` says of an item that is none.
+pub(crate) fn strings(
+    items: Vec<Value>,
+    wrong: impl Fn(&Value) -> ApiError,
+) -> Result<Vec<String>, ApiError> {
+    let texts = items.into_iter().map(|item| match item {
+        Value::String(text) => Ok(text),
+        other => Err(wrong(&other)),
+    });
+    texts.collect()
 }
 
 /// The refusal of a value of the wrong type.

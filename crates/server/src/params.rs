@@ -9,7 +9,7 @@ use spark_text::StopStrings;
 
 use crate::ApiError;
 use crate::allowed::AllowedTokens;
-use crate::body::{Body, as_float, wrong_type};
+use crate::body::{Body, as_float, strings, wrong_type};
 use crate::fields::Endpoint;
 use crate::ids::random_id;
 use crate::options::{Options, SamplingDefaults};
@@ -320,17 +320,14 @@ fn read_named(body: &mut Body, output: &OutputParams) -> Result<Vec<TokenId>, Ap
 }
 
 fn read_stop(body: &mut Body) -> Result<Arc<StopStrings>, ApiError> {
-    let items = match body.take("stop") {
+    let wrong = |value: &Value| wrong_type("stop", "a string or a list of strings", value);
+    let texts = match body.take("stop") {
         None => Vec::new(),
-        Some(Value::String(text)) => vec![Value::String(text)],
-        Some(Value::Array(items)) => items,
-        Some(other) => return Err(wrong_type("stop", "a string or a list of strings", &other)),
+        Some(Value::String(text)) => vec![text],
+        Some(Value::Array(items)) => strings(items, wrong)?,
+        Some(other) => return Err(wrong(&other)),
     };
-    let strings = items.into_iter().map(|item| match item {
-        Value::String(text) => Ok(text),
-        other => Err(wrong_type("stop", "a string or a list of strings", &other)),
-    });
-    StopStrings::new(strings.collect::<Result<_, _>>()?).map_err(|error| refuse_text("stop", &error))
+    StopStrings::new(texts).map_err(|error| refuse_text("stop", &error))
 }
 
 /// `cache_prompt: false` (llama-server's) takes nothing from the cache: under a salt of its own nothing is there.

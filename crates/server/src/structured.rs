@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use spark_text::{Grammar, SchemaOptions};
 
 use crate::ApiError;
-use crate::body::{Body, kind, wrong_type};
+use crate::body::{Body, kind, strings, wrong_type};
 
 const FORMAT: &str = "response_format";
 const OUTPUTS: &str = "structured_outputs";
@@ -203,11 +203,7 @@ fn read_constraint(name: &str, value: Value, options: SchemaOptions) -> Result<G
         ("json_object", other) => Err(wrong("a boolean", &other)),
         ("structural_tag", value) => Ok(Grammar::StructuralTag(parsed(name, value)?)),
         ("choice", Value::Array(items)) => {
-            let texts = items.into_iter().map(|item| match item {
-                Value::String(text) => Ok(text),
-                other => Err(wrong("a list of strings", &other)),
-            });
-            Ok(Grammar::Choice(texts.collect::<Result<_, _>>()?))
+            Ok(Grammar::Choice(strings(items, |item| wrong("a list of strings", item))?))
         }
         ("choice", other) => Err(wrong("a list of strings", &other)),
         ("regex", Value::String(regex)) => Ok(Grammar::Regex(regex)),

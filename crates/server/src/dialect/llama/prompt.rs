@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::ApiError;
-use crate::body::{Body, as_token_id, kind, wrong_type};
+use crate::body::{Body, as_token_id, kind, strings, wrong_type};
 use crate::completion_request::{MAX_PROMPTS, PromptInput};
 
 const NAME: &str = "prompt";
@@ -75,13 +75,9 @@ fn with_media(mut fields: Map<String, Value>) -> Result<PromptInput, ApiError> {
             return wrong(format!("prompt.multimodal_data must be a list of strings, not {}", kind(&other)));
         }
     };
-    let mut images = Vec::with_capacity(items.len());
-    for item in items {
-        match item {
-            Value::String(data) => images.push(data),
-            other => return wrong(format!("prompt.multimodal_data has {}; it must be base64", kind(&other))),
-        }
-    }
+    let images = strings(items, |item| {
+        ApiError::field(NAME, format!("prompt.multimodal_data has {}; it must be base64", kind(item)))
+    })?;
     Ok(PromptInput::WithImages { text, images })
 }
 

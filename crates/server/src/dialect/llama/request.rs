@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::samplers::{PENALTIES, Samplers, without_penalties};
 use crate::ApiError;
-use crate::body::{Body, as_float, wrong_type};
+use crate::body::{Body, as_float, strings, wrong_type};
 
 /// Fields that mean the same in a completion.
 const SAME: [&str; 17] = [
@@ -56,17 +56,12 @@ impl Asked {
     /// Names the field with a wrong type, or with a value that cannot be obeyed.
     pub(super) fn read(body: &mut Body, bias: Option<Map<String, Value>>) -> Result<Self, ApiError> {
         let mut asked = Self {
-            fields: Map::new(),
+            fields: body.take_all(&SAME),
             names: Vec::new(),
             return_tokens: body.boolean("return_tokens", false)?,
             response_fields: read_response_fields(body)?,
             forms: Map::new(),
         };
-        for name in SAME {
-            if let Some(value) = body.take(name) {
-                asked.fields.insert(name.to_owned(), value);
-            }
-        }
         // Below 0 is greedy too.
         if asked.fields.get("temperature").and_then(Value::as_f64).is_some_and(|value| value < 0.0) {
             asked.fields.insert("temperature".to_owned(), json!(0));
@@ -145,18 +140,14 @@ impl Asked {
 
 fn read_response_fields(body: &mut Body) -> Result<Vec<String>, ApiError> {
     const NAME: &str = "response_fields";
-    let items = match body.take(NAME) {
-        None => return Ok(Vec::new()),
+    let wrong = |value: &Value| wrong_type(NAME, "a list of strings", value);
+    match body.take(NAME) {
+        None => Ok(Vec::new()),
         Some(Value::Array(items)) if items.len() > MAX_RESPONSE_FIELDS => {
             let message = format!("{NAME} has {} entries; the limit is {MAX_RESPONSE_FIELDS}", items.len());
-            return Err(ApiError::field(NAME, message));
+            Err(ApiError::field(NAME, message))
         }
-        Some(Value::Array(items)) => items,
-        Some(other) => return Err(wrong_type(NAME, "a list of strings", &other)),
-    };
-    let texts = items.into_iter().map(|item| match item {
-        Value::String(text) => Ok(text),
-        other => Err(wrong_type(NAME, "a list of strings", &other)),
-    });
-    texts.collect()
+        Some(Value::Array(items)) => strings(items, wrong),
+        Some(other) => Err(wrong(&other)),
+    }
 }

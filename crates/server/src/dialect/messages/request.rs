@@ -17,12 +17,7 @@ const SAME: [&str; 7] = ["model", "max_tokens", "stream", "temperature", "top_p"
 /// # Errors
 /// Names the field and the place that is wrong.
 pub(super) fn to_chat(body: &mut Body, formats: Option<Formats>) -> Result<Map<String, Value>, ApiError> {
-    let mut chat = Map::new();
-    for name in SAME.iter().chain(PASSED) {
-        if let Some(value) = body.take(name) {
-            chat.insert((*name).to_owned(), value);
-        }
-    }
+    let mut chat = body.take_all(SAME.iter().chain(PASSED));
     if let Some(stops) = body.take("stop_sequences") {
         match &stops {
             Value::Array(items) if items.iter().all(Value::is_string) => chat.insert("stop".into(), stops),

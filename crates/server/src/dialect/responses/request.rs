@@ -36,13 +36,8 @@ pub(super) struct Asked {
 /// # Errors
 /// Names the field and the place that is wrong.
 pub(super) fn to_chat(body: &mut Body, store: &Arc<ResponseStore>) -> Result<Asked, ApiError> {
-    let mut chat = Map::new();
+    let mut chat = body.take_all(SAME.iter().chain(PASSED));
     let mut echo = Map::new();
-    for name in SAME.iter().chain(PASSED) {
-        if let Some(value) = body.take(name) {
-            chat.insert((*name).to_owned(), value);
-        }
-    }
     echo.insert(
         "parallel_tool_calls".into(),
         chat.get("parallel_tool_calls").cloned().unwrap_or(json!(true)),
